@@ -1,0 +1,117 @@
+"""What verifying one round costs: token and block rules on bfloat16 logits, as JSON.
+
+The yardstick beside them is one float32 softmax of the same target rows, the least that a dense implementation does;
+compare machines by the ratio to it. (On CPU that kernel has a faster exponential, wrong by 1e-6, than the rules use.)
+Left out: the forward passes of target and drafter.
+
+    python benchmarks/verify.py --batch 32 --k 3 --vocabulary 49152 --threads 2 --out verify.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from forerun.records import Draft
+from forerun.verify.chain import RULES, verify
+from forerun.verify.random import Purpose, inverse_cdf_log, uniforms
+
+Arguments = tuple[Tensor, Draft, Tensor, Tensor, Tensor]
+
+
+def synthetic_round(batch: int, k: int, vocabulary: int, draft_vocabulary: int, device: str) -> Arguments:
+    """Arguments of a rule at temperature 1: a draft that is the target plus noise, restricted to its vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(batch, k + 1, vocabulary, generator=generator) * 3
+    known = torch.arange(vocabulary)[:: max(1, vocabulary // draft_vocabulary)][:draft_vocabulary].contiguous()
+    noisy = target[:, :k, known] + torch.randn(batch, k, len(known), generator=generator) * 0.6
+    log_q = noisy.log_softmax(-1)
+    seeds, positions = torch.arange(batch), torch.arange(k).expand(batch, -1)
+    u = uniforms(seeds, positions, Purpose.DRAFT)
+    tokens = known[inverse_cdf_log(log_q.flatten(0, 1), u.flatten()).view(batch, k)]
+    draft = Draft(
+        tokens.to(device),
+        torch.full((batch,), k, device=device),
+        log_q.to(device),
+        None if len(known) == vocabulary else known.to(device),
+    )
+    coins = uniforms(seeds, positions, Purpose.COIN)
+    picks = uniforms(seeds, positions[:, :1], Purpose.PICK)[:, 0]
+    logits = target.bfloat16().to(device)
+    return logits, draft, torch.ones(batch, device=device), coins.to(device), picks.to(device)
+
+
+def median_ms(call: Callable[[], object], repeats: int, device: str) -> float:
+    """Median wall milliseconds of a call, after two that do not count."""
+    seconds = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds[2:])
+
+
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Time every rule with sampled and one-hot drafts."""
+    logits, draft, temperature, coins, picks = synthetic_round(
+        options.batch, options.k, options.vocabulary, options.draft_vocabulary or options.vocabulary, options.device
+    )
+    one_hot = Draft(draft.tokens, draft.lengths)
+    dense = torch.empty(
+        logits.shape, dtype=torch.float32, device=options.device
+    )  # kept, or paging it in would dominate
+    dense_ms = median_ms(
+        lambda: torch.softmax(logits, -1, dtype=torch.float32, out=dense), options.repeats, options.device
+    )
+    rows = []
+    for rule in RULES:
+        for proposal, given in (("sampled", draft), ("one-hot", one_hot)):
+            call = partial(verify, rule, logits, given, temperature, coins, picks)
+            verdict, cost_ms = call(), median_ms(call, options.repeats, options.device)
+            accepted = verdict.accepted.double().mean().item()
+            rows.append(
+                {
+                    "rule": rule,
+                    "draft": proposal,
+                    "ms": round(cost_ms, 3),
+                    "dense_softmaxes": round(cost_ms / dense_ms, 3),
+                    "accepted_tokens": round(accepted, 3),
+                }
+            )
+    return {"dense_softmax_ms": round(dense_ms, 3), "rules": rows}
+
+
+def main() -> None:
+    """Measure, print JSON, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--k", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--draft-vocabulary", type=int, default=0, help="0: the whole vocabulary")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    setting = {name: value for name, value in vars(options).items() if name != "out"}
+    machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+    text = json.dumps({"setting": setting, "machine": machine, **measure(options)}, indent=2)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Make what ships in src/forerun/artifacts: the quickstart's cold start and its drafter. About 40 minutes on 2 cores.
+
+    python scripts/make_artifacts.py [cold-start] [drafter]
+
+Both come from the quickstart recipe with the settings below, through the same code that `forerun train` (stage
+`cold_start`) and `forerun draft` run. manifest.json records checksums, settings and the numbers that were measured.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from forerun.artifacts import FOLDER, sha256, shipped
+from forerun.config import load_recipe
+from forerun.engine import Sampling
+from forerun.engine.local.engine import LocalEngine
+from forerun.loop.generate import evaluation, generate
+from forerun.loop.setup import encode, prepare_policy, train_drafter
+from forerun.models import load_policy
+from forerun.report.console import Console
+from forerun.tasks import load_task
+
+COLD_START, DRAFTER = "quickstart-cold-start", "quickstart-eagle3"
+SEED = 10_000  # other problems than those of the quickstart's own seeds
+COLD_START_SETTINGS = {"steps": 120, "batch": 16, "learning_rate": 1e-3, "rank": 32}
+DRAFTER_SETTINGS = {"rollouts": 768, "epochs": 6, "depth": 5, "vocab": 256, "learning_rate": 1e-3, "batch_tokens": 3072}
+
+
+def make_cold_start(console: Console) -> None:
+    """Train the adapter and measure the policy that it makes."""
+    changes = {"policy.adapter": None, "seed": SEED, "task.size": 4000, "speculation": {"method": "none"}}
+    recipe = load_recipe("quickstart", {**changes, "cold_start": COLD_START_SETTINGS})
+    with tempfile.TemporaryDirectory() as scratch:
+        policy = prepare_policy(recipe, load_task(recipe.task, recipe.seed), Path(scratch), console)
+        keep(COLD_START, Path(scratch) / "cold_start", ["adapter_config.json", "adapter_model.safetensors"])
+    record(
+        COLD_START, "cold-start", {"settings": COLD_START_SETTINGS, "seed": SEED, **measure(policy, recipe, console)}
+    )
+
+
+def make_drafter(console: Console) -> None:
+    """Train the head on rollouts of the policy after its cold start."""
+    recipe = load_recipe("quickstart", {"seed": SEED, "draft": DRAFTER_SETTINGS, "speculation.draft": None})
+    policy = load_policy(recipe.policy.model, recipe.policy.dtype, recipe.policy.device, recipe.policy.adapter)
+    with tempfile.TemporaryDirectory() as scratch:
+        about = train_drafter(recipe, policy, load_task(recipe.task, recipe.seed), Path(scratch), console)
+        keep(DRAFTER, Path(scratch), ["config.json", "model.safetensors"])
+    record(DRAFTER, "drafter", dict(about))
+
+
+def measure(policy: Any, recipe: Any, console: Console) -> dict[str, float]:
+    """Held-out reward of a policy, sampled and greedy, and its negative log-likelihood of its own samples."""
+    task = load_task(recipe.task)
+    problems = task.problems("eval")[:256]
+    prompts = [encode(p, recipe, policy) for p in problems]
+    engine = LocalEngine(policy, slots=32)
+    results: dict[str, float] = {}
+    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+        sampling = Sampling(recipe.rollout.max_new_tokens, temperature, 7)
+        made = generate(engine, policy, task, problems, prompts, sampling, 1, console)
+        numbers = evaluation(made)
+        results[f"reward_{name}"] = round(numbers["eval/reward"], 4)
+        if temperature:
+            nats = -sum(sum(r.logprobs) for r in made.rollouts) / made.tokens
+            results |= {"nats_per_token": round(nats, 4), "tokens_per_answer": round(numbers["eval/length"], 1)}
+    console.note(f"cold start: {results}")
+    return results
+
+
+def keep(name: str, source: Path, files: list[str]) -> None:
+    """Copy an artifact's files into the package."""
+    target = FOLDER / name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for file in files:
+        shutil.copyfile(source / file, target / file)
+
+
+def record(name: str, part: str, numbers: dict[str, Any]) -> None:
+    """Enter an artifact into the manifest."""
+    folder = FOLDER / name
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    entry = {"files": files, "bytes": size, "made_by": f"python scripts/make_artifacts.py {part}", **numbers}
+    text = json.dumps({**shipped(), name: entry}, indent=2, sort_keys=True) + "\n"
+    (FOLDER / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parts = sys.argv[1:] or ["cold-start", "drafter"]
+    with Console(0) as console:
+        if "cold-start" in parts:
+            make_cold_start(console)
+        if "drafter" in parts:
+            make_drafter(console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""The one typed configuration. A recipe is YAML; `dotted.key=value` overrides follow; unknown keys are refused.
+
+Every field is written out in `config.resolved.yaml` of a run, defaults included, so that a run folder explains itself.
+Left out: reading data or models. Whether a path exists is found out by the room that opens it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from forerun.errors import UserError
+
+DType = Literal["auto", "float32", "bfloat16"]
+
+
+class Block(BaseModel):
+    """A group of settings. Unknown keys are an error, and a loaded recipe does not change any more."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PolicyConfig(Block):
+    model: str = Field(description="folder or hub name of a Hugging Face causal language model, or a known alias")
+    adapter: str | None = Field(
+        None, description="LoRA folder or shipped artifact that is merged into the policy on load"
+    )
+    dtype: DType = Field("auto", description="auto: bfloat16 where the hardware multiplies it natively, else float32")
+    device: str = Field("auto", description="auto: cuda where there is one, else cpu")
+    system: str | None = Field(None, description="system message before every question; null: the chat template's own")
+    chat: bool = Field(True, description="false: questions are given as they are, without the model's chat template")
+
+
+class TaskConfig(Block):
+    name: str = Field(description="gsm8k, jsonl, or reasoning_gym")
+    path: str | None = Field(None, description="gsm8k: JSONL file instead of the hub; jsonl: training file")
+    eval_path: str | None = Field(None, description="JSONL of held-out problems; null: the last tenth of `path`")
+    dataset: str = Field("chain_sum", description="reasoning_gym: the name of its dataset")
+    options: dict[str, Any] = Field(default_factory=dict, description="reasoning_gym: the dataset's own options")
+    reward: str | None = Field(
+        None, description="package.module:function(problem, completion) -> float; null: the task's"
+    )
+    size: int = Field(2000, ge=1, description="training problems (at most this many)")
+    suffix: str = Field("", description="text that is added to every question, e.g. the wanted answer format")
+
+
+class ColdStartConfig(Block):
+    """Supervised training on worked solutions before the drafter and the reinforcement-learning stages."""
+
+    steps: int = Field(200, ge=1)
+    batch: int = Field(24, ge=1, description="solutions per step")
+    learning_rate: float = Field(5e-4, gt=0)
+    rank: int = Field(32, ge=1, description="rank of the LoRA adapter on every linear layer")
+    warmup: int = Field(10, ge=0, description="steps of linear warm-up; then cosine decay to a tenth")
+
+
+class SpeculationConfig(Block):
+    """One block for trainer, engine and simulator alike."""
+
+    method: Literal["none", "eagle3"] = "none"
+    draft: str | None = Field(None, description="folder or shipped artifact of the drafter; null: train one first")
+    k: int | Literal["auto"] = Field(3, description="tokens drafted per round")
+    verify: Literal["block", "token"] = Field("block", description="acceptance rule at temperature > 0")
+    train: Literal["off"] = Field("off", description="whether the drafter keeps training during the run")
+
+    @model_validator(mode="after")
+    def _check(self) -> SpeculationConfig:
+        if self.k == "auto":
+            raise ValueError("k: auto needs the row budget, which this version does not have; set a number, e.g. k: 4")
+        if not 0 <= self.k <= 32:
+            raise ValueError(f"k must lie between 0 and 32, not {self.k}")
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Draft tokens per round; 0 when speculation is off."""
+        return 0 if self.method == "none" or isinstance(self.k, str) else self.k
+
+
+class RolloutConfig(Block):
+    engine: Literal["local"] = "local"
+    slots: int = Field(32, ge=1, description="sequences decoded side by side")
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    stop: list[str] = Field(default_factory=list, description="strings that end a completion (kept in it)")
+
+
+class TrainConfig(Block):
+    steps: int = Field(100, ge=0)
+    prompts_per_step: int = Field(8, ge=1)
+    samples_per_prompt: int = Field(8, ge=2)
+    learning_rate: float = Field(1e-6, gt=0)
+    warmup: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float = Field(1.0, gt=0)
+    updates_per_step: int = Field(1, ge=1, description="optimizer steps per batch of rollouts")
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.2, gt=0)
+    importance_cap: float = Field(2.0, ge=1, description="bound of the learner/engine probability ratio per token")
+    kl: float = Field(0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
+    normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
+    microbatch_tokens: int = Field(4096, ge=1, description="padded tokens per forward and backward pass")
+    gradient_checkpointing: bool = False
+
+
+class EvalConfig(Block):
+    every: int = Field(10, ge=0, description="steps between held-out evaluations; 0: only at start and end")
+    prompts: int = Field(64, ge=0, description="held-out problems; 0: no evaluation")
+    samples: int = Field(1, ge=1, description="completions per problem")
+    temperature: float | None = Field(None, ge=0, description="null: as in rollouts")
+
+
+class LoopConfig(Block):
+    lag: Literal[0] = Field(0, description="weight versions that generation may run ahead; 0: synchronous")
+
+
+class CompareConfig(Block):
+    """Plain generation of the same prompts beside the speculative one, timed in the same run."""
+
+    steps: int = Field(0, ge=0, description="steps, spread over the run, whose prompts are also generated plainly")
+
+
+class CheckpointConfig(Block):
+    every: int = Field(10, ge=0, description="steps between checkpoints; 0: only at the end or on Ctrl-C")
+    keep: int = Field(1, ge=1, description="newest checkpoints that are kept")
+
+
+class DraftConfig(Block):
+    """Training of the drafter (`forerun draft`)."""
+
+    rollouts: int = Field(512, ge=1, description="samples of the policy to train on")
+    epochs: int = Field(4, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_tokens: int = Field(4096, ge=64, description="tokens per optimizer step")
+    depth: int = Field(4, ge=1, description="training-time-test unroll, in draft positions")
+    decay: float = Field(1.0, gt=0, le=1, description="weight of each further draft position in the loss")
+    loss: Literal["lk", "kl", "tv"] = Field("lk", description="lk: forward KL that fades into total variation")
+    vocab: int = Field(8192, ge=16, description="draft vocabulary: the tokens most frequent in the training rollouts")
+    layers: list[int] | None = Field(None, description="hidden states that are fused (inputs of these layers)")
+    intermediate: int | None = Field(None, description="width of the drafter's MLP; null: the policy's")
+    validation: float = Field(0.1, gt=0, lt=1, description="share of rollouts kept for validation")
+
+
+class Recipe(Block):
+    """A whole run."""
+
+    name: str = "run"
+    seed: int = 0
+    runs: str = Field("runs", description="folder in which run folders are made")
+    policy: PolicyConfig
+    task: TaskConfig
+    cold_start: ColdStartConfig | None = None
+    speculation: SpeculationConfig = SpeculationConfig()
+    draft: DraftConfig = DraftConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    loop: LoopConfig = LoopConfig()
+    compare: CompareConfig = CompareConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.cold_start is not None and self.policy.adapter is not None:
+            raise ValueError("cold_start trains an adapter and policy.adapter loads one: keep one of the two")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("forerun") / "recipes"
+    return sorted(Path(str(f)).stem for f in folder.iterdir() if str(f).endswith(".yaml"))
+
+
+def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        recipe: shipped name ("quickstart") or path of a YAML file.
+        overrides: dotted keys and values; strings are read as YAML ("0.5" is a number, "null" is None).
+
+    Raises:
+        UserError: no such recipe, broken YAML, an unknown key (with the nearest one), or a value out of range.
+    """
+    data = _read_yaml(recipe)
+    for key, value in (overrides or {}).items():
+        _set(data, key, yaml.safe_load(value) if isinstance(value, str) else value)
+    data.setdefault("name", Path(recipe).stem)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_sentence(error)) from None
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """`["train.steps=5"]` -> `{"train.steps": "5"}`.
+
+    Raises:
+        UserError: an argument without "=".
+    """
+    for argument in arguments:
+        if "=" not in argument or argument.startswith("-"):
+            raise UserError(f"'{argument}' is not an override; write it as dotted.key=value, e.g. train.steps=5")
+    return dict(argument.split("=", 1) for argument in arguments)
+
+
+def _read_yaml(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        names = recipe_names()
+        if recipe not in names:
+            near = difflib.get_close_matches(recipe, names, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"shipped recipes: {', '.join(names)}"
+            raise UserError(f"No recipe is called '{recipe}'; {hint}")
+        path = Path(str(resources.files("forerun") / "recipes" / f"{recipe}.yaml"))
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read the recipe {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"The recipe {path} holds {type(data).__name__}, not a mapping of settings")
+    return data
+
+
+def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        if data.get(name) is None:
+            data[name] = {}
+        data = data[name]
+        if not isinstance(data, dict):
+            raise UserError(f"'{dotted}' reaches into '{name}', which is a value and not a group of settings")
+    data[last] = value
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem of a validation, as one sentence with the nearest key where a key is unknown."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+    if first["type"] == "extra_forbidden":
+        keys = _known_keys(Recipe)
+        near = difflib.get_close_matches(where, keys, 1, cutoff=0.5)
+        near = near or [k for k in keys if k.split(".")[-1] == where.split(".")[-1]][:1]
+        hint = f"did you mean '{near[0]}'?" if near else f"the top-level keys are {', '.join(Recipe.model_fields)}"
+        return f"Unknown key '{where}'; {hint}"
+    if first["type"] == "missing":
+        return f"The recipe lacks '{where}', which has no default"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"'{where}': {message}" + ("" if "input" not in first or where == "" else f" (got {first['input']!r})")
+
+
+def _known_keys(block: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in block.model_fields.items():
+        keys.append(prefix + name)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _known_keys(kind, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,72 @@
+"""The drafter's contract. A new drafter is one file with a class that has these methods, and one line in `DRAFTERS`.
+
+Non-anticipation: whether slot j of a draft is proposed may depend only on what is known before its token is sampled.
+The `log_q` that a draft carries is the very tensor that its tokens were sampled from.
+Left out: acceptance (`verify/`) and how many tokens to draft (`budget/`, the engine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from forerun.records import Draft, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The live sequences of a round, in cache rows 0 .. B-1.
+
+    Row b has `lengths[b]` tokens in the policy's cache; `last[b]` is its newest token, which is not among them yet and
+    will sit at position lengths[b].
+    """
+
+    last: Tensor  # [B] int64
+    lengths: Tensor  # [B] int64
+    seeds: Tensor  # [B] int64, one per request
+    temperature: Tensor  # [B] float32, 0 is greedy
+
+    @property
+    def count(self) -> int:
+        return self.last.shape[0]
+
+
+class Drafter(Protocol):
+    """What the engine asks of a drafter."""
+
+    method: str  # its name in a recipe
+    taps: tuple[int, ...]  # policy layers whose inputs it wants to see; empty: none
+
+    def open(self, rows: int, positions: int, k: int) -> None:
+        """Make room for `rows` sequences of at most `positions` tokens, drafts of at most `k`; forget the old ones."""
+
+    def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
+        """Prompts tokens [P, L] of `lengths` [P] entered rows first_row, first_row + 1, ...
+
+        features [P, L-1, T·H] are the policy's at the taps, for all but each prompt's last token.
+        """
+
+    def copy(self, source: int, target: int) -> None:
+        """Row `target` continues what row `source` holds."""
+
+    def propose(self, rows: Rows, budget: Tensor) -> Draft:
+        """Draft at most budget [B] tokens per row."""
+
+    def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
+        """Row b emitted verdict.tokens[b, : accepted[b] + 1].
+
+        features [B, n, T·H] are the policy's at the taps, for the n tokens that it just ran (newest token and drafts).
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its weights, empty when it has none."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace its weights. Raises UserError when a tensor is missing, unknown or of another shape."""
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write it to a folder from which it can be loaded; `about` records how it was made."""

@@ -1,0 +1,270 @@
+"""Training an EAGLE-3 head on the policy's own rollouts, by training-time test.
+
+In an engine the head's second draft stands on its own first output, not on the policy's hidden state. So it is trained
+that way: J passes over a sequence, pass j fed with pass j-1's outputs and scored against the policy's distribution at
+position t+1+j. In pass j a query at t sees the true context up to t (keys of pass 0) and its own guesses (keys of
+passes 1..j at the same t), as it will in the engine. Teacher and hidden states come from one policy forward, detached.
+Axes: N sequences, L padded length, T base positions, J depth, H hidden, D draft vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from forerun.config import DraftConfig
+from forerun.draft.eagle3 import Eagle3Config, Eagle3Head
+from forerun.draft.losses import LOSSES, acceptance
+from forerun.learner.cold_start import learning_rate_factor
+from forerun.learner.forward import completion_logits, microbatches, token_batch
+from forerun.models import Policy
+from forerun.models.taps import Taps, decoder_layers, default_taps
+
+Pair = tuple[list[int], list[int]]  # prompt ids, completion ids
+Report = Callable[[int, int, float], None]  # step, steps, loss
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Acceptance on held-out rollouts, exact in p and q (no coins): per draft position, given the ones before."""
+
+    per_position: list[float]
+    length: float  # expected tokens per round with J drafts
+
+    def __str__(self) -> str:
+        rates = " ".join(f"{a:.2f}" for a in self.per_position)
+        return f"acceptance by position {rates}, {self.length:.2f} tokens per round"
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherBatch:
+    """One policy forward: what the head reads, and what it should say."""
+
+    tokens: Tensor  # [N, L]
+    features: Tensor  # [N, L, T·H]
+    log_p: Tensor  # [N, L, D], entry r: the policy's distribution of token r + 1
+    scored: Tensor  # [N, L] bool, entry r: token r + 1 belongs to the completion
+
+
+def new_head(policy: Policy, pairs: Sequence[Pair], config: DraftConfig) -> Eagle3Head:
+    """A head for this policy, started from the policy's own last layer and output head.
+
+    The draft vocabulary is the tokens that the rollouts use, at most `config.vocab`, the most frequent first.
+    """
+    target = policy.model.config.get_text_config()
+    layers = tuple(config.layers or default_taps(target.num_hidden_layers))
+    counts = Counter(token for _, completion in pairs for token in completion)
+    vocabulary = torch.tensor(sorted(token for token, _ in counts.most_common(config.vocab)))
+    rope = getattr(target, "rope_parameters", None) or {}
+    head = Eagle3Head(
+        Eagle3Config(
+            hidden_size=target.hidden_size,
+            intermediate_size=config.intermediate or target.intermediate_size,
+            num_attention_heads=target.num_attention_heads,
+            num_key_value_heads=target.num_key_value_heads,
+            head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
+            vocab_size=target.vocab_size,
+            draft_vocab_size=len(vocabulary),
+            layers=layers,
+            rms_norm_eps=float(getattr(target, "rms_norm_eps", 1e-5)),
+            rope_theta=float(rope.get("rope_theta", 10000.0)),
+            max_position_embeddings=target.max_position_embeddings,
+        )
+    )
+    head.set_vocabulary(vocabulary)
+    _start_from(head, policy.model)
+    return head.to(policy.device)
+
+
+def train_head(
+    head: Eagle3Head,
+    policy: Policy,
+    pairs: Sequence[Pair],
+    config: DraftConfig,
+    temperature: float,
+    seed: int,
+    report: Report,
+    validated: Callable[[int, Validation], None],
+) -> Validation:
+    """Train `head` in place; keeps the weights of the epoch that validates best.
+
+    Args:
+        pairs: prompts and completions that the policy sampled.
+        temperature: at which the policy will be sampled; 0 counts as 1.
+        report: called after every optimizer step. validated: called with (epoch, result); epoch 0 is before training.
+    """
+    rng = random.Random(seed)
+    held, training = _split(pairs, config.validation, rng)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    batches = microbatches([len(p) + len(c) for p, c in training], config.batch_tokens)
+    steps, step = config.epochs * len(batches), 0
+    best = validate(head, policy, held, config, temperature)
+    validated(0, best)
+    kept = {k: v.clone() for k, v in head.state_dict().items()}
+    for epoch in range(1, config.epochs + 1):
+        for rows in rng.sample(batches, len(batches)):
+            factor = learning_rate_factor(step, steps, min(20, steps // 10 + 1))
+            optimizer.param_groups[0]["lr"] = config.learning_rate * factor
+            teacher = teach(head, policy, [training[i] for i in rows], temperature)
+            loss = _loss(head, policy, teacher, config, temperature)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(head.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            report(step, steps, float(loss.detach()))
+        result = validate(head, policy, held, config, temperature)
+        validated(epoch, result)
+        if result.length > best.length:
+            best, kept = result, {k: v.clone() for k, v in head.state_dict().items()}
+    head.load_state_dict(kept)
+    return best
+
+
+@torch.no_grad()
+def teach(head: Eagle3Head, policy: Policy, pairs: Sequence[Pair], temperature: float) -> TeacherBatch:
+    """Run the policy once over prompts and completions."""
+    batch = token_batch(pairs, policy.device)
+    with Taps(policy.model, head.config.layers) as taps:
+        logits = completion_logits(policy.model, batch).float() / (temperature or 1.0)  # [M, V]
+    features = taps.features()
+    assert features is not None
+    inside = logits[:, head.vocabulary] - torch.logsumexp(logits, dim=-1, keepdim=True)  # [M, D]
+    log_p = torch.zeros(*batch.input_ids.shape, inside.shape[1], device=policy.device)
+    scored = torch.zeros(batch.input_ids.shape, dtype=torch.bool, device=policy.device)
+    log_p[batch.rows, batch.columns] = inside
+    scored[batch.rows, batch.columns] = True
+    return TeacherBatch(batch.input_ids, features, log_p, scored)
+
+
+def unroll(
+    head: Eagle3Head, embed: Any, teacher: TeacherBatch, depth: int, temperature: float
+) -> list[tuple[Tensor, Tensor]]:
+    """Training-time test. Returns per draft position j the pairs (log_p [M_j, D], log_q [M_j, D]) of all scored bases.
+
+    Base t pairs hidden state t with token t+1, so draft j is taught by the policy's row t+1+j.
+    """
+    length = teacher.tokens.shape[1]
+    first = max(0, int(teacher.scored.any(0).float().argmax()) - 1)  # earliest base that any sequence scores
+    embedded = embed(teacher.tokens).detach()
+    positions = torch.arange(length, device=teacher.tokens.device)[None]
+    hidden = head.fuse(teacher.features[:, :-1])
+    query, key, value = head.query_key_value(embedded[:, 1:], hidden, positions[:, :-1])
+    context = key, value  # pass 0's
+    own: list[tuple[Tensor, Tensor]] = []  # those of later passes, one key per base
+    attended = _attend(query[:, :, first:], context, own, first)
+    hidden = head.finish(hidden[:, first:], attended)
+    results = []
+    for j in range(depth):
+        last = length - 2 - j  # bases beyond it have no token to be taught by
+        started = teacher.scored[:, first + 1 : last + 2]  # rounds start at the last prompt token or later
+        rows = started & teacher.scored[:, first + 1 + j : last + 2 + j]
+        log_q = torch.log_softmax(head.logits(hidden[:, : rows.shape[1]][rows]).float() / (temperature or 1.0), dim=-1)
+        results.append((teacher.log_p[:, first + 1 + j : last + 2 + j][rows], log_q))
+        if j == depth - 1 or last - 1 < first:
+            break
+        kept = last - first  # bases first .. last-1 can go one token further
+        hidden = hidden[:, :kept]
+        query, key, value = head.query_key_value(
+            embedded[:, first + 2 + j : last + 2 + j], hidden, positions[:, first + 1 + j : last + 1 + j]
+        )
+        own = [(k[:, :, :kept], v[:, :, :kept]) for k, v in own] + [(key, value)]
+        hidden = head.finish(hidden, _attend(query, context, own, first))
+    return results
+
+
+@torch.no_grad()
+def validate(
+    head: Eagle3Head, policy: Policy, pairs: Sequence[Pair], config: DraftConfig, temperature: float
+) -> Validation:
+    """Acceptance by draft position on rollouts that were not trained on."""
+    embed, sums, counts = policy.model.get_input_embeddings(), [0.0] * config.depth, [0] * config.depth
+    for rows in microbatches([len(p) + len(c) for p, c in pairs], config.batch_tokens):
+        teacher = teach(head, policy, [pairs[i] for i in rows], temperature)
+        with _autocast(policy):
+            for j, (log_p, log_q) in enumerate(unroll(head, embed, teacher, config.depth, temperature)):
+                sums[j] += float(acceptance(log_p, log_q).sum())
+                counts[j] += len(log_p)
+    rates = [s / c for s, c in zip(sums, counts, strict=True) if c]
+    length, product = 1.0, 1.0
+    for rate in rates:
+        product *= rate
+        length += product
+    return Validation(rates, length)
+
+
+def _loss(head: Eagle3Head, policy: Policy, teacher: TeacherBatch, config: DraftConfig, temperature: float) -> Tensor:
+    with _autocast(policy):
+        passes = unroll(head, policy.model.get_input_embeddings(), teacher, config.depth, temperature)
+    losses = [LOSSES[config.loss](log_p, log_q).mean() for log_p, log_q in passes if len(log_p)]
+    weights = [config.decay**j for j in range(len(losses))]
+    return torch.stack([w * x for w, x in zip(weights, losses, strict=True)]).sum() / sum(weights)
+
+
+def _attend(query: Tensor, context: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], first: int) -> Tensor:
+    """query [N, heads, T, d] at bases first .. first+T-1 -> [N, T, heads, d]; `own`: the same base's keys by pass."""
+    bases = query.shape[2]
+    group = query.shape[1] // context[0].shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1) for x in context)
+    if not own:
+        mask = _causal(bases, first, keys.shape[2], query.device)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).transpose(1, 2)
+    scale = query.shape[-1] ** -0.5
+    past = (query @ keys.transpose(2, 3)).float() * scale  # [N, heads, T, L]
+    past = past.masked_fill(~_causal(bases, first, keys.shape[2], query.device), float("-inf"))
+    mine = [(query * k.repeat_interleave(group, dim=1)).sum(-1, keepdim=True).float() * scale for k, _ in own]
+    weights = torch.cat([past, *mine], dim=-1).softmax(-1).to(values.dtype)
+    out = weights[..., : past.shape[-1]] @ values
+    for i, (_, v) in enumerate(own):
+        out = out + weights[..., past.shape[-1] + i, None] * v.repeat_interleave(group, dim=1)
+    return out.transpose(1, 2)
+
+
+def _causal(bases: int, first: int, length: int, device: torch.device) -> Tensor:  # [T, L] bool, true: visible
+    at = torch.arange(length, device=device)
+    return at[None] <= torch.arange(first, first + bases, device=device)[:, None]
+
+
+def _autocast(policy: Policy) -> torch.autocast:
+    return torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=policy.dtype == torch.bfloat16)
+
+
+def _split(pairs: Sequence[Pair], share: float, rng: random.Random) -> tuple[list[Pair], list[Pair]]:
+    """Validation and training pairs; samples of one prompt stay on one side."""
+    prompts = sorted({tuple(p) for p, _ in pairs})
+    held = set(rng.sample(prompts, max(1, round(share * len(prompts)))))
+    validation = [pair for pair in pairs if tuple(pair[0]) in held]
+    return validation, [pair for pair in pairs if tuple(pair[0]) not in held] or validation
+
+
+@torch.no_grad()
+def _start_from(head: Eagle3Head, model: Any) -> None:
+    """Copy what has the same meaning and shape in the policy's last layer; the latest tap passes straight through."""
+    layer, own = decoder_layers(model)[-1], head.midlayer
+    head.fc.weight.normal_(0, 0.01)
+    head.fc.weight[:, -head.config.hidden_size :] += torch.eye(head.config.hidden_size, device=head.fc.weight.device)
+    head.lm_head.weight.copy_(model.get_output_embeddings().weight[head.vocabulary])
+    pairs: list[tuple[Tensor, Any]] = [
+        (head.norm.weight, getattr(getattr(model.base_model, "norm", None), "weight", None))
+    ]
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = own["self_attn"][name].weight
+        weight.normal_(0, 0.02)
+        pairs.append((weight[:, head.config.hidden_size :], getattr(getattr(attention, name, None), "weight", None)))
+    pairs.append((own["self_attn"]["o_proj"].weight, getattr(getattr(attention, "o_proj", None), "weight", None)))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        pairs.append((own["mlp"][name].weight, getattr(getattr(mlp, name, None), "weight", None)))
+    for name in ("post_attention_layernorm", "input_layernorm"):
+        source = getattr(getattr(layer, name, None), "weight", None)
+        pairs.append((own["hidden_norm" if name == "input_layernorm" else name].weight, source))
+    for mine, theirs in pairs:
+        if theirs is not None and theirs.shape == mine.shape:
+            mine.copy_(theirs)

@@ -1,0 +1,134 @@
+"""What a rollout engine is: it holds one version of policy and drafter, and turns prompts into samples of the policy.
+
+Both engines keep this contract and one test suite holds them to it. Left out: rewards, and who trains the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from forerun.records import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. Truncation (top-k, top-p) is left out: a learner would have to replay it."""
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0  # 0 is greedy
+    seed: int = 0
+    stop: tuple[str, ...] = ()  # strings that end a completion and stay in it
+    ignore_eos: bool = False  # go on to max_new_tokens: for benchmarks
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """One version of everything an engine needs. `checksums` has an entry per group: "policy", and "draft" if any.
+
+    `policy` or `draft` is None where the engine shares the live module and only has to check that it holds these bytes.
+    """
+
+    version: int
+    checksums: Mapping[str, str]
+    policy: Mapping[str, Tensor] | None = None
+    draft: Mapping[str, Tensor] | None = None
+
+
+@dataclass(slots=True)
+class Counters:
+    """What an engine has done since it was made; rates come from differences. Rounds count one per sequence."""
+
+    tokens: int = 0  # emitted
+    rows: int = 0  # sequence-rounds, with or without a draft
+    rounds: int = 0  # sequence-rounds that verified at least one draft token
+    round_tokens: int = 0  # tokens emitted in those
+    drafted: int = 0
+    accepted_at: list[int] = field(default_factory=list)  # rounds whose first j+1 drafts were all kept
+    drafted_at: list[int] = field(default_factory=list)  # rounds that drafted at least j+1
+    seconds: float = 0.0
+
+    def minus(self, earlier: Counters) -> Counters:
+        """What was added since `earlier`."""
+        return self._combine(earlier, -1)
+
+    def plus(self, other: Counters) -> Counters:
+        """The sum of two spans."""
+        return self._combine(other, 1)
+
+    def copy(self) -> Counters:
+        """A snapshot."""
+        return self._combine(Counters(), 1)
+
+    def _combine(self, other: Counters, sign: int) -> Counters:
+        def lists(a: list[int], b: list[int]) -> list[int]:
+            return [x + sign * y for x, y in zip_longest(a, b, fillvalue=0)]
+
+        return Counters(
+            tokens=self.tokens + sign * other.tokens,
+            rows=self.rows + sign * other.rows,
+            rounds=self.rounds + sign * other.rounds,
+            round_tokens=self.round_tokens + sign * other.round_tokens,
+            drafted=self.drafted + sign * other.drafted,
+            accepted_at=lists(self.accepted_at, other.accepted_at),
+            drafted_at=lists(self.drafted_at, other.drafted_at),
+            seconds=self.seconds + sign * other.seconds,
+        )
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Tokens emitted per round, the bonus token included; None before the first round."""
+        return self.round_tokens / self.rounds if self.rounds else None
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        """Entry j: share of rounds that drafted j+1 tokens or more in which the first j+1 were all kept."""
+        return [a / d for a, d in zip(self.accepted_at, self.drafted_at, strict=True) if d]
+
+    @property
+    def k_mean(self) -> float | None:
+        """Draft tokens verified per round."""
+        return self.drafted / self.rounds if self.rounds else None
+
+
+class RolloutEngine(Protocol):
+    """The contract."""
+
+    def stream(self, prompts: Sequence[list[int]], sampling: Sampling, n: int = 1) -> Iterator[Rollout]:
+        """Yield n samples of every prompt as they finish.
+
+        Raises:
+            UserError: a prompt is empty, holds an id outside the vocabulary, or fills the model's context.
+        """
+
+    def generate(
+        self,
+        prompts: Sequence[list[int] | str],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        n: int = 1,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[Rollout]:
+        """Samples in the order of the prompts, n each. Prompts are token ids or texts (taken as they are)."""
+
+    def load(self, weights: Weights) -> Weights:
+        """Take a version of policy and drafter; answers with version and checksums as held afterwards.
+
+        Raises:
+            UserError: a group is missing or partial, or its bytes are not those that the checksum names.
+        """
+
+    def pause(self) -> None:
+        """Stop between two rounds; sequences in flight stay as they are."""
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+
+    def metrics(self) -> dict[str, Any]:
+        """Version, checksums, counters and acceptance since the engine was made."""

@@ -1,0 +1,333 @@
+"""The batch loop: draft, verify, commit, refill, until every prompt has its samples.
+
+Plain decoding is the same loop with k = 0. A fresh sequence enters with its last prompt token as "newest token" and the
+rest of the prompt in the cache, so that the first completion token is drafted and verified like any other.
+
+Randomness: every uniform of a round is keyed by (request seed, position at which the round starts, slot, purpose). The
+starting position matters: block verification looks at all coins of a round, so a coin behind a rejection has been
+looked at and may not be tossed again under the same key in the next round.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forerun.draft.base import Drafter, Rows
+from forerun.engine.base import Counters, Sampling, Weights
+from forerun.engine.local.cache import SlotCache, SlotPass
+from forerun.engine.local.forward import PolicyForward
+from forerun.engine.local.schedule import Schedule
+from forerun.engine.local.schedule import Sequence as Live
+from forerun.engine.probe import AcceptanceProbe
+from forerun.errors import UserError
+from forerun.models import Policy
+from forerun.models.checksum import checksum
+from forerun.records import Draft, Rollout, Verdict
+from forerun.verify.chain import verify
+from forerun.verify.random import Purpose, uniforms
+
+SLOTS_PER_POSITION = 64  # keys of one round: starting position · 64 + slot
+Verify = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], Verdict]
+
+
+class LocalEngine:
+    """A `RolloutEngine` in this process, around the live policy module."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        drafter: Drafter | None = None,
+        *,
+        k: int = 0,
+        rule: str = "block",
+        slots: int = 32,
+        lean: bool = True,
+        verifier: Verify = verify,
+    ) -> None:
+        """`k` draft tokens per round (0 or no drafter: plain); `rule` of verify/chain.py; `verifier` is for tests."""
+        if (k > 0) != (drafter is not None):
+            raise UserError(f"k = {k} and {'no' if drafter is None else 'a'} drafter: give both, or neither")
+        self.policy, self.drafter, self.k, self.rule, self.slots = policy, drafter, k, rule, slots
+        self.warnings: list[str] = []
+        self.timeline: list[tuple[float, int]] = []  # of the latest stream: (seconds, live sequences) per round
+        self.counters = Counters(accepted_at=[0] * k, drafted_at=[0] * k)
+        self._eos_ids = policy.eos_ids
+        self._forward = PolicyForward(policy, drafter.taps if drafter else (), lean)
+        self._verify = verifier
+        self._probe = AcceptanceProbe()
+        self._held = Weights(0, {})
+        self._running = self._paused = False
+
+    def generate(
+        self,
+        prompts: Sequence[list[int] | str],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        n: int = 1,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[Rollout]:
+        """See `RolloutEngine.generate`."""
+        ids = [self.policy.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+        sampling = Sampling(max_new_tokens, temperature, seed, tuple(stop))
+        return sorted(self.stream(ids, sampling, n), key=lambda r: (r.prompt_index, r.sample_index))
+
+    def stream(self, prompts: Sequence[list[int]], sampling: Sampling, n: int = 1) -> Iterator[Rollout]:
+        """See `RolloutEngine.stream`. One stream at a time: they would share the cache rows."""
+        if self._running:
+            raise UserError("This engine is already generating; finish or close its stream first")
+        self._check(prompts, sampling, n)
+        self._running = True
+        started = time.perf_counter()
+        self.timeline = []
+        try:
+            self._forward.refresh()
+            schedule = Schedule(self.slots, prompts, n, sampling.seed)
+            self._open(schedule, sampling)
+            while not schedule.done:
+                self._refill(schedule)
+                finished = self._round(schedule, sampling)
+                self.timeline.append((time.perf_counter() - started, len(schedule.live)))
+                self._leave(schedule, finished)
+                yield from (sequence.rollout() for _, sequence in finished)
+        finally:
+            self._running = False
+            self.counters.seconds += time.perf_counter() - started
+
+    def load(self, weights: Weights) -> Weights:
+        """Take a version. The policy is the live module: its bytes are checked, not copied."""
+        if weights.policy is not None:
+            _copy_into(self.policy.model, weights.policy)
+        if (self.drafter is not None) != ("draft" in weights.checksums):
+            have, want = ("a", "no") if self.drafter is not None else ("no", "a")
+            raise UserError(f"Version {weights.version} carries {want} drafter, but this engine speculates with {have}")
+        if self.drafter is not None and weights.draft is not None:
+            self.drafter.load_state_dict(weights.draft)
+        held = Weights(weights.version, self._checksums())
+        for group, expected in weights.checksums.items():
+            if held.checksums[group] != expected:
+                raise UserError(
+                    f"The {group} weights of version {weights.version} have checksum {expected}, but the engine holds "
+                    f"{held.checksums[group]}: the transfer was partial or stale"
+                )
+        self._held = held
+        self._probe.restart(self.counters)
+        return held
+
+    def pause(self) -> None:
+        """Refuse to start a round until `resume`."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on; acceptance is probed as after a load."""
+        self._paused = False
+        self._probe.restart(self.counters)
+
+    def metrics(self) -> dict[str, Any]:
+        """See `RolloutEngine.metrics`."""
+        c = self.counters
+        return {
+            "version": self._held.version,
+            "checksums": dict(self._held.checksums),
+            "tokens": c.tokens,
+            "rounds": c.rounds,
+            "drafted": c.drafted,
+            "acceptance_length": c.acceptance_length,
+            "acceptance_per_position": c.acceptance_per_position,
+            "k_mean": c.k_mean,
+            "seconds": c.seconds,
+            "warnings": list(self.warnings),
+        }
+
+    # ---- one stream ----
+
+    def _open(self, schedule: Schedule, sampling: Sampling) -> None:
+        longest = max(len(p) for p in schedule.prompts) + sampling.max_new_tokens
+        positions = min(longest, self.policy.context) + self.k + 1  # slots beyond a row's budget are padding
+        rows = self.slots + schedule.prompt_rows
+        self._cache = SlotCache(rows, positions)
+        if self.drafter is not None:
+            self.drafter.open(rows, positions, self.k)
+
+    def _refill(self, schedule: Schedule) -> None:
+        """Seat waiting samples in free rows, prefilling prompts as they are needed."""
+        while True:
+            if chosen := schedule.to_prefill():
+                self._prefill(schedule, chosen)
+            seat = schedule.admit()
+            if seat is None:
+                return
+            self._copy(*seat, len(schedule.live[seat[1]].prompt_ids) - 1)
+
+    def _prefill(self, schedule: Schedule, chosen: list[int]) -> None:
+        """Run all but the last token of the chosen prompts, once for all their samples."""
+        for run in _neighbours(chosen, schedule):
+            prompts = [schedule.prompts[p] for p in run]
+            lengths = torch.tensor([len(p) for p in prompts], device=self.policy.device)
+            width = int(lengths.max())
+            tokens = torch.zeros(len(run), width, dtype=torch.int64, device=self.policy.device)
+            for row, prompt in enumerate(prompts):
+                tokens[row, : len(prompt)] = torch.tensor(prompt)
+            if width == 1:
+                features = None if self.drafter is None else self._no_features(len(run))
+            else:
+                starts = torch.zeros_like(lengths)
+                slots = SlotPass(self._cache, schedule.row_of(run[0]), starts, width - 1, width - 1, fresh=True)
+                _, features = self._forward(tokens[:, :-1], slots, head=False)
+            if self.drafter is not None:
+                self.drafter.prefill(schedule.row_of(run[0]), tokens, lengths, features)
+
+    def _no_features(self, rows: int) -> Tensor:
+        width = len(self._forward.taps) * self.policy.model.config.get_text_config().hidden_size
+        return torch.zeros(rows, 1, width, dtype=self.policy.dtype, device=self.policy.device)
+
+    def _round(self, schedule: Schedule, sampling: Sampling) -> list[tuple[int, Live]]:
+        """Draft, verify and commit one round. Returns the rows that finished with their sequences."""
+        if self._paused:
+            raise UserError("The engine is paused; call resume() before the next round")
+        live = schedule.live
+        rows = self._rows(live, sampling.temperature)
+        draft = self._draft(rows, live, sampling)
+        n = draft.tokens.shape[1] + 1
+        tokens = torch.cat([rows.last[:, None], draft.tokens], dim=1)
+        end = max(s.length for s in live) + n
+        logits, features = self._forward(tokens, SlotPass(self._cache, 0, rows.lengths, n, end))
+        assert logits is not None
+        keys = rows.lengths[:, None] * SLOTS_PER_POSITION + torch.arange(n, device=tokens.device)
+        coins = uniforms(rows.seeds, keys[:, : n - 1], Purpose.COIN)
+        picks = uniforms(rows.seeds, keys[:, :1], Purpose.PICK)[:, 0]
+        verdict = self._verify(self.rule, logits, draft, rows.temperature, coins, picks)
+        if self.drafter is not None:
+            self.drafter.observe(rows, verdict, features)
+        return self._commit(live, verdict, draft.lengths.tolist(), sampling)
+
+    def _rows(self, live: list[Live], temperature: float) -> Rows:
+        device = self.policy.device
+        integers = torch.tensor([(s.last, s.length, s.seed) for s in live], device=device)
+        return Rows(
+            integers[:, 0], integers[:, 1], integers[:, 2], torch.full((len(live),), temperature, device=device)
+        )
+
+    def _draft(self, rows: Rows, live: list[Live], sampling: Sampling) -> Draft:
+        """At most k tokens per row, and none that could not be emitted: a round emits one more than it drafts."""
+        nothing = Draft(rows.last.new_zeros(len(live), 0), rows.last.new_zeros(len(live)))
+        if self.drafter is None:
+            return nothing
+        room = [min(sampling.max_new_tokens - len(s.tokens), self.policy.context - 1 - s.length) - 1 for s in live]
+        budget = torch.tensor([max(0, min(self.k, r)) for r in room], device=rows.last.device)
+        return self.drafter.propose(rows, budget) if int(budget.max()) > 0 else nothing
+
+    def _commit(
+        self, live: list[Live], verdict: Verdict, drafted: list[int], sampling: Sampling
+    ) -> list[tuple[int, Live]]:
+        finished = []
+        accepted, tokens, logprobs = verdict.accepted.tolist(), verdict.tokens.tolist(), verdict.logprobs.tolist()
+        for row, sequence in enumerate(live):
+            sequence.rounds += 1
+            before = len(sequence.tokens)
+            for token, logprob in zip(tokens[row][: accepted[row] + 1], logprobs[row], strict=False):
+                sequence.tokens.append(token)
+                sequence.logprobs.append(logprob)
+                sequence.versions.append(self._held.version)
+                sequence.drafted.append(len(sequence.tokens) - before <= accepted[row])
+                sequence.finish_reason = self._finish_reason(sequence, token, sampling)
+                if sequence.finish_reason:
+                    finished.append((row, sequence))
+                    break
+            self._count(drafted[row], len(sequence.tokens) - before, accepted[row])
+        warning = self._probe.look(self.counters)
+        if warning:
+            self.warnings.append(warning)
+        return finished
+
+    def _finish_reason(self, sequence: Live, token: int, sampling: Sampling) -> str:
+        if token in self._eos_ids and not sampling.ignore_eos:
+            return "eos"
+        if sampling.stop and self._ends_with_stop(sequence.tokens, sampling.stop):
+            return "stop"
+        if len(sequence.tokens) >= sampling.max_new_tokens:
+            return "length"
+        return "context" if sequence.length + 1 >= self.policy.context else ""
+
+    def _ends_with_stop(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
+        """Whether the newest token completed a stop string (a token may bring less than a character: look back far)."""
+        window = max(len(s) for s in stop) + 8
+        text = self.policy.tokenizer.decode(tokens[-window:])
+        return any(s in text for s in stop)
+
+    def _count(self, drafted: int, emitted: int, accepted: int) -> None:
+        c = self.counters
+        c.tokens += emitted
+        c.rows += 1
+        if drafted == 0:
+            return
+        c.rounds += 1
+        c.round_tokens += emitted
+        c.drafted += drafted
+        for position in range(drafted):
+            c.drafted_at[position] += 1
+            c.accepted_at[position] += position < min(accepted, emitted)
+
+    def _leave(self, schedule: Schedule, finished: list[tuple[int, Live]]) -> None:
+        """Give each finished row to the next waiting sample, or close the gap with the last live row."""
+        for row, _ in reversed(finished):
+            seat = schedule.admit(row)
+            if seat is not None:
+                self._copy(*seat, len(schedule.live[row].prompt_ids) - 1)
+            elif (moved := schedule.vacate(row)) is not None:
+                self._copy(moved, row, schedule.live[row].length)
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        self._cache.copy(source, target, length)
+        if self.drafter is not None:
+            self.drafter.copy(source, target)
+
+    # ---- checks ----
+
+    def _check(self, prompts: Sequence[list[int]], sampling: Sampling, n: int) -> None:
+        vocabulary = self.policy.model.config.get_text_config().vocab_size
+        if not prompts or n < 1 or sampling.max_new_tokens < 1:
+            raise UserError(
+                f"Nothing to generate: {len(prompts)} prompts, n = {n}, max_new_tokens = {sampling.max_new_tokens}"
+            )
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise UserError(f"Prompt {index} is empty; a policy needs at least one token to start from")
+            if len(prompt) >= self.policy.context:
+                raise UserError(
+                    f"Prompt {index} has {len(prompt)} tokens, the model's context is {self.policy.context}; shorten it"
+                )
+            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+                raise UserError(
+                    f"Prompt {index} holds a token id outside 0 .. {vocabulary - 1}: it is for another tokenizer"
+                )
+
+    def _checksums(self) -> dict[str, str]:
+        sums = {"policy": checksum(self.policy.model.state_dict())}
+        if self.drafter is not None:
+            sums["draft"] = checksum(self.drafter.state_dict())
+        return sums
+
+
+def _neighbours(chosen: list[int], schedule: Schedule) -> list[list[int]]:
+    """Split prompts into runs whose cache rows follow one another."""
+    runs: list[list[int]] = []
+    for prompt in chosen:
+        if runs and schedule.row_of(prompt) == schedule.row_of(runs[-1][-1]) + 1:
+            runs[-1].append(prompt)
+        else:
+            runs.append([prompt])
+    return runs
+
+
+@torch.no_grad()
+def _copy_into(model: Any, state: Any) -> None:
+    from forerun.draft.eagle3 import load_exactly
+
+    load_exactly(model, state, "the policy")

@@ -1,0 +1,67 @@
+"""The live policy's forward over cache rows: its own module and its own parameters, no copy of any weight.
+
+Any Transformers model that goes through the attention interface runs as it is; Llama-like ones take the leaner path of
+`models/lean.py` over the same parameters (measured: 1.2 to 1.6 times faster on a CPU), with this one as its reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+from forerun.engine.local.cache import SlotPass, slot_attention
+from forerun.models import Policy
+from forerun.models.lean import LeanForward
+from forerun.models.taps import Taps
+
+ATTENTION = "forerun_slots"
+AttentionInterface.register(ATTENTION, slot_attention)
+
+
+class PolicyForward:
+    """Logits and tapped hidden states of a policy over the rows of a cache."""
+
+    def __init__(self, policy: Policy, taps: tuple[int, ...], lean: bool = True) -> None:
+        self.policy = policy
+        self.taps = taps
+        self.lean = LeanForward(policy.model) if lean and LeanForward.fits(policy.model) else None
+
+    def refresh(self) -> None:
+        """Take the parameters anew if somebody moved or replaced them since."""
+        if self.lean is not None and not self.lean.current():
+            self.lean = LeanForward(self.policy.model)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, slots: SlotPass, head: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """Run tokens [B, n] at the pass's rows and positions.
+
+        Returns:
+            logits [B, n, V] (None without `head`); hidden states at the taps [B, n, T·H] (None without taps).
+        """
+        if self.lean is not None:
+            return self.lean(tokens, slots, self.taps, head)
+        return self._transformers(tokens, slots, head)
+
+    def _transformers(self, tokens: Tensor, slots: SlotPass, head: bool) -> tuple[Tensor | None, Tensor | None]:
+        model: Any = self.policy.model
+        run = model if head else model.base_model
+        with slot_attention_of(model), Taps(model, self.taps) as taps:
+            out = run(input_ids=tokens, position_ids=slots.positions, use_cache=False, slots=slots)
+        return (out.logits if head else None), taps.features()
+
+
+@contextmanager
+def slot_attention_of(model: Any) -> Iterator[None]:
+    """Within, the model attends over cache rows; outside it keeps its own attention (the learner's)."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

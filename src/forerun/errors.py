@@ -1,0 +1,11 @@
+"""How a run ends early: by a mistake that is the user's to mend (exit code 2), or because the user asked (130)."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in a recipe, a file or a model, told in one sentence: what, where, and what to do."""
+
+
+class Interrupted(Exception):
+    """The user asked to stop. Raised at a safe point: the policy is that of the last finished step."""

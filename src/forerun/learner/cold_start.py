@@ -1,0 +1,100 @@
+"""The cold start: supervised training of a LoRA adapter on worked solutions, before any reinforcement learning.
+
+A policy that already writes short, sure steps has a learning signal for GRPO, and is easy to draft for.
+The result is an ordinary peft adapter, merged into the policy and loadable later as `policy.adapter`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forerun.config import ColdStartConfig
+from forerun.errors import UserError
+from forerun.learner.forward import completion_logits, token_batch, token_logprobs
+from forerun.models import Policy
+from forerun.tasks import Problem
+
+Report = Callable[[int, float], None]
+
+
+def cold_start(
+    policy: Policy, examples: list[tuple[list[int], list[int]]], config: ColdStartConfig, seed: int, report: Report
+) -> Any:
+    """Train an adapter on (prompt ids, solution ids) pairs and return the peft model around `policy.model`.
+
+    Args:
+        report: called as report(step, loss in nats per solution token) after every step.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(policy.model, lora)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    order = _batches(len(examples), config.batch, random.Random(seed))
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(step, config.steps, config.warmup)
+        batch = token_batch([examples[i] for i in next(order)], policy.device)
+        with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=policy.dtype == torch.bfloat16):
+            logits = completion_logits(model, batch)
+        loss = -token_logprobs(logits, batch.targets, 1.0).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        report(step, loss.item())
+    return model
+
+
+def merge(policy: Policy, adapter: Any, folder: Path) -> None:
+    """Save the adapter in bfloat16 to `folder` and merge those same rounded weights into the policy, in place.
+
+    The merged policy is therefore bit for bit the one that `policy.adapter=folder` gives later.
+    """
+    adapter.eval().to(torch.bfloat16).save_pretrained(folder)
+    adapter.merge_and_unload()
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then cosine decay from 1 to 0.1."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.55 + 0.45 * math.cos(math.pi * progress)
+
+
+def solved_examples(
+    policy: Policy, problems: list[Problem], chat: bool, system: str | None
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, solution ids with the end token) of every problem that has a worked solution.
+
+    Raises:
+        UserError: none of the problems has one.
+    """
+    end = [policy.tokenizer.eos_token_id]
+    pairs = [
+        (
+            policy.encode(p.question, chat, system),
+            policy.tokenizer(p.solution, add_special_tokens=False)["input_ids"] + end,
+        )
+        for p in problems
+        if p.solution
+    ]
+    if not pairs:
+        raise UserError("The cold start needs worked solutions and this task has none; leave out 'cold_start'")
+    return pairs
+
+
+def _batches(count: int, size: int, rng: random.Random):  # -> Iterator[list[int]]
+    while True:
+        order = rng.sample(range(count), count)
+        for start in range(0, count - count % size or count, size):
+            yield order[start : start + size]

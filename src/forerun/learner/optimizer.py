@@ -1,0 +1,66 @@
+"""AdamW with float32 masters. The live parameters may be bfloat16: they are what generates, the masters learn.
+
+Gradients of all micro-batches are summed in float32. A float32 parameter is its own master: nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterAdamW:
+    """torch.optim.AdamW over float32 masters of `parameters`."""
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], betas: tuple[float, float], weight_decay: float, max_grad_norm: float
+    ) -> None:
+        self.live = [p for p in parameters if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.live]
+        self.max_grad_norm = max_grad_norm
+        self.adam = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, weight_decay=weight_decay)
+        for live, master in zip(self.live, self.masters, strict=True):
+            if live is not master:
+                live.register_post_accumulate_grad_hook(_into(master))
+
+    def step(self, learning_rate: float) -> float:
+        """Clip the accumulated gradients, update masters and live parameters, clear. Returns the norm before."""
+        norm = float(nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        self.round()
+        return norm
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Write the masters into the live parameters."""
+        for live, master in zip(self.live, self.masters, strict=True):
+            if live is not master:
+                live.copy_(master)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masters and Adam's moments."""
+        return {"masters": [m.detach() for m in self.masters], "adam": self.adam.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict`; live parameters follow."""
+        for master, saved in zip(self.masters, state["masters"], strict=True):
+            master.copy_(saved)
+        self.adam.load_state_dict(state["adam"])
+        self.round()
+
+
+def _into(master: nn.Parameter) -> Any:
+    def accumulate(live: Tensor) -> None:
+        assert live.grad is not None
+        gradient = live.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        live.grad = None
+
+    return accumulate

@@ -1,0 +1,184 @@
+"""The learner in one process: log-probabilities by the policy itself, and the GRPO update.
+
+One batch is P prompts with n samples each, flat: sample i belongs to prompt i // n. Micro-batches hold a bounded number
+of padded tokens; their gradients are summed with one normaliser, the completion tokens of the whole batch, so that the
+update does not depend on how the batch was cut. Samples of zero advantage have zero gradient and are not run again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forerun.config import TrainConfig
+from forerun.errors import Interrupted, UserError
+from forerun.learner.forward import completion_logits, microbatches, token_batch, token_entropy, token_logprobs
+from forerun.learner.losses import clipped_policy_loss, kl_k3, truncated_importance
+from forerun.learner.optimizer import MasterAdamW
+from forerun.models import Policy
+from forerun.records import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """Log-probabilities of a batch before its update, one tensor [T_i] per rollout."""
+
+    logprobs: list[Tensor]  # by the policy
+    reference: list[Tensor] | None  # by the reference policy
+    entropy: float  # nats per token
+
+
+class Learner:
+    """Trains the live policy module; the engine sees every update at once because it runs the same parameters."""
+
+    def __init__(self, policy: Policy, config: TrainConfig, temperature: float) -> None:
+        self.policy, self.config = policy, config
+        self.temperature = temperature
+        self.optimizer = MasterAdamW(policy.model.parameters(), config.betas, config.weight_decay, config.max_grad_norm)
+        self._reference = copy.deepcopy(policy.model).requires_grad_(False) if config.kl > 0 else None
+        if config.gradient_checkpointing:
+            _enable_checkpointing(policy.model)
+
+    @torch.no_grad()
+    def score(self, rollouts: Sequence[Rollout], tick: Callable[[int], None] = lambda n: None) -> Scored:
+        """Recompute every token's log-probability under the current policy (and the reference)."""
+        own = [torch.empty(0)] * len(rollouts)
+        reference = None if self._reference is None else list(own)
+        entropy_sum, done = 0.0, 0
+        for rows in self._microbatches(rollouts):
+            batch = _batch(rollouts, rows, self.policy.device)
+            logits = completion_logits(self.policy.model, batch)
+            _scatter(token_logprobs(logits, batch.targets, self.temperature), rows, rollouts, own)
+            entropy_sum += float(token_entropy(logits, self.temperature).sum())
+            if reference is not None:
+                logits = completion_logits(self._reference, batch)
+                _scatter(token_logprobs(logits, batch.targets, self.temperature), rows, rollouts, reference)
+            done += len(rows)
+            tick(done)
+        return Scored(own, reference, entropy_sum / max(1, sum(len(r.tokens) for r in rollouts)))
+
+    def train(
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: Tensor,  # [P·n]
+        scored: Scored,
+        learning_rate: float,
+        stop_requested: Callable[[], bool] = lambda: False,
+        tick: Callable[[int], None] = lambda n: None,
+    ) -> dict[str, float]:
+        """Update the policy on one batch; returns metrics.
+
+        Raises:
+            Interrupted: `stop_requested` before the first optimizer step; the policy is as it was.
+            UserError: the loss or the gradient is not finite; the policy is as it was before this optimizer step.
+        """
+        order = [i for i in range(len(rollouts)) if float(advantages[i]) != 0.0 or scored.reference is not None]
+        chunks = [order[u :: self.config.updates_per_step] for u in range(self.config.updates_per_step)]
+        totals = dict.fromkeys(("loss", "ratio", "low", "high", "kl", "tokens"), 0.0)
+        norms = []
+        for number, chunk in enumerate(chunks):
+            size = sum(len(r.tokens) for r in rollouts) / len(chunks)
+            for rows in self._microbatches(rollouts, chunk):
+                if number == 0 and stop_requested():
+                    self.optimizer.adam.zero_grad(set_to_none=True)
+                    raise Interrupted
+                self._accumulate(rollouts, rows, advantages, scored, size, totals)
+                tick(len(rows))
+            if chunk:
+                norms.append(self._step(learning_rate))
+        tokens = max(1.0, totals["tokens"])
+        return {
+            "policy/loss": totals["loss"] / len(chunks),
+            "policy/grad_norm": sum(norms) / max(1, len(norms)),
+            "policy/lr": learning_rate,
+            "policy/ratio_mean": totals["ratio"] / tokens if order else 1.0,
+            "policy/clip_low": totals["low"] / tokens,
+            "policy/clip_high": totals["high"] / tokens,
+            "policy/kl": totals["kl"] / tokens,
+            "policy/entropy": scored.entropy,
+        }
+
+    def _accumulate(
+        self,
+        rollouts: Sequence[Rollout],
+        rows: list[int],
+        advantages: Tensor,
+        scored: Scored,
+        size: float,
+        totals: dict[str, float],
+    ) -> None:
+        """Forward and backward of one micro-batch; its loss is a sum over tokens divided by `size`."""
+        device, config = self.policy.device, self.config
+        batch = _batch(rollouts, rows, device)
+        logprobs = token_logprobs(completion_logits(self.policy.model, batch), batch.targets, self.temperature)
+        old = torch.cat([scored.logprobs[i] for i in rows]).to(device)
+        behaviour = torch.tensor([x for i in rows for x in rollouts[i].logprobs], device=device)
+        advantage = advantages.to(device)[torch.tensor(rows, device=device)]
+        advantage = advantage.repeat_interleave(torch.tensor([len(rollouts[i].tokens) for i in rows], device=device))
+        correction = truncated_importance(old, behaviour, config.importance_cap)
+        terms = clipped_policy_loss(logprobs, old, advantage, config.clip_low, config.clip_high, correction)
+        loss = terms.loss.sum() / size
+        if scored.reference is not None:
+            kl = kl_k3(logprobs, torch.cat([scored.reference[i] for i in rows]).to(device))
+            loss = loss + config.kl * kl.sum() / size
+            totals["kl"] += float(kl.detach().sum())
+        loss.backward()
+        totals["loss"] += float(loss.detach())
+        totals["ratio"] += float(terms.ratio.sum())
+        totals["low"] += float(terms.clipped_low.sum())
+        totals["high"] += float(terms.clipped_high.sum())
+        totals["tokens"] += len(old)
+
+    def _step(self, learning_rate: float) -> float:
+        finite = all(bool(torch.isfinite(m.grad).all()) for m in self.optimizer.masters if m.grad is not None)
+        if not finite:
+            self.optimizer.adam.zero_grad(set_to_none=True)
+            raise UserError(
+                "The policy's gradient is not finite; nothing was updated. Lower train.learning_rate, "
+                "or use policy.dtype=float32"
+            )
+        return self.optimizer.step(learning_rate)
+
+    def _microbatches(self, rollouts: Sequence[Rollout], rows: list[int] | None = None) -> list[list[int]]:
+        rows = list(range(len(rollouts))) if rows is None else rows
+        lengths = [len(rollouts[i].prompt_ids) + len(rollouts[i].tokens) for i in rows]
+        return [[rows[j] for j in group] for group in microbatches(lengths, self.config.microbatch_tokens)]
+
+
+def mismatch(rollouts: Sequence[Rollout], scored: Scored) -> dict[str, float]:
+    """How far the engine's log-probabilities of its own tokens are from the learner's: KL (k3), largest gap, ratio."""
+    engine = torch.tensor([x for r in rollouts for x in r.logprobs])
+    gap = torch.cat([x.cpu() for x in scored.logprobs]) - engine
+    return {
+        "mismatch/kl": float((gap.exp() - 1 - gap).mean()),
+        "mismatch/logp_diff_max": float(gap.abs().max()),
+        "mismatch/prob_ratio": float(gap.abs().exp().mean()),
+    }
+
+
+def _batch(rollouts: Sequence[Rollout], rows: list[int], device: torch.device) -> Any:
+    return token_batch([(rollouts[i].prompt_ids, rollouts[i].tokens) for i in rows], device)
+
+
+def _scatter(values: Tensor, rows: list[int], rollouts: Sequence[Rollout], into: list[Tensor]) -> None:
+    for i, part in zip(rows, values.split([len(rollouts[i].tokens) for i in rows]), strict=True):
+        into[i] = part.cpu()
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass.
+
+    It needs training mode, whose dropout is switched off: the learner scores the policy that generated.
+    """
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0

@@ -1,0 +1,356 @@
+"""The one loop. A step is the five stages that the paper times, in this order:
+
+    data        prompts
+    prepare     weights (policy and drafter, one version) -> engine
+    generation  engine: draft, verify, accept until done; rewards
+    logprob     the same tokens' log-probabilities by the policy itself (and the reference)
+    train       advantages, policy loss, update -> weights of the next version
+
+Evaluation, comparison with plain generation and checkpoints stand between steps and are timed on their own.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from forerun.config import Recipe, load_recipe
+from forerun.draft import Drafter, load_drafter
+from forerun.engine import Sampling
+from forerun.engine.local.engine import LocalEngine
+from forerun.engine.local.schedule import request_seed
+from forerun.errors import Interrupted
+from forerun.learner.advantages import group_advantages
+from forerun.learner.checkpoint import newest_checkpoint, read_history, restore, save_checkpoint
+from forerun.learner.policy import Learner, mismatch
+from forerun.loop.generate import Generated, comparison, evaluation, generate, rollout_metrics
+from forerun.loop.history import STAGES, History
+from forerun.loop.setup import encode, prepare_drafter, prepare_policy, prompts_of_step
+from forerun.loop.weights import publish
+from forerun.models import Policy, load_policy, save_policy
+from forerun.records import Prompt
+from forerun.report.console import Console
+from forerun.report.environment import machine_line
+from forerun.report.html import write_report
+from forerun.report.metrics import RunFolder
+from forerun.tasks import Problem, load_task
+
+EVAL_SEED, COMPARE_SEED = 1_000_003, 2_000_003  # streams of requests apart from training's
+SAMPLES_KEPT = 16  # rollouts of a step that go into rollouts.jsonl
+
+
+def run(recipe: Recipe, console: Console | None = None, resume: Path | None = None) -> dict[str, Any]:
+    """Train; returns the summary that is also written to the run folder.
+
+    Args:
+        resume: run folder whose newest checkpoint to continue; the recipe is that run's own.
+
+    Raises:
+        UserError: something of the user's is wrong. Interrupted: Ctrl-C; a checkpoint was written.
+    """
+    own_console = console or Console(recipe.train.steps)
+    with own_console, _stop_flag() as stop_requested:
+        training = Training.resumed(resume, recipe, own_console) if resume else Training.fresh(recipe, own_console)
+        return training.run(stop_requested)
+
+
+def resumed_recipe(folder: Path, overrides: dict[str, Any]) -> Recipe:
+    """The recipe of an earlier run, with overrides (to train longer, say)."""
+    return load_recipe(str(RunFolder.open(folder).config), overrides)
+
+
+class Training:
+    """A run between its first and its last step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        console: Console,
+        folder: RunFolder,
+        policy: Policy,
+        drafter: Drafter | None,
+        history: History,
+    ) -> None:
+        self.recipe, self.console, self.folder = recipe, console, folder
+        self.policy, self.drafter, self.history = policy, drafter, history
+        self.task = load_task(recipe.task, recipe.seed)
+        self.problems = self.task.problems("train")
+        self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
+        slots, speculation = recipe.rollout.slots, recipe.speculation
+        self.engine = LocalEngine(policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots)
+        self.plain = LocalEngine(policy, slots=slots)
+        self.learner = Learner(policy, recipe.train, recipe.rollout.temperature)
+        self._started = time.perf_counter() - history.wall_s
+        self._env: dict[str, Any] = {}
+
+    @classmethod
+    def fresh(cls, recipe: Recipe, console: Console) -> Training:
+        """A new run folder, policy after its cold start, drafter loaded or trained."""
+        torch.manual_seed(recipe.seed)
+        task = load_task(recipe.task, recipe.seed)
+        task.problems("train")  # bad data is told before the model is loaded
+        folder = RunFolder.create(recipe.runs, recipe.name)
+        folder.write_config(recipe.to_yaml())
+        policy = prepare_policy(recipe, task, folder.path, console)
+        drafter = prepare_drafter(recipe, policy, task, folder.path / "drafter", console)
+        return cls(recipe, console, folder, policy, drafter, History())
+
+    @classmethod
+    def resumed(cls, run_folder: Path, recipe: Recipe, console: Console) -> Training:
+        """A run as its newest whole checkpoint left it."""
+        folder = RunFolder.open(run_folder)
+        checkpoint = newest_checkpoint(folder.path)
+        history = History.from_json(read_history(checkpoint))
+        dropped = folder.truncate_after(history.step)
+        console.note(f"resuming {folder.path} after step {history.step} ({dropped} newer log lines dropped)")
+        policy = load_policy(str(checkpoint / "policy"), recipe.policy.dtype, recipe.policy.device)
+        drafter = None
+        if recipe.speculation.tokens:
+            speculation = recipe.speculation.model_copy(update={"draft": str(checkpoint / "drafter")})
+            drafter = load_drafter(policy, speculation)
+        training = cls(recipe, console, folder, policy, drafter, history)
+        restore(checkpoint, training.learner.optimizer)
+        return training
+
+    def run(self, stop_requested: Callable[[], bool]) -> dict[str, Any]:
+        """All remaining steps, then the model, the summary and the report."""
+        recipe, history = self.recipe, self.history
+        self._env = self.folder.write_env()
+        try:
+            if history.step == 0 and not history.evaluations:
+                self._evaluate(0, stop_requested)
+            while history.step < recipe.train.steps:
+                self._step(history.step, stop_requested)
+                if recipe.eval.every and history.step % recipe.eval.every == 0 and history.step < recipe.train.steps:
+                    self._evaluate(history.step, stop_requested)
+                if recipe.checkpoint.every and history.step % recipe.checkpoint.every == 0:
+                    self._checkpoint()
+                if stop_requested():
+                    raise Interrupted
+            if history.step and history.evaluations and history.evaluations[-1]["step"] != history.step:
+                self._evaluate(history.step, stop_requested)
+        except Interrupted:
+            self._checkpoint()
+            self.console.warn(
+                f"stopped after step {history.step}; go on with: forerun train --resume {self.folder.path}"
+            )
+            raise
+        return self._finish()
+
+    def _step(self, step: int, stop_requested: Callable[[], bool]) -> None:
+        """One step, 0-based; counted as finished only when its update has been made."""
+        recipe, console, timer = self.recipe, self.console, StageTimer()
+        with timer.stage("data"):
+            problems = prompts_of_step(self.problems, step, recipe.train.prompts_per_step, recipe.seed)
+            prompts = [encode(p, recipe, self.policy) for p in problems]
+        with timer.stage("prepare"):
+            self.engine.load(publish(step, self.policy, self.drafter))
+        sampling = self._sampling(request_seed(recipe.seed, step, 0))
+        with timer.stage("generation"), console.stage("generation"):
+            generated = generate(
+                self.engine, self.policy, self.task, problems, prompts, sampling,
+                recipe.train.samples_per_prompt, console, stop_requested,
+            )  # fmt: skip
+        self._compare(step, problems, prompts, sampling, generated)
+        rows = len(generated.rollouts)
+        with timer.stage("logprob"), console.stage("log-probabilities"):
+            scored = self.learner.score(generated.rollouts, lambda done: console.progress(done, rows, "rollouts"))
+        with timer.stage("train"), console.stage("training"):
+            advantages = group_advantages(generated.rewards, recipe.train.normalize_std).view(-1)
+            rate = recipe.train.learning_rate * min(1.0, (step + 1) / max(1, recipe.train.warmup))
+            progress = Progress(console, rows)
+            metrics = self.learner.train(generated.rollouts, advantages, scored, rate, stop_requested, progress.tick)
+        self._record(step, timer, generated, metrics | mismatch(generated.rollouts, scored), advantages)
+
+    def _record(
+        self, step: int, timer: StageTimer, generated: Generated, metrics: dict[str, float], advantages: torch.Tensor
+    ) -> None:
+        """Write the step's metrics and samples, and count it as done."""
+        history, seconds = self.history, timer.seconds
+        history.stages.append({s: seconds[s] for s in STAGES})
+        history.counters = history.counters.plus(generated.counters)
+        history.step = step + 1
+        history.wall_s = time.perf_counter() - self._started
+        total = sum(seconds.values())
+        line = rollout_metrics(generated) | metrics | {f"time/{s}": seconds[s] for s in STAGES}
+        line |= {"time/step": total, "time/exposed_generation": seconds["generation"]}
+        if history.comparisons and history.comparisons[-1]["step"] == step + 1:
+            line |= {f"compare/{k}": v for k, v in history.comparisons[-1].items() if k != "step"}
+        self.folder.log(step + 1, line)
+        self.folder.log_rollouts(self._samples(step + 1, generated, advantages))
+        self.console.step(step + 1, line)
+        while self.engine.warnings:
+            self.console.warn(self.engine.warnings.pop(0))
+
+    def _samples(self, step: int, generated: Generated, advantages: torch.Tensor) -> Iterator[dict[str, Any]]:
+        decode = self.policy.tokenizer.decode
+        rewards = generated.rewards.view(-1).tolist()
+        for i, rollout in list(enumerate(generated.rollouts))[:SAMPLES_KEPT]:
+            yield {
+                "step": step,
+                "prompt_id": f"{step}/{rollout.prompt_index}",
+                "prompt": decode(rollout.prompt_ids),
+                "text": generated.texts[i],
+                "reward": rewards[i],
+                "advantage": float(advantages[i]),
+                "tokens": len(rollout.tokens),
+                "finish_reason": rollout.finish_reason,
+                "rounds": rollout.rounds,
+                "accepted_mask": rollout.drafted,
+                "token_texts": [decode([t]) for t in rollout.tokens],
+            }
+
+    def _compare(
+        self, step: int, problems: list[Problem], prompts: list[Prompt], sampling: Sampling, speculative: Generated
+    ) -> None:
+        """Generate the same prompts plainly too, in `compare.steps` steps spread over the run; in no stage's time."""
+        if self.drafter is None or step not in spread(self.recipe.compare.steps, self.recipe.train.steps):
+            return
+        n = self.recipe.train.samples_per_prompt
+        with self.console.stage("plain generation, to compare"):
+            self.plain.load(publish(step, self.policy, None))
+            plain = generate(self.plain, self.policy, self.task, problems, prompts, sampling, n, self.console)
+        self.history.comparisons.append(comparison(step + 1, plain, speculative))
+        self.history.timeline = {"speculative": _thin(speculative.timeline), "plain": _thin(plain.timeline)}
+
+    def _evaluate(self, step: int, stop_requested: Callable[[], bool]) -> None:
+        if not self.held_out:
+            return
+        recipe = self.recipe
+        self.engine.load(publish(step, self.policy, self.drafter))
+        prompts = [encode(p, recipe, self.policy) for p in self.held_out]
+        temperature = recipe.rollout.temperature if recipe.eval.temperature is None else recipe.eval.temperature
+        sampling = self._sampling(request_seed(recipe.seed, EVAL_SEED, step), temperature)
+        with self.console.stage("evaluation"):
+            result = evaluation(
+                generate(
+                    self.engine,
+                    self.policy,
+                    self.task,
+                    self.held_out,
+                    prompts,
+                    sampling,
+                    recipe.eval.samples,
+                    self.console,
+                    stop_requested,
+                )
+            )
+        self.folder.log(step, dict(result))
+        self.history.evaluations.append({"step": step, **result})
+        self.console.note(
+            f"evaluation after step {step}: reward {result['eval/reward']:.3f} ± {result['eval/stderr']:.3f} "
+            f"on {len(self.held_out)} held-out prompts, {result['time/eval']:.1f} s"
+        )
+
+    def _sampling(self, seed: int, temperature: float | None = None) -> Sampling:
+        rollout = self.recipe.rollout
+        heat = rollout.temperature if temperature is None else temperature
+        return Sampling(rollout.max_new_tokens, heat, seed, tuple(rollout.stop))
+
+    def _checkpoint(self) -> None:
+        with self.console.stage("checkpoint"):
+            self.history.wall_s = time.perf_counter() - self._started
+            save_checkpoint(
+                self.folder.path / "checkpoints", self.history.step, self.policy, self.learner.optimizer, self.drafter,
+                self.history.to_json(), self.recipe.checkpoint.keep,
+            )  # fmt: skip
+
+    def _finish(self) -> dict[str, Any]:
+        """Save the policy and the drafter in Hugging Face format, write summary and report, show the table."""
+        folder, recipe = self.folder, self.recipe
+        with self.console.stage("saving"):
+            save_policy(self.policy, folder.path / "hf" / "policy")
+            if self.drafter is not None:
+                self.drafter.save(folder.path / "hf" / "drafter", {"run": folder.path.name})
+        self.history.wall_s = time.perf_counter() - self._started
+        paths = {
+            name: str(getattr(folder, name)) for name in ("metrics", "rollouts", "config", "env", "summary", "report")
+        }
+        paths |= {"policy": str(folder.path / "hf" / "policy")}
+        if self.drafter is not None:
+            paths |= {"draft": str(folder.path / "hf" / "drafter")}
+        sums = publish(self.history.step, self.policy, self.drafter).checksums
+        summary = self.history.summary() | {
+            "run": str(folder.path),
+            "recipe": recipe.name,
+            "seed": recipe.seed,
+            "k": recipe.speculation.tokens,
+            "speculation": recipe.speculation.model_dump(),
+            "weights": {"version": self.history.step, **{f"{g}_checksum": c for g, c in sums.items()}},
+            "warnings": self.console.warnings,
+            "paths": paths,
+            "machine": machine_line(self._env),
+        }
+        folder.write_summary(summary)
+        write_report(folder.path)
+        self.console.table(summary)
+        return summary
+
+
+class StageTimer:
+    """Seconds of each stage of a step."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time within as stage `name`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+
+
+class Progress:
+    """Adds up rows for the console."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self.console, self.total, self.done = console, total, 0
+
+    def tick(self, rows: int) -> None:
+        """`rows` more are done."""
+        self.done += rows
+        self.console.progress(self.done, self.total, "rollouts")
+
+
+def spread(count: int, steps: int) -> set[int]:
+    """`count` step numbers (0-based) spread evenly over `steps`, the first and the last among them."""
+    if count <= 1 or steps <= 1:
+        return {0} if count and steps else set()
+    count = min(count, steps)
+    return {round(i * (steps - 1) / (count - 1)) for i in range(count)}
+
+
+def _thin(timeline: list[tuple[float, int]], points: int = 400) -> list[tuple[float, int]]:
+    """At most about `points` points, the last one kept."""
+    stride = max(1, len(timeline) // points)
+    return [*timeline[::stride], timeline[-1]] if timeline else []
+
+
+@contextmanager
+def _stop_flag() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C only asks to stop, at the next safe point; a second one ends the process at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not in the main thread: the caller's own handling stays
+        yield lambda: False
+        return
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,169 @@
+"""A policy is a Hugging Face causal language model with its tokenizer, loaded by folder, hub name or alias.
+
+Left out: how it generates (`engine/`) and how it learns (`learner/`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from forerun.errors import UserError
+from forerun.models import smollm2
+
+ALIASES = {"smollm2-135m": smollm2.folder}
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The model that is trained, that generates and that verifies: one module, three roles."""
+
+    model: Any  # transformers.PreTrainedModel
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def context(self) -> int:
+        """Positions that the model was made for."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a completion: the tokenizer's and those of the model's generation settings."""
+        ids = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
+        listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+        own = self.tokenizer.eos_token_id if self.tokenizer is not None else None
+        return frozenset(int(i) for i in [*listed, *([] if own is None else [own])])
+
+    def encode(self, question: str, chat: bool = True, system: str | None = None) -> list[int]:
+        """Token ids of a question, through the chat template unless `chat` is false.
+
+        Raises:
+            UserError: the tokenizer has no chat template.
+        """
+        if not chat:
+            return self.tokenizer(question)["input_ids"]
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"The model '{self.name}' has no chat template; set policy.chat=false to give it questions as they "
+                "are, or use an instruction-tuned model"
+            )
+        head = [{"role": "system", "content": system}] if system is not None else []
+        messages = [*head, {"role": "user", "content": question}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def load_policy(model: str, dtype: str = "auto", device: str = "auto", adapter: str | None = None) -> Policy:
+    """Load a model and its tokenizer, merge a LoRA adapter into it where one is named.
+
+    Args:
+        model: folder, hub name, or alias (`smollm2-135m`).
+        dtype: "float32", "bfloat16" or "auto".
+        device: torch device, or "auto".
+        adapter: LoRA folder or name of a shipped artifact.
+
+    Raises:
+        UserError: the model, its tokenizer or the adapter cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = str(ALIASES[model]()) if model in ALIASES else model
+    place = resolve_device(device)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, place))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The model '{model}' cannot be loaded: {_first_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The model '{model}' has no usable tokenizer: {_first_line(error)}") from error
+    if adapter is not None:
+        merge_adapter(loaded, artifact(adapter))
+    loaded.to(place)  # type: ignore[arg-type]
+    return Policy(loaded.eval(), tokenizer, model)
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write the policy in Hugging Face format (safetensors, config, tokenizer).
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    try:
+        policy.model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error
+        raise UserError(
+            f"Cannot save the policy to {folder}: {_first_line(error)}; free space or choose another 'runs'"
+        ) from error
+
+
+def merge_adapter(model: nn.Module, folder: Path) -> None:
+    """Add a LoRA adapter (peft's format) to the weights of `model`, in place.
+
+    Raises:
+        UserError: the folder holds no adapter, or the adapter does not fit the model.
+    """
+    from peft import PeftModel
+
+    try:
+        PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"The adapter in {folder} cannot be merged into the policy: {_first_line(error)}") from error
+
+
+def artifact(name: str) -> Path:
+    """Folder of a shipped artifact, or `name` itself where it is a folder.
+
+    Raises:
+        UserError: neither exists.
+    """
+    shipped = Path(str(resources.files("forerun") / "artifacts" / name))
+    for folder in (Path(name), shipped):
+        if folder.is_dir():
+            return folder
+    names = sorted(p.name for p in shipped.parent.iterdir() if p.is_dir() and not p.name.startswith("_"))
+    raise UserError(f"'{name}' is neither a folder nor a shipped artifact (those are: {', '.join(names) or 'none'})")
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is the first CUDA device, or the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where the hardware multiplies it natively, else float32."""
+    if dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return torch.bfloat16 if native_bfloat16(device) else torch.float32
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether `device` has bfloat16 multiply units (GPU: by query; CPU: AVX512-BF16 or AMX in the CPU's flags)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

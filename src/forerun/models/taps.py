@@ -1,0 +1,71 @@
+"""Hidden states of a policy at declared layers.
+
+Tap i is the *input* of decoder layer i, i.e. what layer i - 1 put out (tap 0: the embeddings). This is vLLM's numbering
+of `eagle_aux_hidden_state_layer_ids`; a drafter's config.json is the one place where the numbers are written.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forerun.errors import UserError
+
+
+def decoder_layers(model: Any) -> Any:
+    """The list of decoder layers of a Hugging Face causal language model."""
+    return model.get_decoder().layers
+
+
+def default_taps(layers: int) -> tuple[int, int, int]:
+    """Early, middle and late: 2, n/2, n - 3 as EAGLE-3 takes them, kept apart for models of few layers."""
+    if layers >= 7:
+        return 2, layers // 2, layers - 3
+    return 0, layers // 2, max(layers - 1, 0)
+
+
+def check_taps(taps: tuple[int, ...], layers: int) -> None:
+    """Refuse taps that the model does not have.
+
+    Raises:
+        UserError: a tap lies outside 0 .. layers - 1.
+    """
+    outside = [t for t in taps if not 0 <= t < layers]
+    if outside:
+        raise UserError(
+            f"The drafter reads the input of layers {list(taps)}, but the policy has layers 0 to {layers - 1}"
+        )
+
+
+class Taps:
+    """Context in which a model's forward leaves its hidden states at the taps behind."""
+
+    def __init__(self, model: Any, taps: tuple[int, ...]) -> None:
+        self._layers = decoder_layers(model) if taps else []
+        self._taps = taps
+        self._seen: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Taps:
+        for tap in self._taps:
+            self._handles.append(self._layers[tap].register_forward_pre_hook(self._keep(tap), with_kwargs=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def features(self) -> Tensor | None:
+        """What the forward passed through the taps, detached, side by side [B, n, T·H]; None without taps."""
+        return torch.cat([self._seen[tap] for tap in self._taps], dim=-1) if self._taps else None
+
+    def _keep(self, tap: int) -> Any:
+        def hook(_: Any, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+            self._seen[tap] = (arguments[0] if arguments else keywords["hidden_states"]).detach()
+
+        return hook

@@ -1,0 +1,68 @@
+"""The small frozen records that travel between rooms.
+
+Axes in shape comments: B sequences of a batch, k draft tokens, V vocabulary, D draft vocabulary, H hidden size.
+Left out: anything that decides something. Records only carry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt as the engine takes it and as the reward needs it."""
+
+    token_ids: list[int]
+    problem_id: str = ""
+    answer: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a drafter proposes for one round of B sequences.
+
+    `tokens[b, :lengths[b]]` are the proposals. `log_q[b, j]` is the log-probability row that `tokens[b, j]` was sampled
+    from, over the D entries of `vocabulary` (ascending target ids; None: the whole target vocabulary, D = V).
+    `log_q` is None for a deterministic draft, whose q is one-hot. `parents` is None for a chain.
+    """
+
+    tokens: Tensor  # [B, k] int64
+    lengths: Tensor  # [B] int64, 0 <= lengths <= k
+    log_q: Tensor | None = None  # [B, k, D] float32
+    vocabulary: Tensor | None = None  # [D] int64
+    parents: Tensor | None = None  # [B, k] int64
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What verification decided: row b emits `tokens[b, : accepted[b] + 1]`, the last of them not drafted."""
+
+    accepted: Tensor  # [B] int64
+    tokens: Tensor  # [B, k+1] int64, zero beyond the emitted ones
+    logprobs: Tensor  # [B, k+1] float32, log-probability of the emitted tokens under the target
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One finished sample of the policy.
+
+    `logprobs[t]` is the policy's log-probability of `tokens[t]`, taken from the row that verified it (at the sampling
+    temperature; at temperature 0, of the unscaled distribution). `versions[t]` is the weight version that emitted it.
+    """
+
+    prompt_ids: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    finish_reason: (
+        str  # "eos", "stop" (a stop string), "length" (max_new_tokens) or "context" (the model's last position)
+    )
+    prompt_index: int = 0
+    sample_index: int = 0
+    rounds: int = 0  # policy forwards that produced `tokens`, prefill not counted
+    drafted: list[bool] = field(default_factory=list)  # whether tokens[t] was an accepted draft

@@ -1,0 +1,236 @@
+"""The report's figures as plotly's own JSON: {"data": [traces], "layout": {...}}.
+
+A colour is the name of a CSS variable ("--speculative"); the page resolves it for light and dark. Fonts, margins, grid
+and background belong to the page too, so a figure says only what it shows. Each function takes the run and returns
+None when the run has nothing for it.
+Left out: plotly's Python objects, which these dicts are the short form of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from forerun.report.rundata import RunData
+from forerun.report.summary import STAGES, compared, stage_rows, times
+
+Figure = dict[str, Any]
+Trace = dict[str, Any]
+
+POSITION_COLORS = 8  # CSS variables --position-1 to --position-8, dark to light
+BAND_COLORS = {name: f"--stage-{name}" for name in (*STAGES, "other")}
+
+
+def line(name: str, xs: Sequence[float], ys: Sequence[float], color: str, dash: str = "solid") -> Trace:
+    """A line with dots at its values."""
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if len(xs) <= 60 else "lines",
+        "name": name,
+        "x": list(xs),
+        "y": list(ys),
+        "line": {"color": color, "width": 2, "dash": dash},
+        "marker": {"color": color, "size": 6},
+    }
+
+
+def bars(name: str, xs: Sequence[Any], ys: Sequence[float], color: str, text: Sequence[str] = ()) -> Trace:
+    """Vertical bars, with a word over each where `text` has one."""
+    trace: Trace = {"type": "bar", "name": name, "x": list(xs), "y": list(ys), "marker": {"color": color}}
+    return trace | ({"text": list(text), "textposition": "outside", "cliponaxis": False} if text else {})
+
+
+def figure(data: list[Trace], x: str, y: str, layout: dict[str, Any] | None = None) -> Figure:
+    """Traces with titled axes; `layout` overrides single entries ("yaxis.type": "log")."""
+    return {"data": data, "layout": {"xaxis.title.text": x, "yaxis.title.text": y} | (layout or {})}
+
+
+def over_steps(run: RunData, y: str, names: dict[str, tuple[str, str]], layout: dict[str, Any] | None = None) -> Figure:
+    """Lines over training steps from {metric: (label, colour)}; metrics that the run does not have are left out."""
+    data = []
+    for metric, (label, color) in names.items():
+        steps, values = run.series(metric)
+        if steps:
+            data.append(line(label, steps, values, color))
+    return figure(data, "step", y, layout)
+
+
+def _or_none(drawn: Figure) -> Figure | None:
+    return drawn if drawn["data"] else None
+
+
+def stages_per_step(run: RunData) -> Figure | None:
+    """Stacked bars of the five stages, with what they leave of the step on top."""
+    rows = [row for row in run.metrics if row.get("time/step") is not None]
+    if not rows:
+        return None
+    data, steps = [], [row["step"] for row in rows]
+    inside = [sum(row.get(f"time/{name}") or 0.0 for name in STAGES) for row in rows]
+    for name in STAGES:
+        data.append(bars(name, steps, [row.get(f"time/{name}") or 0.0 for row in rows], BAND_COLORS[name]))
+    other = [max(0.0, row["time/step"] - known) for row, known in zip(rows, inside, strict=True)]
+    data.append(bars("other", steps, other, BAND_COLORS["other"]))
+    return figure(data, "step", "seconds", {"barmode": "stack"})
+
+
+def mean_step_bars(run: RunData) -> Figure | None:
+    """Two horizontal bars, plain (predicted) over speculative, of the mean step by stage."""
+    plain, spec = compared(run.summary, "plain_s"), compared(run.summary, "spec_s")
+    rows = stage_rows(run.summary)
+    total = sum(row.seconds for row in rows)
+    if not rows or plain is None or spec is None:
+        return None
+    data = []
+    for row in rows:
+        seconds = [row.seconds, row.seconds + (plain - spec if row.name == "generation" else 0.0)]
+        data.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": row.name,
+                "y": ["speculative", "plain<br>(predicted)"],
+                "x": seconds,
+                "text": [f"{value:.1f}" if value > 0.05 * total else "" for value in seconds],
+                "textposition": "inside",
+                "insidetextanchor": "middle",
+                "textangle": 0,
+                "textfont": {"color": "--on-bar"},
+                "marker": {"color": BAND_COLORS[row.name]},
+                "hovertemplate": "%{x:.2f} s",
+            }
+        )
+    layout: dict[str, Any] = {"barmode": "stack", "hovermode": "closest", "yaxis.type": "category"}
+    layout |= {"xaxis.showgrid": True, "yaxis.showgrid": False}
+    return figure(data, "seconds of the mean step", "", layout)
+
+
+def compared_bars(run: RunData) -> Figure | None:
+    """Generation seconds of the compared steps, plain beside speculative, with the ratio over the pair."""
+    rows = run.summary.get("compare") or []
+    rows = [row for row in rows if row.get("plain_s") is not None and row.get("spec_s") is not None]
+    if not rows:
+        return None
+    labels = [f"step {row['step']}" for row in rows]
+    ratios = [times(row["plain_s"] / row["spec_s"]) if row["spec_s"] else "" for row in rows]
+    data = [
+        bars("plain", labels, [row["plain_s"] for row in rows], "--plain"),
+        bars("speculative", labels, [row["spec_s"] for row in rows], "--speculative", ratios),
+    ]
+    return figure(data, "", "generation seconds", {"barmode": "group", "xaxis.type": "category"})
+
+
+def reward_curves(run: RunData) -> Figure | None:
+    """Training reward per step and held-out reward with its standard error."""
+    data = []
+    steps, rewards = run.series("reward/mean")
+    if steps:
+        data.append(line("train, this step's rollouts", steps, rewards, "--plain"))
+    steps, rewards = run.series("eval/reward")
+    if steps:
+        errors = dict(zip(*run.series("eval/stderr"), strict=True))
+        held_out = line("held-out, ± standard error", steps, rewards, "--speculative")
+        held_out["error_y"] = {
+            "type": "data",
+            "array": [errors.get(step, 0.0) for step in steps],
+            "color": "--speculative",
+            "thickness": 1.5,
+            "width": 5,
+        }
+        data.append(held_out)
+    return _or_none(figure(data, "step", "reward"))
+
+
+def position_curves(run: RunData) -> Figure | None:
+    """Cumulative acceptance per draft position over steps."""
+    stem = "spec/acceptance_pos_"
+    positions = sorted(int(name[len(stem) :]) for name in run.names() if name.startswith(stem))
+    names = {f"{stem}{i}": (f"position {i}", f"--position-{min(i, POSITION_COLORS)}") for i in positions}
+    return _or_none(over_steps(run, "share of rounds", names, {"yaxis.range": [0, 1]}))
+
+
+def acceptance_curve(run: RunData) -> Figure | None:
+    """Acceptance length over steps, with the number that k allows as a dashed line."""
+    steps, lengths = run.series("spec/acceptance_length")
+    if not steps:
+        return None
+    data = [line("acceptance length", steps, lengths, "--speculative")]
+    k_steps, k_values = run.series("spec/k_mean")
+    if k_steps:
+        data.append(line("most possible, k + 1", k_steps, [k + 1 for k in k_values], "--plain", "dot"))
+        data[-1]["mode"] = "lines"
+    return figure(data, "step", "tokens per round", {"yaxis.rangemode": "tozero"})
+
+
+def timeline(run: RunData) -> Figure | None:
+    """Live sequences against seconds in one rollout, plain and speculative on one clock."""
+    data = []
+    for name in ("plain", "speculative"):
+        points = (run.summary.get("timeline") or {}).get(name) or []
+        if points:
+            trace = line(name, [point[0] for point in points], [point[1] for point in points], f"--{name}")
+            trace["mode"], trace["fill"], trace["fillcolor"] = "lines", "tozeroy", f"--{name}-fill"
+            trace["line"]["shape"] = "hv"
+            data.append(trace)
+    layout = {"yaxis.rangemode": "tozero", "xaxis.rangemode": "tozero", "xaxis.type": "linear"}
+    return _or_none(figure(data, "seconds since the rollout began", "live sequences", layout))
+
+
+def length_curves(run: RunData) -> Figure | None:
+    """Generated tokens per rollout over steps: mean, 95th percentile, longest."""
+    names = {
+        "length/mean": ("mean", "--speculative"),
+        "length/p95": ("95th percentile", "--position-5"),
+        "length/max": ("longest", "--plain"),
+    }
+    return _or_none(over_steps(run, "tokens", names, {"yaxis.rangemode": "tozero"}))
+
+
+def truncated_bars(run: RunData) -> Figure | None:
+    """Share of rollouts that ended at the length limit."""
+    steps, shares = run.series("length/truncated")
+    if not steps:
+        return None
+    layout = {"yaxis.range": [0, max(0.1, *shares) * 1.1], "yaxis.tickformat": ".0%"}
+    return figure([bars("truncated", steps, shares, "--stage-train")], "step", "share truncated", layout)
+
+
+def mismatch_curves(run: RunData) -> Figure | None:
+    """Disagreement of engine and learner about the same tokens, on a logarithmic axis."""
+    names = {
+        "mismatch/kl": ("KL, nats per token", "--speculative"),
+        "mismatch/logp_diff_max": ("largest log-probability difference", "--plain"),
+    }
+    drawn = over_steps(run, "nats", names, {"yaxis.type": "log", "yaxis.exponentformat": "power"})
+    for trace in drawn["data"]:
+        trace["y"] = [value if value > 0 else None for value in trace["y"]]  # a logarithm has no zero
+    shown = [value for trace in drawn["data"] for value in trace["y"] if value is not None]
+    if not shown:
+        return None
+    if max(shown) > 30 * min(shown):
+        drawn["layout"]["yaxis.dtick"] = 1  # powers of ten only
+    return drawn
+
+
+def entropy_curve(run: RunData) -> Figure | None:
+    """Entropy of the policy over steps."""
+    names = {"policy/entropy": ("entropy", "--speculative")}
+    return _or_none(over_steps(run, "nats per token", names, {"yaxis.rangemode": "tozero"}))
+
+
+def reference_curve(run: RunData) -> Figure | None:
+    """Divergence of the policy from the reference over steps."""
+    return _or_none(over_steps(run, "nats per token", {"policy/kl": ("KL", "--speculative")}))
+
+
+def clip_curves(run: RunData) -> Figure | None:
+    """Share of tokens that the policy loss clipped."""
+    names = {
+        "policy/clip_low": ("clipped below", "--stage-logprob"),
+        "policy/clip_high": ("clipped above", "--stage-train"),
+    }
+    return _or_none(over_steps(run, "share of tokens", names, {"yaxis.rangemode": "tozero"}))
+
+
+def drafter_curve(run: RunData) -> Figure | None:
+    """Loss of the drafter that learns beside the policy."""
+    return _or_none(over_steps(run, "loss", {"spec/drafter_loss": ("drafter loss", "--stage-train")}))

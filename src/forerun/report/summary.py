@@ -1,0 +1,202 @@
+"""The figures of the final table as sentences and rows, for the console and the report alike.
+
+A summary is the content of summary.json. Every function takes a partial one: what is missing becomes a dash or no row.
+Plain step time is not measured, it is predicted: step - speculative generation + plain generation, where the two
+generation times are those of the compared steps. It is labelled as predicted wherever it is printed.
+Left out: anything that measures.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+STAGES = ("data", "prepare", "generation", "logprob", "train")
+DASH = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the comparison: what, without speculation, with it, and how many times better with it."""
+
+    label: str
+    plain: str
+    speculative: str
+    ratio: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage of the mean step, in seconds and as a share of the step."""
+
+    name: str
+    seconds: float
+    share: float
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number to so many significant digits, tiny and huge ones to one less with an exponent; a dash for None."""
+    if value is None:
+        return DASH
+    if value == 0:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e6:
+        mantissa, exponent = f"{value:.{max(0, digits - 2)}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as "42s", "4m21s" or "1h05m"; a dash for None."""
+    if seconds is None:
+        return DASH
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def times(ratio: float | None) -> str:
+    """A ratio as "1.62x"; a dash for None."""
+    return DASH if ratio is None else f"{ratio:.2f}x"
+
+
+def compared(summary: Mapping[str, Any], key: str) -> float | None:
+    """Median of one figure over the compared steps, None when nothing was compared."""
+    values = [row[key] for row in summary.get("compare") or [] if row.get(key) is not None]
+    return statistics.median(values) if values else None
+
+
+def speedup_generation(summary: Mapping[str, Any]) -> float | None:
+    """Plain over speculative generation seconds: the summary's figure, else the median over its compared steps."""
+    stated = summary.get("speedup_generation")
+    return stated if stated is not None else compared(summary, "speedup")
+
+
+def predicted_plain_step_s(summary: Mapping[str, Any]) -> float | None:
+    """Seconds of a step had it generated plainly: step - speculative generation + plain generation."""
+    step, plain, spec = summary.get("step_seconds"), compared(summary, "plain_s"), compared(summary, "spec_s")
+    if step is None or plain is None or spec is None:
+        return None
+    return step - spec + plain
+
+
+def is_speculative(summary: Mapping[str, Any]) -> bool:
+    """Whether the run drafted at all."""
+    return (summary.get("speculation") or {}).get("method", "none") not in (None, "none")
+
+
+def drafter_words(summary: Mapping[str, Any]) -> str:
+    """The speculation in words, e.g. "eagle3, k = 5, block verification"."""
+    if not is_speculative(summary):
+        return "no speculation"
+    block = summary["speculation"]
+    k = summary.get("k", block.get("k"))
+    verify = block.get("verify")
+    parts = [str(block["method"]), f"k = {k}" if k is not None else "", f"{verify} verification" if verify else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def comparison_rows(summary: Mapping[str, Any]) -> list[Row]:
+    """The rows plain | speculative | ratio of the final table. Ratios above 1 mean that speculation is better."""
+    plain_step, step = predicted_plain_step_s(summary), summary.get("step_seconds")
+    rows = [
+        Row(
+            "generation, s",
+            number(compared(summary, "plain_s")),
+            number(compared(summary, "spec_s")),
+            times(speedup_generation(summary)),
+        ),
+        _throughput_row(summary),
+        Row(
+            "step, s (plain: predicted)",
+            number(plain_step),
+            number(step),
+            times(plain_step / step) if plain_step is not None and step else DASH,
+        ),
+    ]
+    if summary.get("acceptance_length") is not None:
+        rows.append(Row("acceptance length", "1", _acceptance_words(summary)))
+    if per_position := summary.get("acceptance_per_position"):
+        label = f"accepted through position 1..{len(per_position)}"
+        rows.append(Row(label, DASH, " ".join(f"{rate:.2f}" for rate in per_position)))
+    return rows
+
+
+def _throughput_row(summary: Mapping[str, Any]) -> Row:
+    plain, spec = compared(summary, "plain_tokens_per_s"), compared(summary, "spec_tokens_per_s")
+    return Row("generation, tokens/s", number(plain), number(spec), times(spec / plain) if plain and spec else DASH)
+
+
+def _acceptance_words(summary: Mapping[str, Any]) -> str:
+    length, k = summary["acceptance_length"], summary.get("k")
+    return f"{length:.2f}" + (f" of {k + 1}" if isinstance(k, int) else "")
+
+
+def comparison_note(summary: Mapping[str, Any]) -> str:
+    """What the comparison rests on, e.g. "medians over 3 steps, same prompts, batch and temperature"."""
+    count = len(summary.get("compare") or [])
+    if not count:
+        return "Plain decoding was not measured in this run."
+    steps = f"medians over {count} steps" if count > 1 else "one step"
+    return f"Generation: {steps}, each generated twice from the same prompts, batch and temperature."
+
+
+def stage_rows(summary: Mapping[str, Any]) -> list[Stage]:
+    """The five stages of the mean step, and as "other" what they leave of it; empty without stage times."""
+    seconds = summary.get("stage_seconds") or {}
+    known = [(name, float(seconds[name])) for name in STAGES if seconds.get(name) is not None]
+    if not known:
+        return []
+    inside = sum(value for _, value in known)
+    total = max(float(summary.get("step_seconds") or inside), inside)
+    if total - inside > 0.005 * total:
+        known.append(("other", total - inside))
+    return [Stage(name, value, value / total if total else 0.0) for name, value in known]
+
+
+def reward_words(summary: Mapping[str, Any]) -> str | None:
+    """Held-out reward at start and end with standard errors, and whether the change is more than their noise."""
+    start, end = summary.get("reward_start"), summary.get("reward_end")
+    if start is None or end is None:
+        return None
+    errors = [summary.get("reward_start_stderr"), summary.get("reward_end_stderr")]
+    prompts = summary.get("eval_prompts")
+    words = f"{_with_error(start, errors[0])} to {_with_error(end, errors[1])}"
+    words += f" on {prompts} held-out prompts" if prompts else ""
+    if None in errors or not any(errors):
+        return words
+    sigmas = (end - start) / math.hypot(*(error or 0.0 for error in errors))
+    return words + (f" ({sigmas:+.1f} standard errors)" if abs(sigmas) >= 2 else " (within two standard errors)")
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+
+def verdict(summary: Mapping[str, Any]) -> str:
+    """The run in one or two sentences: what speculation brought, and what became of the reward."""
+    if not summary:
+        return "This run has not finished: it left no summary."
+    reward = reward_words(summary)
+    return _speed_sentence(summary) + (f" Reward went from {reward}." if reward else "")
+
+
+def _speed_sentence(summary: Mapping[str, Any]) -> str:
+    if not is_speculative(summary):
+        return "This run generated without speculation."
+    ratio, length = speedup_generation(summary), summary.get("acceptance_length")
+    drafted = f"{drafter_words(summary)}" + (f", {length:.2f} tokens per round" if length is not None else "")
+    if ratio is None:
+        return f"This run speculated ({drafted}) and did not measure plain decoding, so its speed-up is not known."
+    if ratio < 1:
+        return f"Speculation made generation slower: {times(ratio)} of plain speed ({drafted})."
+    plain, step = predicted_plain_step_s(summary), summary.get("step_seconds")
+    saved = f" and took {number(plain - step, 2)} s off a step of {number(plain)} s" if plain and step else ""
+    return f"Speculation made generation {times(ratio)} as fast{saved} ({drafted})."

@@ -1,0 +1,162 @@
+"""GRPO against the obvious implementation, and what must not change an update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from forerun.config import TrainConfig
+from forerun.engine.local.engine import LocalEngine
+from forerun.errors import Interrupted, UserError
+from forerun.learner.advantages import group_advantages
+from forerun.learner.forward import microbatches
+from forerun.learner.losses import clipped_policy_loss, kl_k3, truncated_importance
+from forerun.learner.optimizer import MasterAdamW
+from forerun.learner.policy import Learner, mismatch
+from forerun.models import Policy, load_policy
+from forerun.records import Rollout
+
+PROMPTS = [[5, 6, 7], [9, 3, 1, 2, 4, 4], [20, 21]]
+
+
+@pytest.fixture
+def fresh(tiny: Callable[..., Path]) -> Policy:
+    """A policy of its own for every test: these tests train it."""
+    return load_policy(str(tiny("llama")), "float32", "cpu")
+
+
+def sampled(policy: Policy) -> tuple[list[Rollout], torch.Tensor]:
+    rollouts = LocalEngine(policy, slots=8).generate(PROMPTS, max_new_tokens=12, n=4, seed=1)
+    rewards = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0]])
+    return rollouts, group_advantages(rewards).view(-1)
+
+
+def gradients(policy: Policy, config: TrainConfig) -> dict[str, torch.Tensor]:
+    rollouts, advantages = sampled(policy)
+    learner = Learner(policy, config, 1.0)
+    found: dict[str, torch.Tensor] = {}
+    names = [n for n, p in policy.model.named_parameters()]
+
+    def capture(rate: float) -> float:
+        for name, master in zip(names, learner.optimizer.masters, strict=True):
+            found[name] = torch.zeros_like(master) if master.grad is None else master.grad.clone()
+        policy.model.zero_grad()
+        return 0.0
+
+    learner.optimizer.step = capture  # type: ignore[method-assign]
+    learner.train(rollouts, advantages, learner.score(rollouts), 1e-3)
+    return found
+
+
+def naive_loss(policy: Policy, rollouts: list[Rollout], advantages: torch.Tensor) -> torch.Tensor:
+    """-A·log-ratio gradient at ratio 1, one sequence at a time, over all tokens of the batch."""
+    total, count = torch.zeros(()), 0
+    for rollout, advantage in zip(rollouts, advantages.tolist(), strict=True):
+        ids = torch.tensor([rollout.prompt_ids + rollout.tokens])
+        rows = torch.log_softmax(policy.model(ids).logits[0].float(), -1)
+        at = torch.arange(len(rollout.prompt_ids) - 1, ids.shape[1] - 1)
+        logprobs = rows[at, torch.tensor(rollout.tokens)]
+        total = total - ((logprobs - logprobs.detach()).exp() * advantage).sum()
+        count += len(rollout.tokens)
+    return total / count
+
+
+def test_advantages() -> None:
+    a = group_advantages(torch.tensor([[1.0, 0, 0, 1], [0.3, 0.3, 0.3, 0.3]]))
+    expected = 0.5 / math.sqrt(1 / 3)
+    torch.testing.assert_close(a[0], torch.tensor([expected, -expected, -expected, expected]), atol=1e-5, rtol=0)
+    assert a[1].tolist() == [0, 0, 0, 0]  # exactly, so that the learner may leave the group out
+    assert group_advantages(torch.tensor([[1.0, 0.0]]), normalize_std=False).tolist() == [[0.5, -0.5]]
+
+
+def test_gradient_equals_the_naive_one(fresh: Policy) -> None:
+    rollouts, advantages = sampled(fresh)
+    naive_loss(fresh, rollouts, advantages).backward()
+    expected = {n: p.grad.clone() for n, p in fresh.model.named_parameters() if p.grad is not None}
+    fresh.model.zero_grad()
+    found = gradients(fresh, TrainConfig())
+    assert max(float(g.abs().max()) for g in expected.values()) > 1e-3
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"microbatch_tokens": 20}, {"microbatch_tokens": 1}, {"gradient_checkpointing": True}]
+)
+def test_how_the_batch_is_cut_does_not_matter(fresh: Policy, changes: dict[str, int]) -> None:
+    whole, cut = gradients(fresh, TrainConfig()), gradients(fresh, TrainConfig(**changes))
+    for name, gradient in whole.items():
+        torch.testing.assert_close(cut[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_scores_agree_with_the_engine(fresh: Policy) -> None:
+    rollouts, _ = sampled(fresh)
+    scored = Learner(fresh, TrainConfig(microbatch_tokens=30), 1.0).score(rollouts)
+    for rollout, logprobs in zip(rollouts, scored.logprobs, strict=True):
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), logprobs, atol=5e-5, rtol=0)
+    assert 0 <= mismatch(rollouts, scored)["mismatch/kl"] < 1e-6 and scored.entropy > 0
+
+
+def test_an_update_raises_the_good_samples(fresh: Policy) -> None:
+    rollouts, advantages = sampled(fresh)
+    learner = Learner(fresh, TrainConfig(kl=0.01), 1.0)
+    before = learner.score(rollouts)
+    assert before.reference is not None and torch.equal(before.reference[0], before.logprobs[0])
+    metrics = learner.train(rollouts, advantages, before, 1e-3)
+    after = learner.score(rollouts)
+    gain = sum(
+        float(a) * float((x - y).sum()) for a, x, y in zip(advantages, after.logprobs, before.logprobs, strict=True)
+    )
+    assert gain > 0 and metrics["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert float(torch.cat([kl_k3(x, y) for x, y in zip(after.logprobs, before.logprobs, strict=True)]).mean()) > 0
+
+
+def test_losses_by_hand() -> None:
+    old = torch.zeros(4)
+    new = torch.tensor([1.5, 1.5, 0.5, 0.5]).log()
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    result = clipped_policy_loss(new, old, advantages, 0.2, 0.3, torch.ones(4))
+    torch.testing.assert_close(result.loss, torch.tensor([-1.3, 1.5, -0.5, 0.8]))
+    assert result.clipped_high.tolist() == [True, False, False, False]
+    assert result.clipped_low.tolist() == [False, False, False, True]
+    weights = truncated_importance(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 0.0]), 2.0)
+    assert weights.tolist() == [1.0, 2.0]
+
+
+def test_bfloat16_parameters_learn_through_their_masters() -> None:
+    """Updates far below bfloat16's resolution are lost without masters; with them they add up."""
+    parameter = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([parameter], (0.9, 0.99), 0.0, 1.0)
+    for _ in range(100):
+        parameter.sum().backward()
+        optimizer.step(1e-4)
+    torch.testing.assert_close(optimizer.masters[0].data, torch.full((8,), 0.99), atol=1e-4, rtol=0)
+    assert torch.equal(parameter.data, optimizer.masters[0].bfloat16()) and parameter[0] < 1
+    with torch.no_grad():  # the control: the same hundred steps straight in bfloat16 do not move at all
+        bare = torch.ones(8, dtype=torch.bfloat16)
+        for _ in range(100):
+            bare -= 1e-4
+    assert torch.equal(bare, torch.ones(8, dtype=torch.bfloat16))
+
+
+def test_nothing_is_updated_from_a_gradient_that_is_not_finite(fresh: Policy) -> None:
+    rollouts, advantages = sampled(fresh)
+    learner = Learner(fresh, TrainConfig(), 1.0)
+    scored = learner.score(rollouts)
+    before = {k: v.clone() for k, v in fresh.model.state_dict().items()}
+    with pytest.raises(UserError, match="not finite"):
+        learner.train(rollouts, advantages * float("inf"), scored, 1e-3)
+    with pytest.raises(Interrupted):
+        learner.train(rollouts, advantages, scored, 1e-3, stop_requested=lambda: True)
+    assert all(torch.equal(v, fresh.model.state_dict()[k]) for k, v in before.items())
+
+
+def test_microbatches_hold_every_row_once_within_the_bound() -> None:
+    lengths = [5, 17, 3, 9, 30, 2, 2, 8]
+    groups = microbatches(lengths, 20)
+    assert sorted(i for g in groups for i in g) == list(range(8))
+    assert all(len(g) * max(lengths[i] for i in g) <= 20 or len(g) == 1 for g in groups)

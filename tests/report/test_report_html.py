@@ -1,0 +1,176 @@
+"""The page: offline, escaped, whole when files are missing, and open to more sections."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forerun.errors import UserError
+from forerun.report.html import SECTIONS, Section, write_report
+from forerun.report.metrics import RunFolder
+from forerun.report.page import data_json
+from forerun.report.rundata import RunData, load_run
+
+
+class Page(HTMLParser):
+    """Tags, attributes, scripts and visible text of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.contents: dict[str, list[str]] = {"script": [], "style": []}
+        self.text = ""
+        self._inside = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag if tag in self.contents else ""
+        if self._inside:
+            self.contents[tag].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.contents[self._inside][-1] += data
+        else:
+            self.text += data
+
+    def code(self) -> list[str]:
+        """Scripts that run, without the blocks of data."""
+        scripts = [attrs for tag, attrs in self.tags if tag == "script"]
+        return [body for body, attrs in zip(self.contents["script"], scripts, strict=True) if "type" not in attrs]
+
+
+def figures(page: Page) -> dict[str, Any]:
+    scripts = [attrs for tag, attrs in page.tags if tag == "script"]
+    pairs = zip(scripts, page.contents["script"], strict=True)
+    return {str(attrs["id"]): json.loads(body) for attrs, body in pairs if "id" in attrs}
+
+
+def test_the_page_loads_nothing_from_anywhere(run: RunFolder) -> None:
+    page = Page(write_report(run.path))
+    for tag, attrs in page.tags:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base"), tag
+        assert not {"src", "href", "srcset", "action", "data"} & set(attrs), (tag, attrs)
+    assert not re.search(r"url\(|@import|https?:", page.contents["style"][0])
+    assert len(page.code()) == 2  # plotly once, and the page's own
+
+
+def test_only_the_pages_own_scripts_may_run(run: RunFolder) -> None:
+    page = Page(write_report(run.path))
+    policy = next(attrs["content"] for tag, attrs in page.tags if "http-equiv" in attrs)
+    allowed = re.findall(r"'sha256-([^']+)'", policy or "")
+    assert [base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in page.code()] == allowed
+    assert "default-src 'none'" in (policy or "")
+
+
+def test_what_comes_from_files_is_escaped(run: RunFolder) -> None:
+    summary = json.loads(run.summary.read_text()) | {"recipe": "<img src=y>", "warnings": ["<script>w</script>"]}
+    summary["paths"] = {"<u>": "<script>p</script>"}
+    run.write_summary(summary)
+    page = Page(write_report(run.path))
+    assert {"img", "u"} & {tag for tag, _ in page.tags} == set()
+    assert all("alert(" not in body for body in page.code()[1:])
+    assert "</script><script>alert('text')</script>" in page.text  # shown as text
+    assert "<script>w</script>" in page.text and "<img src=y>" in page.text
+
+
+def test_data_cannot_close_its_script() -> None:
+    hostile = {"x": ["</script><script>alert(1)</script>", "<!--"]}
+    assert "<" not in data_json(hostile)
+    assert json.loads(data_json(hostile)) == hostile
+
+
+def test_the_page_holds_verdict_figures_samples_and_definitions(run: RunFolder) -> None:
+    page = Page(write_report(run.path))
+    for words in (
+        "Speculation made generation 1.60x as fast and took 7.5 s off a step of 37.5 s",
+        "Warning acceptance fell",
+        "drafted and accepted",
+        "Tokens emitted per round, bonus token included",
+        "Share of rounds in which the first 2 drafts were all accepted.",
+        "method: eagle3",
+        "1.50 per round",
+    ):
+        assert words in " ".join(page.text.split()), words
+    drawn = figures(page)
+    assert {"stages", "mean-step", "compared", "reward", "positions", "acceptance", "timeline", "lengths"} <= set(drawn)
+    assert [tag for tag, attrs in page.tags if attrs.get("class") == "a"].count("i") == 2 * 6  # 6 samples have a mask
+
+
+def test_figures_carry_the_numbers_of_the_files(run: RunFolder) -> None:
+    drawn = figures(Page(write_report(run.path)))
+    stages = {trace["name"]: trace["y"] for trace in drawn["stages"]["data"]}
+    assert stages["generation"] == [12.5] * 3 and stages["other"] == pytest.approx([0.2] * 3)
+    held_out = drawn["reward"]["data"][1]
+    assert held_out["x"] == [0, 3] and held_out["error_y"]["array"] == [0.03, 0.04]
+    mean = {trace["name"]: trace["x"] for trace in drawn["mean-step"]["data"]}
+    assert mean["generation"] == [12.5, 20.0] and mean["train"] == [15.0, 15.0]
+
+
+@pytest.mark.parametrize(
+    "name", ["config.resolved.yaml", "env.json", "metrics.jsonl", "rollouts.jsonl", "summary.json"]
+)
+def test_any_one_file_may_be_missing_and_any_one_alone_is_enough(run: RunFolder, name: str) -> None:
+    others = [path for path in run.path.iterdir() if path.name != name]
+    content = (run.path / name).read_bytes()
+    (run.path / name).unlink()
+    assert f"{name} is missing." in Page(write_report(run.path)).text
+    for path in others:
+        path.unlink()
+    (run.path / name).write_bytes(content)
+    assert "Nothing to show for:" in Page(write_report(run.path)).text
+
+
+def test_a_run_killed_early_says_how_far_it_came(run: RunFolder) -> None:
+    run.truncate_after(2)
+    run.summary.unlink()
+    with run.metrics.open("a") as file:
+        file.write('{"step": 3, "rew')
+    page = Page(write_report(run.path))
+    assert "This run has not finished: it left no summary, and its metrics end at step 2." in page.text
+    assert "metrics.jsonl has 1 broken line, left out here." in page.text
+    assert "1.60x" in page.text  # the comparisons so far
+
+
+def test_broken_files_are_told_not_raised(run: RunFolder) -> None:
+    run.summary.write_text("{")
+    run.env.write_text("[1]")
+    run.config.write_text("a: [")
+    data = load_run(run.path)
+    assert "summary.json cannot be read as a JSON object." in data.missing
+    assert "env.json cannot be read as a JSON object." in data.missing
+    assert not data.finished
+    write_report(run.path)
+
+
+def test_samples_are_a_dozen_from_first_and_last_step_with_best_and_worst(run: RunFolder) -> None:
+    samples = load_run(run.path).samples
+    assert [sample["step"] for sample in samples] == [1] * 4 + [3] * 8
+    assert [samples[0]["reward"], samples[3]["reward"]] == [0.9, 0.0]
+    assert [samples[4]["reward"], samples[-1]["reward"]] == [0.9, 0.0]
+
+
+def test_sections_can_be_added_and_none_is_named_as_absent(run: RunFolder) -> None:
+    def mine(data: RunData) -> str | None:
+        return f"<p>{len(data.metrics)} steps and the start</p>"
+
+    sections = [*SECTIONS, Section("Mine", mine), Section("Empty", lambda data: None)]
+    page = Page(write_report(run.path, sections))
+    assert "4 steps and the start" in page.text
+    assert "Nothing to show for: Empty." in page.text
+
+
+def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds none of"):
+        write_report(tmp_path)

@@ -1,0 +1,145 @@
+"""The counter-based uniforms are uniform, independent between streams, and the same in any batch."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from chi_square import LEVEL, p_value, sigmas_of_detection
+
+from forerun.verify.random import Purpose, inverse_cdf, inverse_cdf_log, uniforms
+
+SEEDS = torch.arange(64)
+POSITIONS = torch.arange(2048).repeat(64, 1)
+
+
+def bins(u: torch.Tensor, count: int) -> torch.Tensor:
+    return (u * count).long()
+
+
+def flat_p_value(cells: torch.Tensor, count: int) -> float:
+    return p_value(cells.flatten().bincount(minlength=count), torch.full((count,), 1 / count))
+
+
+@pytest.mark.parametrize("purpose", list(Purpose))
+def test_uniforms_are_uniform(purpose: Purpose) -> None:
+    u = uniforms(SEEDS, POSITIONS, purpose)
+    assert u.dtype == torch.float64 and bool(((u > 0) & (u < 1)).all())
+    assert flat_p_value(bins(u, 64), 64) > LEVEL
+    assert flat_p_value(bins((u * 2**20) % 1, 64), 64) > LEVEL  # the low bits too
+
+
+def test_a_small_bias_is_caught() -> None:
+    assert sigmas_of_detection(SEEDS.numel() * POSITIONS.shape[1], 64, 4 * 0.022**2) > 5  # 2.2 % in total variation
+    u = uniforms(SEEDS, POSITIONS, Purpose.COIN)
+    assert flat_p_value(bins(u**1.05, 64), 64) < LEVEL
+
+
+def test_streams_are_independent_in_pairs() -> None:
+    streams = {
+        "draft": uniforms(SEEDS, POSITIONS, Purpose.DRAFT),
+        "coin": uniforms(SEEDS, POSITIONS, Purpose.COIN),
+        "pick": uniforms(SEEDS, POSITIONS, Purpose.PICK),
+        "next position": uniforms(SEEDS, POSITIONS + 1, Purpose.COIN),
+        "next seed": uniforms(SEEDS + 1, POSITIONS, Purpose.COIN),
+        "negated seed": uniforms(-SEEDS - 1, POSITIONS, Purpose.COIN),
+        "next lane": uniforms(SEEDS, POSITIONS, Purpose.COIN, lane=1),
+    }
+    for (one, a), (other, b) in itertools.combinations(streams.items(), 2):
+        assert flat_p_value(bins(a, 16) * 16 + bins(b, 16), 256) > LEVEL, (one, other)
+
+
+def test_adjacent_seeds_and_positions_are_independent_within_a_stream() -> None:
+    u = bins(uniforms(torch.arange(512), torch.arange(256).repeat(512, 1), Purpose.COIN), 8)
+    assert flat_p_value(u[:, :-2] * 64 + u[:, 1:-1] * 8 + u[:, 2:], 512) > LEVEL
+    assert flat_p_value(u[:-2] * 64 + u[1:-1] * 8 + u[2:], 512) > LEVEL
+    assert flat_p_value(u[:-1, :-1] * 64 + u[1:, :-1] * 8 + u[:-1, 1:], 512) > LEVEL
+
+
+def test_no_two_draws_are_equal() -> None:
+    draws = [uniforms(SEEDS, POSITIONS[:, :256], purpose, lane) for purpose in Purpose for lane in range(3)]
+    every = torch.stack(draws).flatten()
+    assert len(every.unique()) == len(every)
+
+
+def test_a_number_depends_on_its_key_only() -> None:
+    seeds = torch.tensor([5, -7, 2**62, -(2**63)])
+    positions = torch.tensor([[0, 9, 4], [1, 1, 2], [10**12, 3, 3], [8, 0, 1]])
+    whole = uniforms(seeds, positions, Purpose.PICK)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(uniforms(seeds[order], positions[order], Purpose.PICK), whole[order])
+    for row, column in itertools.product(range(4), range(3)):
+        alone = uniforms(seeds[row : row + 1], positions[row : row + 1, column : column + 1], Purpose.PICK)
+        assert alone.item() == whole[row, column].item()
+
+
+def test_the_stream_is_pinned() -> None:
+    """Results of a seed stay what they are from release to release; the twin is Python's unbounded integers."""
+    increment, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+        return x ^ x >> 31
+
+    def twin(seed: int, position: int, purpose: int, lane: int) -> float:
+        stream = (purpose * increment + lane * 0xBF58476D1CE4E5B9) & mask
+        key = mix(mix((seed + increment) & mask) ^ stream)
+        return ((mix(mix((key + position * increment) & mask)) >> 12) + 0.5) / 2**52
+
+    for seed, position, lane in ((0, 0, 0), (1, 17, 0), (-3, 40_000, 2), (2**63 - 1, 5, 1)):
+        u = uniforms(torch.tensor([seed]), torch.tensor([[position]]), Purpose.DRAFT, lane)
+        assert u.item() == twin(seed, position, int(Purpose.DRAFT), lane)
+    assert uniforms(torch.tensor([1]), torch.tensor([[2]]), Purpose.COIN).item() == pytest.approx(PINNED, abs=1e-15)
+
+
+PINNED = 0.13994968022883614
+
+
+def test_wrong_shapes_and_types_are_refused() -> None:
+    with pytest.raises(ValueError, match="int64"):
+        uniforms(torch.tensor([1.0]), torch.tensor([[1]]), Purpose.COIN)
+    with pytest.raises(ValueError, match="positions must be"):
+        uniforms(torch.tensor([1, 2]), torch.tensor([[1]]), Purpose.COIN)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 256, 257, 1000])
+def test_inverse_cdf_equals_the_plain_running_sum(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    weights = torch.rand(300, size, generator=generator) * (torch.rand(300, size, generator=generator) > 0.6)
+    weights[:, size // 2] += 0.1
+    u = torch.rand(300, generator=generator, dtype=torch.float64)
+    running = weights.double().cumsum(1)
+    expected = (running <= u[:, None] * running[:, -1:]).sum(1)
+    drawn = inverse_cdf(weights, u)
+    assert torch.equal(drawn, expected)
+    assert bool((weights.gather(1, drawn[:, None]) > 0).all())
+
+
+def test_inverse_cdf_never_returns_a_weightless_column() -> None:
+    weights = torch.zeros(4, 600)
+    weights[0, 3] = weights[1, 599] = weights[2, 0] = 1.0
+    weights[3, [10, 300]] = torch.tensor([1e-30, 1.0])
+    for u in (2.0**-53, 0.5, 1 - 2.0**-53):
+        assert inverse_cdf(weights, torch.full((4,), u, dtype=torch.float64)).tolist() == [3, 599, 0, 300]
+    ends = torch.tensor([[0.0, 0.1, 0.2, 0.3, 0.0]])
+    assert inverse_cdf(ends, torch.tensor([1 - 2.0**-53], dtype=torch.float64)).item() == 3
+    assert inverse_cdf(ends, torch.tensor([2.0**-53], dtype=torch.float64)).item() == 1
+
+
+def test_inverse_cdf_of_log_weights_takes_minus_infinity_and_any_scale() -> None:
+    weights = torch.tensor([[0.0, 2.0, 1.0, 0.0, 5.0]]).repeat(400, 1)
+    u = uniforms(torch.arange(400), torch.zeros(400, 1, dtype=torch.int64), Purpose.DRAFT)[:, 0]
+    expected = inverse_cdf(weights, u)
+    assert torch.equal(inverse_cdf_log(weights.log() - 500.0, u), expected)
+    assert torch.equal(inverse_cdf_log(weights.log() + 500.0, u), expected)
+
+
+def test_inverse_cdf_draws_the_law_in_any_batch() -> None:
+    weights = torch.tensor([5.0, 0.0, 1.0, 3.0, 1.0])
+    u = uniforms(torch.arange(50_000), torch.zeros(50_000, 1, dtype=torch.int64), Purpose.DRAFT)[:, 0]
+    drawn = inverse_cdf(weights.expand(50_000, -1), u)
+    assert p_value(drawn.bincount(minlength=5), weights / 10) > LEVEL
+    assert p_value(drawn.bincount(minlength=5), torch.tensor([0.52, 0.0, 0.1, 0.28, 0.1])) < LEVEL
+    assert torch.equal(inverse_cdf(weights.expand(7, -1), u[100:107]), drawn[100:107])
