@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode [--model NAME] [--batches 1,8,32] [--tokens 64] [--out FILE]
 
-Both decode greedily to exactly `--tokens` tokens from the same prompts, with the same weights and number format. The two
+Both decode greedily to exactly `--tokens` tokens from the same prompts, with the same weights and number format. They
 take turns, five times each; medians. The engine's general forward (`lean=False`: Transformers' own modules over our
 cache) stands beside its lean one.
 """

