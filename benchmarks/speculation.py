@@ -86,10 +86,9 @@ def main() -> None:
         for row in measure(policy, recipe, some, batch, [int(k) for k in arguments.ks.split(",")], arguments.repeats):
             rows.append(row)
             positions = " ".join(f"{a:.2f}" for a in row["acceptance_per_position"])
-            print(
-                f"{batch:>5} {row['k']:>2} {row['plain_tokens_per_s']:>7.0f} {row['tokens_per_s']:>7.0f}"
-                f"           {row['speedup']:>8.2f}  {row['acceptance_length']:>12.2f}  {row['round_cost']:>10.2f}  {positions}"
-            )
+            rates = f"{row['plain_tokens_per_s']:>7.0f} {row['tokens_per_s']:>7.0f}"
+            costs = f"{row['acceptance_length']:>12.2f}  {row['round_cost']:>10.2f}"
+            print(f"{batch:>5} {row['k']:>2} {rates}           {row['speedup']:>8.2f}  {costs}  {positions}")
     if arguments.out:
         result = {"benchmark": "speculation", "recipe": recipe.model_dump(mode="json"), "rows": rows}
         arguments.out.write_text(json.dumps({**result, "environment": environment}, indent=2) + "\n")

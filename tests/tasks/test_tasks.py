@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import DATA
 
+from conftest import DATA
 from forerun.config import TaskConfig
 from forerun.errors import UserError
 from forerun.tasks import load_task

@@ -8,7 +8,8 @@ import pytest
 import torch
 from chi_square import LEVEL, p_value, sigmas_of_detection
 
-from forerun.verify.random import Purpose, inverse_cdf, inverse_cdf_log, uniforms
+from forerun.records import Draft
+from forerun.verify.random import Purpose, inverse_cdf, inverse_cdf_log, round_keys, uniforms
 
 SEEDS = torch.arange(64)
 POSITIONS = torch.arange(2048).repeat(64, 1)
@@ -143,3 +144,56 @@ def test_inverse_cdf_draws_the_law_in_any_batch() -> None:
     assert p_value(drawn.bincount(minlength=5), weights / 10) > LEVEL
     assert p_value(drawn.bincount(minlength=5), torch.tensor([0.52, 0.0, 0.1, 0.28, 0.1])) < LEVEL
     assert torch.equal(inverse_cdf(weights.expand(7, -1), u[100:107]), drawn[100:107])
+
+
+def test_a_coin_may_not_be_tossed_twice() -> None:
+    """Why rounds own their draws: block verification with coins keyed by token position is not lossless.
+
+    V = 2, k = 2, three tokens, 200,000 requests. With `round_keys` the law of the text is the target's; with the token's
+    own position as the key, coins that lost in one round are tossed again in the next and the law moves.
+    """
+    errors = {}
+    for name in ("round", "position"):
+        counts = _texts_of_rounds(name, requests=200_000)
+        errors[name] = 0.5 * (counts - _three_token_law()).abs().sum().item()
+    assert errors["round"] < 0.006, errors  # the noise of 200,000 samples in 8 cells is about 0.002
+    assert errors["position"] > 0.012, errors
+
+
+_FIRST_ROW, _OTHER_ROW = torch.tensor([0.3, 0.7]), torch.tensor([0.8, 0.2])  # target after token 0 and after token 1
+_DRAFTED = torch.tensor([[0.9, 0.1], [0.2, 0.8]])  # q after token 0 and after token 1
+
+
+def _target(last: torch.Tensor) -> torch.Tensor:
+    return torch.where(last[:, None] == 0, _FIRST_ROW, _OTHER_ROW)
+
+
+def _three_token_law() -> torch.Tensor:
+    p = torch.stack([_FIRST_ROW, _OTHER_ROW])
+    return torch.stack([p[0, a] * p[a, b] * p[b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+
+
+def _texts_of_rounds(keyed_by: str, requests: int) -> torch.Tensor:
+    """Relative frequency of the 8 texts of three tokens, by rounds of block verification with two drafts."""
+    from forerun.verify.chain import verify
+
+    seeds = torch.arange(requests) * 7919
+    texts, lengths = torch.zeros(requests, 9, dtype=torch.int64), torch.zeros(requests, dtype=torch.int64)
+    while int(lengths.min()) < 3:
+        last = torch.where(lengths > 0, texts.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0], 0)
+        keys = round_keys(lengths, 3) if keyed_by == "round" else lengths[:, None] + torch.arange(3)
+        dice = uniforms(seeds, keys[:, :2], Purpose.DRAFT)
+        first = (dice[:, 0] >= _DRAFTED[last, 0].double()).long()
+        second = (dice[:, 1] >= _DRAFTED[first, 0].double()).long()
+        q = torch.stack([_DRAFTED[last], _DRAFTED[first]], dim=1).log()
+        p = torch.stack([_target(last), _target(first), _target(second)], dim=1).log()
+        draft = Draft(torch.stack([first, second], dim=1), torch.full((requests,), 2), q)
+        coins = uniforms(seeds, keys[:, :2], Purpose.COIN)
+        picks = uniforms(seeds, keys[:, :1], Purpose.PICK)[:, 0]
+        verdict = verify("block", p, draft, torch.ones(requests), coins, picks)
+        for j in range(3):
+            live = (verdict.accepted >= j) & (lengths < 3)
+            texts[live, lengths[live]] = verdict.tokens[live, j]
+            lengths += live.long()
+    code = texts[:, 0] * 4 + texts[:, 1] * 2 + texts[:, 2]
+    return torch.bincount(code, minlength=8).float() / requests

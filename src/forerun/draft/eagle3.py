@@ -25,9 +25,7 @@ from forerun.models import Policy
 from forerun.models.lean import rotate_sign, swap_halves
 from forerun.models.taps import check_taps, decoder_layers
 from forerun.records import Draft, Verdict
-from forerun.verify.random import Purpose, inverse_cdf_log, uniforms
-
-SLOTS_PER_POSITION = 64  # room for the draws of one round under its starting position
+from forerun.verify.random import Purpose, inverse_cdf_log, round_keys, uniforms
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +213,7 @@ class Eagle3Drafter:
             return logits.argmax(-1), logits
         temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0)
         log_q = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
-        keys = (rows.lengths * SLOTS_PER_POSITION + slot)[:, None]
+        keys = round_keys(rows.lengths, slot + 1)[:, slot:]
         return inverse_cdf_log(log_q, uniforms(rows.seeds, keys, Purpose.DRAFT)[:, 0]), log_q
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 _INCREMENT = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: splitmix64's counter step
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # its two multipliers
 _MANTISSA_BITS = 52
+_SLOTS = 64  # draws that one round may key under its starting position
 _BLOCK = 256  # columns per partial sum
 
 
@@ -48,6 +49,15 @@ def uniforms(seeds: Tensor, positions: Tensor, purpose: Purpose, lane: int = 0) 
     bits = _mix(_mix(key[:, None] + positions * _signed(_INCREMENT)))  # [B, n]
     high = _shift_right(bits, 64 - _MANTISSA_BITS)
     return (high.to(torch.float64) + 0.5) * 2.0**-_MANTISSA_BITS  # exact: never 0, never 1
+
+
+def round_keys(starts: Tensor, slots: int) -> Tensor:
+    """Positions for the `uniforms` of a round that starts at `starts` [B]: one per draft slot, [B, slots].
+
+    A round owns its draws. Block verification looks at every coin of a round, also behind the first rejection; keyed by
+    the token's own position, such a coin would be tossed again in the next round, and known to have lost.
+    """
+    return starts[:, None] * _SLOTS + torch.arange(slots, device=starts.device)
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 Plain decoding is the same loop with k = 0. A fresh sequence enters with its last prompt token as "newest token" and the
 rest of the prompt in the cache, so that the first completion token is drafted and verified like any other.
 
-Randomness: every uniform of a round is keyed by (request seed, position at which the round starts, slot, purpose). The
-starting position matters: block verification looks at all coins of a round, so a coin behind a rejection has been
-looked at and may not be tossed again under the same key in the next round.
+Randomness: every uniform is keyed by (request seed, position at which its round starts, slot, purpose), so that results
+do not depend on how requests were batched.
 """
 
 from __future__ import annotations
@@ -29,9 +28,8 @@ from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.records import Draft, Rollout, Verdict
 from forerun.verify.chain import verify
-from forerun.verify.random import Purpose, uniforms
+from forerun.verify.random import Purpose, round_keys, uniforms
 
-SLOTS_PER_POSITION = 64  # keys of one round: starting position · 64 + slot
 Verify = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], Verdict]
 
 
@@ -199,7 +197,7 @@ class LocalEngine:
         end = max(s.length for s in live) + n
         logits, features = self._forward(tokens, SlotPass(self._cache, 0, rows.lengths, n, end))
         assert logits is not None
-        keys = rows.lengths[:, None] * SLOTS_PER_POSITION + torch.arange(n, device=tokens.device)
+        keys = round_keys(rows.lengths, n)
         coins = uniforms(rows.seeds, keys[:, : n - 1], Purpose.COIN)
         picks = uniforms(rows.seeds, keys[:, :1], Purpose.PICK)[:, 0]
         verdict = self._verify(self.rule, logits, draft, rows.temperature, coins, picks)
