@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
 
 from forerun import __version__
 from forerun.config import Recipe, load_recipe, parse_overrides
@@ -84,6 +85,34 @@ def report(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")
         _print_json({"report": str(path)})
     else:
         typer.echo(path)
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    paper: Annotated[bool, typer.Option("--paper", help="the papers' published numbers beside ours")] = False,
+    validate: Annotated[bool, typer.Option("--validate", help="errors on measured serving rows")] = False,
+    data: Annotated[Path | None, typer.Option(help="CSV of measured rows for --validate")] = None,
+    json: Json = False,
+) -> None:
+    """Predict what speculation will bring: forerun plan model=Qwen3-8B gpu=H200 gpus=64 lag=1."""
+    from forerun.simulate import plan as planning
+    from forerun.simulate import render
+    from forerun.simulate.validate import validate as validated
+
+    if validate and data is None:
+        raise UserError("--validate needs the measured rows: --data FILE.csv")
+    if validate and data is not None:
+        result, text = validated(data), render.validation_text
+    elif paper:
+        result, text = planning.plan_paper(), render.paper_text
+    else:
+        values = {k: yaml.safe_load(v) for k, v in parse_overrides(overrides or []).items()}
+        result, text = planning.plan(values).to_dict(), render.plan_text
+    if json:
+        _print_json(result)
+    else:
+        typer.echo(text(result))
 
 
 @app.command()

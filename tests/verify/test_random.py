@@ -149,8 +149,8 @@ def test_inverse_cdf_draws_the_law_in_any_batch() -> None:
 def test_a_coin_may_not_be_tossed_twice() -> None:
     """Why rounds own their draws: block verification with coins keyed by token position is not lossless.
 
-    V = 2, k = 2, three tokens, 200,000 requests. With `round_keys` the law of the text is the target's; with the token's
-    own position as the key, coins that lost in one round are tossed again in the next and the law moves.
+    V = 2, k = 2, three tokens, 200,000 requests. With `round_keys` the law of the text is the target's; with the
+    token's own position as the key, coins that lost in one round are tossed again in the next and the law moves.
     """
     errors = {}
     for name in ("round", "position"):

@@ -45,6 +45,14 @@ class Eagle3Config:
     max_position_embeddings: int = 8192
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the number format of its input, as the engine runs it, also while float32 weights train under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]"""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Eagle3Head(nn.Module):
     """The trainable part. Parameter names are those of the published checkpoints."""
 
@@ -60,8 +68,8 @@ class Eagle3Head(nn.Module):
         self.fc = nn.Linear(hidden * len(config.layers), hidden, bias=False)
         self.midlayer = nn.ModuleDict(
             {
-                "input_layernorm": nn.RMSNorm(hidden, eps),  # on the embedding
-                "hidden_norm": nn.RMSNorm(hidden, eps),  # on the fused or fed-back hidden state
+                "input_layernorm": RMSNorm(hidden, eps),  # on the embedding
+                "hidden_norm": RMSNorm(hidden, eps),  # on the fused or fed-back hidden state
                 "self_attn": nn.ModuleDict(
                     {
                         "q_proj": nn.Linear(2 * hidden, config.num_attention_heads * size, bias=False),
@@ -70,7 +78,7 @@ class Eagle3Head(nn.Module):
                         "o_proj": nn.Linear(config.num_attention_heads * size, hidden, bias=False),
                     }
                 ),
-                "post_attention_layernorm": nn.RMSNorm(hidden, eps),
+                "post_attention_layernorm": RMSNorm(hidden, eps),
                 "mlp": nn.ModuleDict(
                     {
                         "gate_proj": nn.Linear(hidden, config.intermediate_size, bias=False),
@@ -80,7 +88,7 @@ class Eagle3Head(nn.Module):
                 ),
             }
         )
-        self.norm = nn.RMSNorm(hidden, eps)
+        self.norm = RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))

@@ -1,0 +1,238 @@
+"""Fits: exact on made-up engines, honest on what rows cannot tell, blind to the test half of measured rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forerun.errors import UserError
+from forerun.simulate.calibrate import STAGES, FittedEngine, fit_engine, fit_run, fit_serving, shipped_constants
+from forerun.simulate.fitting import errors, map_fit, positive_least_squares
+from forerun.simulate.hardware import load_hardware
+from forerun.simulate.models import load_model
+from forerun.simulate.operators import Layout, Replica, Tuning
+from forerun.simulate.rollout import simulate_rollout
+from forerun.simulate.round import constant_acceptance, fixed_budget
+from forerun.simulate.rounds import fit_rounds, round_cost, round_errors, round_points
+from forerun.simulate.serving import ServingRow, predict_s, read_rows
+from forerun.simulate.validate import validate
+
+MEASURED = Path(__file__).parents[2] / "../shared/data/simulator/measured_decode.csv"
+needs_rows = pytest.mark.skipif(not MEASURED.is_file(), reason=f"the measured rows are not at {MEASURED}")
+
+
+def made_up_rows(truth: Tuning, model: str = "Qwen3-8B") -> list[ServingRow]:
+    shape, gpu = load_model(model), load_hardware("H100")
+    rows = []
+    for tensor in (1, 2, 4):
+        for prompt in (512, 1024, 2048):
+            for output in (256, 1024):
+                for batch in (4, 8, 16, 32, 64):
+                    replica = Replica(shape, gpu, Layout(tensor))
+                    row = ServingRow("vllm 1", replica, prompt, output, batch, 1.0)
+                    rows.append(replace(row, measured_s=float(predict_s([row], truth)[0])))
+    return rows
+
+
+def test_constants_of_a_made_up_engine_are_found() -> None:
+    truth = Tuning(host_s=4e-3, sequence_s=30e-6, memory=1.1, compute=1.3)
+    rows = made_up_rows(truth)
+    found = fit_serving(rows).tuning(rows[0].group, "dense")
+    test = [row for row in rows if not row.fitted]
+    assert errors(predict_s(test, found), np.array([row.measured_s for row in test]))["worst"] < 0.03
+    assert found.host_s == pytest.approx(truth.host_s, rel=0.15)
+
+
+def test_the_fit_never_sees_the_test_half() -> None:
+    rows = made_up_rows(Tuning(host_s=3e-3))
+    corrupted = [row if row.fitted else replace(row, measured_s=row.measured_s * 17.0) for row in rows]
+    assert 0 < sum(row.fitted for row in rows) < len(rows)
+    assert fit_serving(rows) == fit_serving(corrupted)
+    assert fit_serving(rows) == fit_serving([row for row in rows if row.fitted])
+
+
+def test_a_fit_says_what_it_did_not_identify() -> None:
+    rows = made_up_rows(Tuning())
+    entry = fit_serving(rows).groups[rows[0].group]
+    assert "experts" in entry.not_identified  # a dense model has none
+    assert "compute" not in entry.not_identified
+
+
+@needs_rows
+def test_the_measured_fit_never_sees_the_test_half() -> None:
+    rows, _ = read_rows(MEASURED)
+    own = [row for row in rows if row.group[0] == "Qwen3-32B"]
+    corrupted = [row if row.fitted else replace(row, measured_s=1e3) for row in own]
+    assert fit_serving(own) == fit_serving(corrupted)
+
+
+@needs_rows
+def test_repeated_and_relabelled_measurements_stay_in_one_half() -> None:
+    rows, _ = read_rows(MEASURED)
+    halves: dict[tuple[str, str, str, float], set[bool]] = {}
+    for row in rows:
+        key = (row.replica.model.name, row.replica.gpu.name, row.engine.split()[0], row.measured_s)
+        halves.setdefault(key, set()).add(row.fitted)
+    assert len(halves) < len(rows)
+    assert all(len(half) == 1 for half in halves.values())
+
+
+@needs_rows
+def test_the_targets_hold_on_the_test_half_and_the_shipped_constants_are_this_fit() -> None:
+    found = validate(MEASURED)
+    assert found["rows"] == 689 and not found["skipped"]
+    for family in found["families"]:
+        assert family["reached"], family
+        assert family["shipped"]["median"] == pytest.approx(family["test"]["median"], abs=0.002)
+    assert len(found["groups"]) == 26
+    json.dumps(found, allow_nan=False)
+
+
+@needs_rows
+def test_another_file_with_the_same_columns_is_taken_and_strange_rows_are_named(tmp_path: Path) -> None:
+    with MEASURED.open(newline="") as handle:
+        records = list(csv.DictReader(handle))[::9]
+    strange = [
+        records[0] | {"system": "tpu_v7"},
+        records[0] | {"pp_size": "4"},
+        records[0] | {"isl": "-5"},
+        records[0] | {"gemm_quant_mode": "nvfp4"},
+        records[0] | {"silicon_tpot_ms": ""},
+    ]
+    path = tmp_path / "other.csv"
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(records[0]))
+        writer.writeheader()
+        writer.writerows(records + strange)
+    found = validate(path)
+    assert found["rows"] == len(records)
+    assert len(found["skipped"]) == len(strange)
+    assert any("tpu_v7" in sentence for sentence in found["skipped"])
+
+
+@needs_rows
+def test_a_file_without_a_row_to_fit_takes_the_shipped_constants(tmp_path: Path) -> None:
+    with MEASURED.open(newline="") as handle:
+        records = list(csv.DictReader(handle))
+    rows, _ = read_rows(MEASURED)
+    path = tmp_path / "test_half.csv"
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(records[0]))
+        writer.writeheader()
+        writer.writerows(record for record, row in zip(records, rows, strict=True) if not row.fitted)
+    for family in validate(path)["families"]:
+        assert family["fit"] == {"rows": 0}
+        assert family["reached"] and family["test"] == family["shipped"]
+
+
+def test_unreadable_files_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No measured rows"):
+        validate(tmp_path / "none.csv")
+    (tmp_path / "bad.csv").write_text("isl,osl\n1,2\n")
+    with pytest.raises(UserError, match="lacks the columns backend"):
+        validate(tmp_path / "bad.csv")
+
+
+def test_round_costs_of_published_engines() -> None:
+    rows = round_errors()
+    assert all(row["sign_right"] for row in rows if "sign_right" in row)
+    assert all(abs(row["error"]) <= 0.15 for row in rows if row["role"] == "test")
+    assert all(abs(row["error"]) <= 0.17 for row in rows)  # EAGLE-1 at k = 7, a fitted row, is off by 16 %
+
+
+def test_round_constants_do_not_see_their_test_points() -> None:
+    points = round_points()
+    corrupted = [point if point.fitted else replace(point, c=9.0) for point in points]
+    assert fit_rounds(points) == fit_rounds(corrupted)
+    assert round_cost(replace(points[0], k=0), fit_rounds(points)[points[0].engine]) == pytest.approx(1.0)
+
+
+TRUE = FittedEngine(0.04, 0.002, 1e-6, 0.003, 0.0008, 0.004, 0.0002)
+
+
+def bench_rows(engine: FittedEngine, noise: float = 0.0) -> list[dict[str, float]]:
+    rng, rows = np.random.default_rng(0), []
+    for batch in (1, 4, 16):
+        for context in (64, 256, 512):
+            for k in (0, 1, 3, 5):
+                values = [engine.plain_s(batch, context), engine.round_s(batch, k, context), engine.draft_s(batch, k)]
+                plain, round_, draft = (1e3 * float(v) * np.exp(noise * rng.standard_normal()) for v in values)
+                row = {"batch": batch, "k": k, "context": context, "plain_ms": plain, "acceptance": 1 + 0.6 * k}
+                rows.append(row | {"round_ms": round_, "draft_ms": draft} if k else row)
+    return rows
+
+
+def test_an_engine_is_recovered_from_its_benchmark() -> None:
+    found = fit_engine(bench_rows(TRUE))
+    for name in ("step_s", "sequence_s", "cached_s", "verify_fixed_s", "row_s", "draft_fixed_s", "draft_row_s"):
+        assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=1e-6), name
+    assert found.not_identified == ()
+    assert fit_engine(bench_rows(TRUE, noise=0.05)).error < 0.1
+
+
+def test_a_fitted_engine_predicts_a_rollout() -> None:
+    lengths, engine = np.array([30.0, 60.0, 90.0, 120.0] * 4), fit_engine(bench_rows(TRUE, noise=0.05))
+    for k in (0, 3):
+        ours, true = (
+            simulate_rollout(
+                costs, lengths, replicas=1, budget=fixed_budget(k), acceptance=constant_acceptance(0.7), slots=8
+            ).seconds
+            for costs in (engine, TRUE)
+        )
+        assert ours == pytest.approx(true, rel=0.1)
+
+
+def test_poor_benchmarks_are_told_apart() -> None:
+    rows = [row for row in bench_rows(TRUE) if row["batch"] == 4 and row["context"] == 64]
+    said = " ".join(fit_engine(rows).not_identified)
+    assert "same batch" in said and "same context" in said
+    plain = [row for row in rows if row["k"] == 0]
+    assert "no row drafts" in " ".join(fit_engine(plain).not_identified)
+    assert fit_engine(plain).plain_s(4, 64) == pytest.approx(float(TRUE.plain_s(4, 64)))
+    with pytest.raises(UserError, match="no benchmark rows"):
+        fit_engine([])
+    with pytest.raises(UserError, match="lacks 'plain_ms'"):
+        fit_engine([{"batch": 1, "context": 3}])
+
+
+def test_a_run_is_fitted_on_even_steps_and_tested_on_odd_ones() -> None:
+    steps = []
+    for tokens in (1000, 1500, 1200, 1900, 1700, 1100):
+        seconds = {"data": 0.1, "prepare": 0.2, "generation": 1 + tokens / 2.5 * 0.01}
+        seconds |= {"logprob": 1e-3 * tokens, "train": 0.5 + 3e-3 * tokens}
+        steps.append({f"{stage}_s": seconds[stage] for stage in STAGES} | {"tokens": tokens, "acceptance": 2.5})
+    fit = fit_run(steps)
+    assert fit.fitted_steps == (0, 2, 4)
+    assert all(error["worst"] < 1e-6 for error in fit.errors.values())
+    assert fit.predict_s(2000, 2.5)["train"] == pytest.approx(6.5)
+    spoilt = [step if i % 2 == 0 else step | {"train_s": 99.0} for i, step in enumerate(steps)]
+    assert fit_run(spoilt).slope_s == fit.slope_s
+    with pytest.raises(UserError, match="4 at least"):
+        fit_run(steps[:3])
+    with pytest.raises(UserError, match="lack train_s"):
+        fit_run([{name: value for name, value in step.items() if name != "train_s"} for step in steps])
+
+
+def test_estimators() -> None:
+    columns = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
+    assert positive_least_squares(columns, np.array([3.0, 5.0, 7.0])) == pytest.approx([1.0, 2.0])
+    assert positive_least_squares(columns, np.array([3.0, 2.0, 1.0]))[1] == 0.0  # a falling line has no positive slope
+    x = np.linspace(1, 5, 20)
+    measured = 2.0 + 3.0 * x
+    measured[3] *= 4  # one wild point
+    fit = map_fit(lambda p: p[0] + p[1] * x, measured, np.array([1.0, 1.0]), np.array([2.0, 2.0]))
+    assert fit.values == pytest.approx([2.0, 3.0], rel=0.1)
+    assert errors(np.array([]), np.array([])) == {"rows": 0}
+
+
+def test_shipped_constants_fall_back_from_group_to_engine_to_default() -> None:
+    shipped = shipped_constants()
+    exact = shipped.tuning(("Qwen3-32B", "H100", "vllm 0.12.0"), "dense")
+    pooled = shipped.tuning(("Qwen3-8B", "GB200", "vllm"), "dense")
+    assert exact != pooled != Tuning()
+    assert shipped.tuning(("Qwen3-8B", "GB200", "unheard-of"), "dense") == Tuning()
