@@ -144,6 +144,9 @@ class DraftConfig(Block):
     vocab: int = Field(8192, ge=16, description="draft vocabulary: the tokens most frequent in the training rollouts")
     layers: list[int] | None = Field(None, description="hidden states that are fused (inputs of these layers)")
     intermediate: int | None = Field(None, description="width of the drafter's MLP; null: the policy's")
+    cache_gib: float = Field(
+        2.0, ge=0, description="memory for the policy's outputs between epochs; beyond it: run again"
+    )
     validation: float = Field(0.1, gt=0, lt=1, description="share of rollouts kept for validation")
 
 

@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,26 @@ class TeacherBatch:
     features: Tensor  # [N, L, T·H]
     log_p: Tensor  # [N, L, D], entry r: the policy's distribution of token r + 1
     scored: Tensor  # [N, L] bool, entry r: token r + 1 belongs to the completion
+
+
+class Lessons:
+    """Keeps what the teacher said about a batch while it fits; beyond the bound the policy runs again every epoch."""
+
+    def __init__(self, gib: float) -> None:
+        self.room_bytes = int(gib * 2**30)
+        self.kept: dict[tuple[int, ...], TeacherBatch] = {}
+
+    def __call__(self, rows: tuple[int, ...], make: Callable[[], TeacherBatch]) -> TeacherBatch:
+        """The lesson of these rows, made now unless it was kept."""
+        if rows in self.kept:
+            return self.kept[rows]
+        lesson = make()
+        tensors = (lesson.tokens, lesson.features, lesson.log_p, lesson.scored)
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        if size <= self.room_bytes:
+            self.room_bytes -= size
+            self.kept[rows] = lesson
+        return lesson
 
 
 def new_head(policy: Policy, pairs: Sequence[Pair], config: DraftConfig) -> Eagle3Head:
@@ -105,6 +126,7 @@ def train_head(
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = microbatches([len(p) + len(c) for p, c in training], config.batch_tokens)
     steps, step = config.epochs * len(batches), 0
+    lessons = Lessons(config.cache_gib)
     best = validate(head, policy, held, config, temperature)
     validated(0, best)
     kept = {k: v.clone() for k, v in head.state_dict().items()}
@@ -112,7 +134,7 @@ def train_head(
         for rows in rng.sample(batches, len(batches)):
             factor = learning_rate_factor(step, steps, min(20, steps // 10 + 1))
             optimizer.param_groups[0]["lr"] = config.learning_rate * factor
-            teacher = teach(head, policy, [training[i] for i in rows], temperature)
+            teacher = lessons(tuple(rows), partial(teach, head, policy, [training[i] for i in rows], temperature))
             loss = _loss(head, policy, teacher, config, temperature)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(head.parameters(), 0.5)
