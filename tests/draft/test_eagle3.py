@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import random_drafter, random_head
 from forerun.config import DraftConfig
 from forerun.draft.eagle3 import Eagle3Drafter
 from forerun.draft.training import Validation, new_head, teach, train_head, unroll, validate
@@ -18,6 +17,7 @@ from forerun.engine.local.schedule import request_seed
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.models.taps import default_taps
+from tiny_models import random_drafter, random_head
 
 
 def test_saved_and_loaded_head_is_the_same(policy: Policy, tmp_path: Path) -> None:

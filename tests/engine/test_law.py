@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import random_drafter
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy, load_policy
 from forerun.verify import broken
+from tiny_models import random_drafter
 
 VOCABULARY, SAMPLES, PROMPT = 12, 20_000, [3, 7, 5]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import random_drafter, random_head
 from forerun.draft.eagle3 import Eagle3Drafter
 from forerun.engine.base import Weights
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.loop.weights import publish
 from forerun.models import Policy, load_policy
+from tiny_models import random_drafter, random_head
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21], [30] * 40]
 

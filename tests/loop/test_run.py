@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 import forerun
-from conftest import save_tiny
 from forerun.errors import UserError
+from tiny_models import save_tiny
 
 
 @pytest.fixture

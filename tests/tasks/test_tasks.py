@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import DATA
 from forerun.config import TaskConfig
 from forerun.errors import UserError
 from forerun.tasks import load_task
 from forerun.tasks.reasoning_gym import chain_sum_solution
 from forerun.tasks.reward import final_answer, math_reward
+from tiny_models import DATA
 
 SUMS = {"min_terms": 3, "max_terms": 5, "min_digits": 2, "max_digits": 2}
 

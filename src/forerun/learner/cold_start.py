@@ -59,8 +59,14 @@ def merge(policy: Policy, adapter: Any, folder: Path) -> None:
 
     The merged policy is therefore bit for bit the one that `policy.adapter=folder` gives later.
     """
-    adapter.eval().to(torch.bfloat16).save_pretrained(folder)
-    adapter.merge_and_unload()
+    weights = [p for name, p in adapter.named_parameters() if "lora_" in name]
+    formats = [p.dtype for p in weights]
+    for parameter in weights:
+        parameter.data = parameter.data.bfloat16()
+    adapter.eval().save_pretrained(folder)
+    for parameter, dtype in zip(weights, formats, strict=True):
+        parameter.data = parameter.data.to(dtype)
+    adapter.merge_and_unload().requires_grad_(True)  # peft froze what it wrapped
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:

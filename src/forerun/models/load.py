@@ -122,6 +122,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
 
     try:
         PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        model.requires_grad_(True)  # peft froze what it wrapped
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"The adapter in {folder} cannot be merged into the policy: {_first_line(error)}") from error
 
