@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forerun.draft.base import Rows
-from forerun.engine.local.cache import SlotCache, SlotPass
 from forerun.errors import UserError
 from forerun.models import Policy
+from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.lean import rotate_sign, swap_halves
+from forerun.models.load import load_exactly
 from forerun.models.taps import check_taps, decoder_layers
 from forerun.records import Draft, Verdict
 from forerun.verify.random import Purpose, inverse_cdf_log, round_keys, uniforms
@@ -260,18 +261,6 @@ class Eagle3Drafter:
         head = Eagle3Head(config).to(policy.dtype)
         load_exactly(head, state, f"the drafter in {folder}")
         return cls(head, policy)
-
-
-def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """load_state_dict that refuses missing, unknown and misshapen tensors with one sentence."""
-    own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    if missing or unknown:
-        raise UserError(f"The weights of {what} do not match: missing {missing or 'none'}, unknown {unknown or 'none'}")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise UserError(f"{name} of {what} has shape {list(state[name].shape)}, expected {list(tensor.shape)}")
-    module.load_state_dict(dict(state))
 
 
 def _check_fit(config: Eagle3Config, policy: Policy) -> None:

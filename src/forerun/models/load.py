@@ -5,13 +5,14 @@ Left out: how it generates (`engine/`) and how it learns (`learner/`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from forerun.errors import UserError
 from forerun.models import smollm2
@@ -110,6 +111,18 @@ def save_policy(policy: Policy, folder: Path) -> None:
         raise UserError(
             f"Cannot save the policy to {folder}: {_first_line(error)}; free space or choose another 'runs'"
         ) from error
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """load_state_dict that refuses missing, unknown and misshapen tensors with one sentence."""
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    if missing or unknown:
+        raise UserError(f"The weights of {what} do not match: missing {missing or 'none'}, unknown {unknown or 'none'}")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise UserError(f"{name} of {what} has shape {list(state[name].shape)}, expected {list(tensor.shape)}")
+    module.load_state_dict(dict(state))
 
 
 def merge_adapter(model: nn.Module, folder: Path) -> None:

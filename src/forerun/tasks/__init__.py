@@ -5,6 +5,50 @@
 
 from __future__ import annotations
 
-from forerun.tasks.base import Problem, Task, load_task
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
 
-__all__ = ["Problem", "Task", "load_task"]
+from forerun.config import TaskConfig
+from forerun.errors import UserError
+from forerun.tasks import gsm8k, jsonl, reasoning_gym
+from forerun.tasks.base import Problem, Reward, Split, Task, checked
+
+__all__ = ["BUILDERS", "Problem", "Task", "load_task"]
+
+BUILDERS: dict[str, Callable[[TaskConfig, int], Task]] = {
+    "gsm8k": gsm8k.build,
+    "jsonl": jsonl.build,
+    "reasoning_gym": reasoning_gym.build,
+}
+
+
+def load_task(config: TaskConfig, seed: int = 0) -> Task:
+    """Build the task of a recipe.
+
+    Raises:
+        UserError: unknown task name, missing or empty data, or a reward function that cannot be imported.
+    """
+    if config.name not in BUILDERS:
+        raise UserError(f"'task.name': no task is called '{config.name}'; there are {', '.join(BUILDERS)}")
+    task = BUILDERS[config.name](config, seed)
+    if config.reward is not None:
+        task = replace(task, reward=_import_reward(config.reward))
+    return replace(task, reward=checked(task.reward), problems=_with_suffix(task.problems, config.suffix))
+
+
+def _import_reward(path: str) -> Reward:
+    module_name, _, function_name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"'task.reward': cannot import '{path}' (package.module:function): {error}") from None
+    if not callable(function):
+        raise UserError(f"'task.reward': '{path}' is not a function")
+    return function
+
+
+def _with_suffix(problems: Callable[[Split], list[Problem]], suffix: str) -> Callable[[Split], list[Problem]]:
+    if not suffix:
+        return problems
+    return lambda split: [replace(p, question=f"{p.question}{suffix}") for p in problems(split)]

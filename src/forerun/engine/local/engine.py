@@ -18,14 +18,15 @@ from torch import Tensor
 
 from forerun.draft.base import Drafter, Rows
 from forerun.engine.base import Counters, Sampling, Weights
-from forerun.engine.local.cache import SlotCache, SlotPass
 from forerun.engine.local.forward import PolicyForward
 from forerun.engine.local.schedule import Schedule
 from forerun.engine.local.schedule import Sequence as Live
 from forerun.engine.probe import AcceptanceProbe
 from forerun.errors import UserError
 from forerun.models import Policy
+from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.checksum import checksum
+from forerun.models.load import load_exactly
 from forerun.records import Draft, Rollout, Verdict
 from forerun.verify.chain import verify
 from forerun.verify.random import Purpose, round_keys, uniforms
@@ -101,7 +102,7 @@ class LocalEngine:
     def load(self, weights: Weights) -> Weights:
         """Take a version. The policy is the live module: its bytes are checked, not copied."""
         if weights.policy is not None:
-            _copy_into(self.policy.model, weights.policy)
+            load_exactly(self.policy.model, weights.policy, "the policy")
         if (self.drafter is not None) != ("draft" in weights.checksums):
             have, want = ("a", "no") if self.drafter is not None else ("no", "a")
             raise UserError(f"Version {weights.version} carries {want} drafter, but this engine speculates with {have}")
@@ -322,10 +323,3 @@ def _neighbours(chosen: list[int], schedule: Schedule) -> list[list[int]]:
         else:
             runs.append([prompt])
     return runs
-
-
-@torch.no_grad()
-def _copy_into(model: Any, state: Any) -> None:
-    from forerun.draft.eagle3 import load_exactly
-
-    load_exactly(model, state, "the policy")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from forerun.engine.local.cache import SlotPass, slot_attention
 from forerun.models import Policy
+from forerun.models.cache import SlotPass, slot_attention
 from forerun.models.lean import LeanForward
 from forerun.models.taps import Taps
 
