@@ -1,6 +1,7 @@
 """The alarm for the silent failure of every peer: a stale drafter that only makes things slow.
 
-After each load or resume the first rounds' acceptance is held against the last known one; a collapse is a warning.
+After each load or resume the acceptance of the first rounds is held against that of the first rounds after the load
+before: openings against openings, because answers begin at places that are harder to draft than their average.
 """
 
 from __future__ import annotations
@@ -15,28 +16,25 @@ COLLAPSE = 0.5  # share of the known accepted drafts per round below which the d
 
 @dataclass(slots=True)
 class AcceptanceProbe:
-    """Compares accepted drafts per round (acceptance length minus one) across a load."""
+    """Compares accepted drafts per round (acceptance length minus one) in the opening rounds of successive loads."""
 
     known: float | None = None
     _start: Counters = field(default_factory=Counters)
-    _open: bool = False
+    _open: bool = True
 
     def restart(self, counters: Counters) -> None:
-        """Weights changed: what was measured since the last restart becomes the known value, if it was enough."""
-        since = counters.minus(self._start)
-        if since.rounds >= ROUNDS and since.acceptance_length is not None:
-            self.known = since.acceptance_length - 1
+        """Weights changed: the rounds from here on are an opening."""
         self._start, self._open = counters.copy(), True
 
     def look(self, counters: Counters) -> str | None:
-        """A sentence when the first rounds since the restart have collapsed, once; else None."""
+        """A sentence when this opening has collapsed against the one before, once; else None."""
         if not self._open or counters.rounds - self._start.rounds < ROUNDS:
             return None
         self._open = False
-        now = (counters.minus(self._start).acceptance_length or 1.0) - 1
-        if self.known is None or now >= COLLAPSE * self.known:
+        before, self.known = self.known, (counters.minus(self._start).acceptance_length or 1.0) - 1
+        if before is None or self.known >= COLLAPSE * before:
             return None
         return (
-            f"Acceptance collapsed after a weight load: {now:.2f} accepted drafts per round, {self.known:.2f} before. "
+            f"Acceptance collapsed after a weight load: {self.known:.2f} accepted drafts a round, {before:.2f} before. "
             "The drafter may be stale or of another policy; rollouts stay exact but become slow"
         )
