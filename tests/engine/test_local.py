@@ -209,3 +209,13 @@ def test_training_in_place_is_seen_at_once(tiny: Callable[..., Path]) -> None:
     assert engine.generate([[4, 5, 6]], max_new_tokens=12, temperature=0.0)[0].tokens == reference(
         policy, [4, 5, 6], 12
     )
+
+
+def test_a_paused_engine_starts_no_round(policy: Policy) -> None:
+    engine = LocalEngine(policy, slots=2)
+    expected = engine.generate(PROMPTS, max_new_tokens=6, seed=4)
+    engine.pause()
+    with pytest.raises(UserError, match=r"paused; call resume\(\)"):
+        engine.generate(PROMPTS, max_new_tokens=6, seed=4)
+    engine.resume()
+    assert [r.tokens for r in engine.generate(PROMPTS, max_new_tokens=6, seed=4)] == [r.tokens for r in expected]

@@ -89,6 +89,23 @@ def test_a_run_leaves_everything_behind(recipe: Path, tmp_path: Path) -> None:
     assert len(engine.generate(["1+1="], n=3, max_new_tokens=4)) == 3
 
 
+def test_the_draft_verb_makes_a_drafter_that_loads(recipe: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "head"
+    done = subprocess.run(
+        command("draft", str(recipe), "--out", str(out), "--json"), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said, config = json.loads(done.stdout), json.loads((out / "config.json").read_text())
+    assert said["rollouts"] == 32 and config["forerun"]["tokens_per_round"] == said["tokens_per_round"] >= 1
+    engine = forerun.load_engine(
+        "local",
+        policy=str(tiny("llama")),
+        dtype="float32",
+        speculation={"method": "eagle3", "draft": str(out), "k": 2, "verify": "block"},
+    )
+    assert engine.generate([[5, 6, 7]], max_new_tokens=8) and engine.metrics()["drafted"] > 0
+
+
 def test_the_policy_moves_and_the_versions_say_so(recipe: Path) -> None:
     summary = forerun.train(str(recipe), {"train.steps": 2, "compare.steps": 0})
     still = forerun.train(str(recipe), {"train.steps": 2, "compare.steps": 0, "train.learning_rate": 1e-12})
