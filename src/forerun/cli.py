@@ -77,6 +77,32 @@ def draft(recipe: RecipeName, overrides: Overrides = None, out: Path = Path("dra
 
 
 @app.command()
+def verify(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    quick: Annotated[bool, typer.Option("--quick", help="small samples: minutes on a laptop")] = False,
+    against: Annotated[int | None, typer.Option(help="plain rollouts per prompt to compare with")] = None,
+    inject: Annotated[str | None, typer.Option(help="break the engine on purpose: the verdict must fail")] = None,
+    out: Path = Path("verification"),
+    json: Json = False,
+) -> None:
+    """Test that speculative rollouts are the policy's own; exit code 1 when a claim fails."""
+    settings = load_recipe(recipe, parse_overrides(overrides or []))
+    from forerun.lossless.harness import FULL, QUICK, verify_recipe
+    from forerun.report.console import Console
+    from forerun.report.verification import write_verification
+
+    with Console(0, json=json) as console:
+        verdict = verify_recipe(settings, console, effort=QUICK if quick else FULL, against=against, inject=inject)
+    paths = write_verification(verdict.to_dict(), out)
+    if json:
+        _print_json({**verdict.to_dict(), "paths": paths})
+    else:
+        typer.echo(f"{verdict.to_text()}\n{paths['page']}")
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")], json: Json = False) -> None:
     """Write the offline HTML page of a run folder."""
     from forerun.report.html import write_report

@@ -78,7 +78,7 @@ def test_plain_engine_samples_the_policy(small: Policy) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", ["resample_from_target", "block_resample_from_target", "block_threshold_is_prefix", "misaligned_row"]
+    "fault", ["no_residual", "block_no_residual", "block_threshold_is_prefix", "misaligned_row"]
 )
 def test_a_broken_rule_is_caught(small: Policy, fault: str) -> None:
     drafter = random_drafter(small, vocabulary=[0, 1, 2, 3, 5, 7, 8, 11])

@@ -37,14 +37,14 @@ _TYPICAL_FLOOR, _TYPICAL_SHARE = 0.3, 0.5  # Medusa's epsilon and delta (2401.10
 _OTHER_TEMPERATURE = 1.5
 
 
-def resample_from_target(
+def no_residual(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
 ) -> Verdict:
     """Token rule without a residual: a rejected token is replaced from p (one-hot too)."""
     return run(token_acceptance, _from_target, target_logits, draft, temperature, coins, picks)
 
 
-def block_resample_from_target(
+def block_no_residual(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
 ) -> Verdict:
     """Block rule without a residual (one-hot too)."""
@@ -125,8 +125,8 @@ def shared_coin(target_logits: Tensor, draft: Draft, temperature: Tensor, coins:
 BROKEN: dict[str, RuleFunction] = {
     rule.__name__: rule
     for rule in (
-        resample_from_target,
-        block_resample_from_target,
+        no_residual,
+        block_no_residual,
         residual_masks_token,
         block_residual_unweighted,
         block_threshold_is_prefix,

@@ -1,0 +1,79 @@
+"""Faults that can be injected into the engine, each of which the verification must find: proof that it can fail.
+
+Broken acceptance rules come from `verify/broken.py`; the others break what a rule reports or what a load promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from forerun.engine import Weights
+from forerun.engine.local.engine import LocalEngine, Verify
+from forerun.errors import UserError
+from forerun.records import Draft, Verdict
+from forerun.verify.broken import BROKEN
+from forerun.verify.chain import log_q_of_tokens, verify
+
+
+def draft_logprobs(
+    rule: str, logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
+) -> Verdict:
+    """Accepted tokens carry the drafter's log-probability."""
+    verdict = verify(rule, logits, draft, temperature, coins, picks)
+    k = draft.tokens.shape[1]
+    kept = torch.arange(k, device=logits.device) < verdict.accepted[:, None]
+    logprobs = verdict.logprobs.clone()
+    logprobs[:, :k] = torch.where(kept, log_q_of_tokens(draft).float(), logprobs[:, :k])
+    return replace(verdict, logprobs=logprobs)
+
+
+def neighbour_logprobs(
+    rule: str, logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
+) -> Verdict:
+    """Every token carries the log-probability that the row after its own gives it."""
+    verdict = verify(rule, logits, draft, temperature, coins, picks)
+    scaled = logits.float() / torch.where(temperature == 0, 1.0, temperature)[:, None, None]
+    shifted = scaled.roll(-1, 1).log_softmax(-1).gather(2, verdict.tokens[..., None])[..., 0]
+    place = torch.arange(logits.shape[1], device=logits.device)
+    return replace(verdict, logprobs=torch.where(place <= verdict.accepted[:, None], shifted, 0.0))
+
+
+def silent_load(engine: LocalEngine) -> None:
+    """The engine answers every load with what it was told, and looks at nothing."""
+
+    def load(weights: Weights) -> Weights:
+        return weights
+
+    engine.load = load  # type: ignore[method-assign]
+
+
+_VERIFIERS: dict[str, Verify] = {"draft_logprobs": draft_logprobs, "neighbour_logprobs": neighbour_logprobs}
+_SPOILERS: dict[str, Callable[[LocalEngine], None]] = {"silent_load": silent_load}
+# A residual that forgets the weight p_tau is wrong only behind accepted drafts that the drafter overrates: too rare for
+# a sample that anybody waits for. The oracle and 700,000 draws over four tokens catch it (tests/verify).
+_TOO_MILD = ("block_residual_unweighted",)
+FAULTS = (*(name for name in BROKEN if name not in _TOO_MILD), *_VERIFIERS, *_SPOILERS)
+
+
+def verifier_of(fault: str | None) -> Verify:
+    """The verifier to build the engine with.
+
+    Raises:
+        UserError: no such fault.
+    """
+    if fault is not None and fault not in FAULTS:
+        raise UserError(f"There is no fault '{fault}' to inject; the faults are {', '.join(FAULTS)}")
+    if fault in BROKEN:
+        broken = BROKEN[fault]
+        return lambda _, *arguments: broken(*arguments)
+    return _VERIFIERS.get(fault or "", verify)
+
+
+def spoil(engine: LocalEngine, fault: str | None) -> None:
+    """Break what is not in the verifier."""
+    if fault in _SPOILERS:
+        _SPOILERS[fault](engine)

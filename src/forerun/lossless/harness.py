@@ -1,0 +1,205 @@
+"""`forerun verify`: is what this engine emits, with this speculation block, still the policy's own?
+
+Five claims on the user's model, in the order of the functions below. Each says what it saw, what it would have caught,
+and whether it holds. Left out: what the claims test and how (`parity.py`, `law.py`, `samples.py`, `contract.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forerun.config import Recipe
+from forerun.draft import Drafter, load_drafter
+from forerun.engine import Sampling
+from forerun.engine.local.engine import LocalEngine, Verify
+from forerun.errors import UserError
+from forerun.loop.generate import Generated, generate
+from forerun.loop.setup import encode, prepare_drafter, prepare_policy
+from forerun.loop.weights import publish
+from forerun.lossless.contract import contract_checks
+from forerun.lossless.faults import spoil, verifier_of
+from forerun.lossless.law import law_checks, unsure_contexts
+from forerun.lossless.parity import greedy_checks, parity_checks
+from forerun.lossless.samples import sample_checks
+from forerun.lossless.verdict import Check, Claim, Kind, Verification
+from forerun.models import Policy
+from forerun.report.console import Console
+from forerun.report.environment import describe_environment, machine_line
+from forerun.tasks import Task, load_task
+
+SEED = 77
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Sample sizes."""
+
+    prompts: int  # whole rollouts: of each engine, `samples` a prompt
+    samples: int
+    contexts: int  # law: contexts, and texts from each
+    texts: int
+    greedy_prompts: int
+    greedy_tokens: int
+    greedy_prompts_float32: int
+    parity: int  # rollouts whose log-probabilities are compared
+
+
+QUICK = Effort(16, 4, 8, 512, 16, 64, 6, 12)
+FULL = Effort(48, 16, 24, 2048, 64, 64, 64, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is being verified."""
+
+    recipe: Recipe
+    policy: Policy
+    drafter: Drafter
+    task: Task
+    engine: LocalEngine
+    plain: LocalEngine
+    verifier: Verify
+    console: Console
+
+    @property
+    def heat(self) -> float:
+        """Temperature of the sampled claims: the recipe's, or 1 where it is greedy (greedy text has its own claim)."""
+        return self.recipe.rollout.temperature or 1.0
+
+    def rollouts(self, engine: LocalEngine, effort: Effort, samples: int, seed: int) -> Generated:
+        """`samples` whole rollouts of each prompt."""
+        problems = self.task.problems("eval")[: effort.prompts]
+        prompts = [encode(p, self.recipe, self.policy) for p in problems]
+        sampling = Sampling(self.recipe.rollout.max_new_tokens, self.heat, seed, tuple(self.recipe.rollout.stop))
+        return generate(engine, self.policy, self.task, problems, prompts, sampling, samples, self.console)
+
+    def prompts(self, count: int) -> list[list[int]]:
+        """Token ids of held-out prompts."""
+        return [encode(p, self.recipe, self.policy).token_ids for p in self.task.problems("eval")[:count]]
+
+
+def verify_recipe(
+    recipe: Recipe, console: Console, *, effort: Effort = FULL, against: int | None = None, inject: str | None = None
+) -> Verification:
+    """Verify a recipe's policy, drafter and speculation block on the local engine.
+
+    Args:
+        effort: sample sizes; QUICK takes minutes on two cores for a model of 135M parameters.
+        against: plain rollouts per prompt to compare the speculative ones with; None: as many as those.
+        inject: a fault of `faults.FAULTS`; the verification has to fail.
+
+    Raises:
+        UserError: the recipe does not speculate, or names something that cannot be loaded.
+    """
+    if recipe.speculation.tokens == 0:
+        raise UserError(
+            f"The recipe '{recipe.name}' does not speculate (method {recipe.speculation.method}, k "
+            f"{recipe.speculation.k}), so there is nothing to verify; try speculation.method=eagle3 speculation.k=3"
+        )
+    verifier = verifier_of(inject)
+    with tempfile.TemporaryDirectory() as scratch:
+        subject = _subject(recipe, verifier, inject, Path(scratch), console)
+        return Verification(_about(subject, effort, inject), _claims(subject, effort, against, Path(scratch)))
+
+
+def _subject(recipe: Recipe, verifier: Verify, inject: str | None, scratch: Path, console: Console) -> Subject:
+    task = load_task(recipe.task, recipe.seed)
+    policy = prepare_policy(recipe, task, scratch, console)
+    drafter = prepare_drafter(recipe, policy, task, scratch / "drafter", console)
+    assert drafter is not None
+    engine = _speculative(recipe, policy, drafter, verifier)
+    spoil(engine, inject)
+    plain = LocalEngine(policy, slots=recipe.rollout.slots)
+    return Subject(recipe, policy, drafter, task, engine, plain, verifier, console)
+
+
+def _speculative(recipe: Recipe, policy: Policy, drafter: Drafter, verifier: Verify) -> LocalEngine:
+    speculation, slots = recipe.speculation, recipe.rollout.slots
+    return LocalEngine(policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots, verifier=verifier)
+
+
+def _claims(subject: Subject, effort: Effort, against: int | None, scratch: Path) -> list[Claim]:
+    claims: list[Claim] = []
+
+    def claim(name: str, kind: Kind, make: Callable[[], list[Check]]) -> None:
+        started = time.perf_counter()
+        with subject.console.stage(name):
+            checks = make()
+        claims.append(Claim(name, kind, checks, time.perf_counter() - started))
+
+    made: dict[str, Generated] = {}
+    claim("greedy identity", "numerical", lambda: _greedy(subject, effort, scratch))
+    claim("two samples", "algorithmic", lambda: _two_samples(subject, effort, against or effort.samples, made))
+    claim("joint law", "algorithmic", lambda: _law(subject, effort, made["plain"]))
+    claim("log-probabilities", "log-probability", lambda: _parity(subject, effort, made["speculative"]))
+    claim("weight versions", "contract", lambda: _contract(subject))
+    return claims
+
+
+def _greedy(subject: Subject, effort: Effort, scratch: Path) -> list[Check]:
+    """In the recipe's number format, and in float32 where that is another one."""
+    recipe, k = subject.recipe, subject.recipe.speculation.tokens
+    prompts = subject.prompts(effort.greedy_prompts)
+    checks = greedy_checks(subject.plain, subject.engine, subject.policy, prompts, effort.greedy_tokens, k)
+    if subject.policy.dtype != torch.float32:
+        exact = Policy(copy.deepcopy(subject.policy.model).float(), subject.policy.tokenizer, subject.policy.name)
+        subject.drafter.save(scratch / "float32", {})
+        speculation = recipe.speculation.model_copy(update={"draft": str(scratch / "float32")})
+        drafter = load_drafter(exact, speculation)
+        assert drafter is not None
+        engines = LocalEngine(exact, slots=recipe.rollout.slots), _speculative(recipe, exact, drafter, subject.verifier)
+        few = prompts[: effort.greedy_prompts_float32]
+        checks += greedy_checks(*engines, exact, few, effort.greedy_tokens, k)
+    return checks
+
+
+def _two_samples(subject: Subject, effort: Effort, against: int, made: dict[str, Generated]) -> list[Check]:
+    """Keeps the rollouts in `made` for the claims that follow."""
+    made["plain"] = subject.rollouts(subject.plain, effort, against, SEED)
+    made["speculative"] = subject.rollouts(subject.engine, effort, effort.samples, SEED + 1)
+    rewards = [float(x) for g in (made["plain"], made["speculative"]) for x in g.rewards.flatten()]
+    return sample_checks(made["plain"].rollouts, made["speculative"].rollouts, rewards, SEED)
+
+
+def _law(subject: Subject, effort: Effort, plain: Generated) -> list[Check]:
+    """Texts long enough to hold a whole round of k drafts and the token after it."""
+    contexts = unsure_contexts(subject.policy, plain.rollouts, effort.contexts, subject.heat)
+    length = max(3, subject.recipe.speculation.tokens + 2)
+    sampling = Sampling(length, subject.heat, SEED + 2)
+    return law_checks(subject.engine, subject.policy, subject.drafter, contexts, effort.texts, length, sampling)
+
+
+def _parity(subject: Subject, effort: Effort, speculative: Generated) -> list[Check]:
+    k, slots = subject.recipe.speculation.tokens, subject.recipe.rollout.slots
+    stride = max(1, len(speculative.rollouts) // effort.parity)
+    return parity_checks(subject.policy, speculative.rollouts[::stride][: effort.parity], k, slots, subject.heat)
+
+
+def _contract(subject: Subject) -> list[Check]:
+    def weights(version: int) -> Any:
+        return publish(version, subject.policy, subject.drafter)
+
+    return contract_checks(subject.engine, subject.drafter, weights, subject.prompts(4))
+
+
+def _about(subject: Subject, effort: Effort, inject: str | None) -> dict[str, Any]:
+    recipe, speculation = subject.recipe, subject.recipe.speculation
+    return {
+        "recipe": recipe.name,
+        "engine": "local",
+        "policy": subject.policy.name,
+        "dtype": str(subject.policy.dtype)[6:],
+        "speculation": f"{speculation.method}, k = {speculation.tokens}, rule {speculation.verify}",
+        "temperature": subject.heat,
+        "effort": asdict(effort),
+        "injected_fault": inject,
+        "machine": machine_line(describe_environment()),
+    }
