@@ -27,7 +27,7 @@ from forerun.tasks import load_task
 
 COLD_START, DRAFTER = "quickstart-cold-start", "quickstart-eagle3"
 SEED = 10_000  # other problems than those of the quickstart's own seeds
-COLD_START_SETTINGS = {"steps": 120, "batch": 16, "learning_rate": 1e-3, "rank": 32}
+COLD_START_SETTINGS = {"steps": 140, "batch": 16, "learning_rate": 1e-3, "rank": 32, "answer_only": 0.4}
 DRAFTER_SETTINGS = {"rollouts": 640, "epochs": 8, "depth": 5, "vocab": 256, "learning_rate": 1e-3, "batch_tokens": 1536}
 
 

@@ -77,6 +77,36 @@ def draft(recipe: RecipeName, overrides: Overrides = None, out: Path = Path("dra
 
 
 @app.command()
+def bench(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    methods: Annotated[str | None, typer.Option(help="drafters, with commas; default: the recipe's and ngram")] = None,
+    ks: Annotated[str, typer.Option(help="draft lengths")] = "1,3,4",
+    batches: Annotated[str, typer.Option(help="sequences side by side")] = "1,8,32",
+    draft: Annotated[list[str] | None, typer.Option(help="method=folder of a drafter; may be repeated")] = None,
+    repeats: Annotated[int, typer.Option(help="turns; every figure is their median")] = 3,
+    out: Path = Path("bench"),
+    json: Json = False,
+) -> None:
+    """Measure plain decoding against each drafter, k and batch on this machine; writes the cost table."""
+    settings = load_recipe(recipe, parse_overrides(overrides or []))
+    from forerun.bench import bench_recipe
+    from forerun.report.bench_page import write_bench
+    from forerun.report.console import Console
+
+    names = methods.split(",") if methods else list(dict.fromkeys([settings.speculation.method, "ngram"]))
+    with Console(0, json=json) as console:
+        result = bench_recipe(
+            settings, [n for n in names if n != "none"], _numbers(ks), _numbers(batches), parse_overrides(draft or []),
+            repeats, console,
+        )  # fmt: skip
+        paths = write_bench(result, out)
+        console.note(f"cost table {paths['table']}, page {paths['page']}")
+    if json:
+        _print_json({**result, "paths": paths})
+
+
+@app.command()
 def verify(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -116,30 +146,74 @@ def report(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")
 
 @app.command()
 def plan(
+    subject: Annotated[
+        str | None, typer.Argument(help="recipe or run folder; none: the planner's own keys", metavar="[RECIPE|RUN]")
+    ] = None,
     overrides: Overrides = None,
     paper: Annotated[bool, typer.Option("--paper", help="the papers' published numbers beside ours")] = False,
     validate: Annotated[bool, typer.Option("--validate", help="errors on measured serving rows")] = False,
     data: Annotated[Path | None, typer.Option(help="CSV of measured rows for --validate")] = None,
+    costs: Annotated[Path | None, typer.Option(help="cost table of forerun bench, in place of nominal costs")] = None,
+    html: Annotated[Path | None, typer.Option(help="also write the plan as an offline page")] = None,
     json: Json = False,
 ) -> None:
-    """Predict what speculation will bring: forerun plan model=Qwen3-8B gpu=H200 gpus=64 lag=1."""
+    """Predict what speculation will bring: forerun plan gsm8k hardware=H200 gpus=8 lag=1, forerun plan runs/latest."""
     from forerun.simulate import plan as planning
     from forerun.simulate import render
-    from forerun.simulate.validate import validate as validated
 
-    if validate and data is None:
-        raise UserError("--validate needs the measured rows: --data FILE.csv")
-    if validate and data is not None:
+    words = list(overrides or [])
+    if subject is not None and "=" in subject:  # `plan model=Qwen3-8B`: neither a recipe nor a run
+        words.insert(0, subject)
+        subject = None
+    if (paper or validate) and html is not None:
+        raise UserError("--html draws a plan; --paper and --validate print tables, with --json for other programs")
+    if validate:
+        from forerun.simulate.validate import validate as validated
+
+        if data is None:
+            raise UserError("--validate needs the measured rows: --data FILE.csv")
         result, text = validated(data), render.validation_text
     elif paper:
         result, text = planning.plan_paper(), render.paper_text
     else:
-        values = {k: yaml.safe_load(v) for k, v in parse_overrides(overrides or []).items()}
-        result, text = planning.plan(values).to_dict(), render.plan_text
+        result = _planned(subject, words, costs)
+        text = render.run_text if "run" in result else render.plan_text
+    if html is not None:
+        from forerun.report.plan_page import write_plan
+
+        write_plan(result, html)
     if json:
         _print_json(result)
     else:
         typer.echo(text(result))
+
+
+def _planned(subject: str | None, words: list[str], costs: Path | None) -> dict[str, Any]:
+    """The plan of a recipe, of a run, or of the planner's own keys."""
+    from forerun.simulate.calibrate import read_cost_table
+    from forerun.simulate.plan import plan as planned
+    from forerun.simulate.planner import spec_keys
+    from forerun.simulate.recipes import plan_recipe
+    from forerun.simulate.run import is_run, plan_run
+
+    values = parse_overrides(words)
+    run = subject is not None and is_run(Path(subject))
+    recipe_keys = () if run else [key for key in values if key not in spec_keys() and _names_recipe_key(key)]
+    changes = {key: yaml.safe_load(value) for key, value in values.items() if key not in recipe_keys}
+    if subject is None or run:
+        if costs is not None:
+            raise UserError("--costs belongs to a recipe: forerun plan RECIPE --costs FILE")
+        if subject is None:
+            return planned(changes).to_dict()
+        recipe = load_recipe(str(Path(subject) / "config.resolved.yaml"))
+        return plan_run(subject, recipe.model_dump(), changes)
+    recipe = load_recipe(subject, {key: values[key] for key in recipe_keys})
+    table = None if costs is None else read_cost_table(costs)
+    return plan_recipe(recipe.model_dump(), changes, table).to_dict()
+
+
+def _names_recipe_key(key: str) -> bool:
+    return "." in key or key in Recipe.model_fields
 
 
 @app.command()
@@ -180,6 +254,16 @@ def _resumed(run: Path, words: list[str]) -> Recipe:
     from forerun.loop.loop import resumed_recipe
 
     return resumed_recipe(run, parse_overrides(words))
+
+
+def _numbers(words: str) -> list[int]:
+    try:
+        numbers = [int(word) for word in words.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UserError(f"'{words}' is no list of positive whole numbers; write them as 1,3,4")
+    return numbers
 
 
 def _print_recipe(recipe: Recipe, as_json: bool) -> None:

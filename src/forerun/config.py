@@ -57,16 +57,66 @@ class ColdStartConfig(Block):
     learning_rate: float = Field(5e-4, gt=0)
     rank: int = Field(32, ge=1, description="rank of the LoRA adapter on every linear layer")
     warmup: int = Field(10, ge=0, description="steps of linear warm-up; then cosine decay to a tenth")
+    answer_only: float = Field(
+        0.0, ge=0, lt=1, description="share of solutions cut to their answer: two habits for RL to choose between"
+    )
+
+
+class NgramConfig(Block):
+    """Prompt lookup (`method: ngram`): names, meaning and defaults are vLLM's."""
+
+    prompt_lookup_max: int = Field(5, ge=1, description="longest suffix that is looked up, in tokens")
+    prompt_lookup_min: int = Field(5, ge=1, description="shortest suffix that is looked up, in tokens")
+
+    @model_validator(mode="after")
+    def _check(self) -> NgramConfig:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min {self.prompt_lookup_min} is above prompt_lookup_max {self.prompt_lookup_max}; "
+                "set both"
+            )
+        return self
+
+
+class TrieConfig(Block):
+    """Continuations out of the samples of the same prompt (`method: trie`)."""
+
+    scope: Literal["prompt", "global"] = Field(
+        "prompt", description="prompt: look only at samples of the same prompt; global: at everything"
+    )
+    match_min: int = Field(2, ge=1, description="shortest suffix that is looked up, in tokens")
+    match_max: int = Field(16, ge=1, description="longest suffix that is told apart, in tokens")
+    floor: float = Field(0.1, ge=0, le=1, description="least share of the occurrences that must go on with a token")
+    window: int = Field(8, ge=1, description="epochs of a prompt whose samples are kept (scope prompt)")
+    max_tokens: int = Field(1_000_000, ge=1, description="tokens kept in all; beyond it the oldest samples go")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrieConfig:
+        if self.match_min > self.match_max:
+            raise ValueError(f"match_min {self.match_min} is above match_max {self.match_max}; set both")
+        return self
 
 
 class SpeculationConfig(Block):
     """One block for trainer, engine and simulator alike."""
 
-    method: Literal["none", "eagle3"] = "none"
-    draft: str | None = Field(None, description="folder or shipped artifact of the drafter; null: train one first")
+    method: Literal["none", "eagle3", "ngram", "trie", "model"] = "none"
+    draft: str | None = Field(
+        None,
+        description="eagle3: folder or shipped artifact of the drafter, null: train one first; model: folder or hub "
+        "name of a smaller model; trie: folder of a saved corpus, null: begin empty; ngram: not read",
+    )
     k: int | Literal["auto"] = Field(3, description="tokens drafted per round")
     verify: Literal["block", "token"] = Field("block", description="acceptance rule at temperature > 0")
+    proposal: Literal["sampled", "argmax"] = Field(
+        "sampled", description="argmax: the likeliest token with a one-hot q (usual elsewhere, worse at temperature 1)"
+    )
+    draft_temperature: float = Field(
+        1.0, gt=0, description="temperature of sampled drafts over that of the rollouts: below 1 for an unsure drafter"
+    )
     train: Literal["off"] = Field("off", description="whether the drafter keeps training during the run")
+    ngram: NgramConfig = NgramConfig()
+    trie: TrieConfig = TrieConfig()
 
     @model_validator(mode="after")
     def _check(self) -> SpeculationConfig:
@@ -142,7 +192,9 @@ class DraftConfig(Block):
     decay: float = Field(1.0, gt=0, le=1, description="weight of each further draft position in the loss")
     loss: Literal["lk", "kl", "tv"] = Field("lk", description="lk: forward KL that fades into total variation")
     vocab: int = Field(8192, ge=16, description="draft vocabulary: the tokens most frequent in the training rollouts")
-    layers: list[int] | None = Field(None, description="hidden states that are fused (inputs of these layers)")
+    layers: list[int] | None = Field(
+        None, description="eagle3: hidden states that are fused (inputs of these layers); model: layers that are kept"
+    )
     intermediate: int | None = Field(None, description="width of the drafter's MLP; null: the policy's")
     cache_gib: float = Field(
         2.0, ge=0, description="memory for the policy's outputs between epochs; beyond it: run again"

@@ -33,6 +33,15 @@ def test_adapter_gives_the_same_policy_again(tiny: Callable[..., Path], tmp_path
         assert not any("lora" in name for name, _ in loaded.model.named_modules())
 
 
+def test_a_share_of_the_solutions_may_be_cut_to_the_answer(tiny: Callable[..., Path]) -> None:
+    policy = load_policy(str(tiny("llama")), "float32", "cpu")
+    problems = [Problem(str(i), f"{i}+1=", str(i + 1), f"{i} + 1 = {i + 1}\n#### {i + 1}") for i in range(10)]
+    texts = [policy.tokenizer.decode(c[:-1]) for _, c in solved_examples(policy, problems, True, None, 0.4)]
+    assert sum(text.startswith("#### ") for text in texts) == 4
+    assert sum(" + 1 = " in text for text in texts) == 6
+    assert all(text.endswith(f"#### {i + 1}") for i, text in enumerate(texts))
+
+
 def test_no_solutions_no_cold_start(tiny: Callable[..., Path]) -> None:
     policy = load_policy(str(tiny("llama")), "float32", "cpu")
     with pytest.raises(UserError, match="needs worked solutions"):

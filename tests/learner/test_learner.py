@@ -135,7 +135,8 @@ def test_bfloat16_parameters_learn_through_their_masters() -> None:
         parameter.sum().backward()
         optimizer.step(1e-4)
     torch.testing.assert_close(optimizer.masters[0].data, torch.full((8,), 0.99), atol=1e-4, rtol=0)
-    assert torch.equal(parameter.data, optimizer.masters[0].bfloat16()) and parameter[0] < 1
+    neighbours = {0.98828125, 0.9921875}  # the bfloat16 numbers around the master
+    assert set(parameter.data.float().tolist()) <= neighbours
     with torch.no_grad():  # the control: the same hundred steps straight in bfloat16 do not move at all
         bare = torch.ones(8, dtype=torch.bfloat16)
         for _ in range(100):

@@ -1,6 +1,6 @@
 """`forerun verify` on a tiny float32 policy with a poor drafter: it passes as it is, and fails with every fault.
 
-The policy is random and unsure, so that small samples have power: the law claim finds total variations of a few percent.
+The policy is random and unsure, so that small samples have power: the law claim finds variations of a few percent.
 """
 
 from __future__ import annotations

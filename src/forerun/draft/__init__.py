@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from forerun.config import SpeculationConfig
 from forerun.draft.base import Drafter, Rows
 from forerun.errors import UserError
 from forerun.models import Policy
 
-__all__ = ["DRAFTERS", "Drafter", "Rows", "load_drafter"]
+__all__ = ["DRAFTERS", "TRAINED", "Drafter", "Rows", "load_drafter"]
 
 
 def _eagle3(policy: Policy, speculation: SpeculationConfig) -> Drafter:
@@ -18,10 +19,52 @@ def _eagle3(policy: Policy, speculation: SpeculationConfig) -> Drafter:
 
     if speculation.draft is None:
         raise UserError("speculation.method=eagle3 needs speculation.draft, a folder or a shipped artifact")
-    return Eagle3Drafter.load(artifact(speculation.draft), policy)
+    return Eagle3Drafter.load(
+        artifact(speculation.draft), policy, proposal=speculation.proposal, heat=speculation.draft_temperature
+    )
 
 
-DRAFTERS: dict[str, Callable[[Policy, SpeculationConfig], Drafter]] = {"eagle3": _eagle3}
+def _ngram(policy: Policy, speculation: SpeculationConfig) -> Drafter:
+    from forerun.draft.ngram import NgramDrafter
+
+    _refuse_heat(speculation)
+    return NgramDrafter(speculation.ngram)
+
+
+def _trie(policy: Policy, speculation: SpeculationConfig) -> Drafter:
+    from forerun.draft.trie import TrieDrafter
+
+    _refuse_heat(speculation)
+    if speculation.draft is None:
+        return TrieDrafter(speculation.trie)
+    return TrieDrafter.load(Path(speculation.draft), speculation.trie)
+
+
+def _refuse_heat(speculation: SpeculationConfig) -> None:
+    if speculation.draft_temperature != 1.0:
+        raise UserError(
+            f"speculation.draft_temperature={speculation.draft_temperature} asks for sampled drafts, but "
+            f"method={speculation.method} looks its drafts up; leave it at 1"
+        )
+
+
+def _model(policy: Policy, speculation: SpeculationConfig) -> Drafter:
+    from forerun.draft.model import ModelDrafter
+
+    if speculation.draft is None:
+        raise UserError("speculation.method=model needs speculation.draft, a folder or hub name of a smaller model")
+    return ModelDrafter.load(
+        speculation.draft, policy, proposal=speculation.proposal, heat=speculation.draft_temperature
+    )
+
+
+DRAFTERS: dict[str, Callable[[Policy, SpeculationConfig], Drafter]] = {
+    "eagle3": _eagle3,
+    "ngram": _ngram,
+    "trie": _trie,
+    "model": _model,
+}
+TRAINED = frozenset({"eagle3", "model"})  # those whose weights must exist or be trained before the first round
 
 
 def load_drafter(policy: Policy, speculation: SpeculationConfig) -> Drafter | None:

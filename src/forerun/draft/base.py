@@ -7,13 +7,15 @@ Left out: acceptance (`verify/`) and how many tokens to draft (`budget/`, the en
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from forerun.errors import UserError
 from forerun.records import Draft, Verdict
 
 
@@ -57,16 +59,53 @@ class Drafter(Protocol):
         """Draft at most budget [B] tokens per row."""
 
     def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
-        """Row b emitted verdict.tokens[b, : accepted[b] + 1].
+        """Row b emitted verdict.tokens[b, : accepted[b] + 1], and its sample holds them all: none beyond its end.
 
         features [B, n, T·H] are the policy's at the taps, for the n tokens that it just ran (newest token and drafts).
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its weights, empty when it has none."""
+        """Its weights, empty when it has none.
+
+        Only what a weight version stands for and what a learner hands over. What a drafter has read (a corpus) is no
+        weight: it stays with the engine, and travels in the folder that `save` writes.
+        """
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace its weights. Raises UserError when a tensor is missing, unknown or of another shape."""
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write it to a folder from which it can be loaded; `about` records how it was made."""
+        """Write it, memory included, to a folder from which it can be loaded; `about` records how it was made."""
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A drafter that counts something of its own, such as what it threw away to stay within its memory."""
+
+    def metrics(self) -> dict[str, int]:
+        """Names and counts, since the drafter was made."""
+
+
+def deterministic_draft(proposals: Sequence[Sequence[int]], device: torch.device) -> Draft:
+    """A chain draft of fixed tokens (q is one-hot, log_q None), padded to the longest proposal."""
+    lengths = [len(p) for p in proposals]
+    k = max(lengths, default=0)
+    padded = [[*p, *([0] * (k - len(p)))] for p in proposals]
+    tokens = torch.tensor(padded, dtype=torch.int64, device=device).view(len(proposals), k)
+    return Draft(tokens, torch.tensor(lengths, dtype=torch.int64, device=device))
+
+
+def emitted(verdict: Verdict) -> list[list[int]]:
+    """The tokens that each row emitted, as plain lists."""
+    accepted, tokens = verdict.accepted.tolist(), verdict.tokens.tolist()
+    return [row[: a + 1] for a, row in zip(accepted, tokens, strict=True)]
+
+
+def no_weights(state: Mapping[str, Tensor], method: str) -> None:
+    """`load_state_dict` of a drafter without weights: an empty state fits, any tensor is a mistake.
+
+    Raises:
+        UserError: the state names tensors.
+    """
+    if state:
+        raise UserError(f"The drafter '{method}' has no weights, but the state holds {sorted(state)}")

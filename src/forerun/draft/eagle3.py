@@ -142,11 +142,13 @@ class Eagle3Drafter:
 
     method = "eagle3"
 
-    def __init__(self, head: Eagle3Head, policy: Policy) -> None:
+    def __init__(self, head: Eagle3Head, policy: Policy, *, proposal: str = "sampled", heat: float = 1.0) -> None:
+        """`proposal` "argmax" drafts deterministically; `heat` is the drafts' temperature over the rollouts'."""
         check_taps(head.config.layers, len(decoder_layers(policy.model)))
         _check_fit(head.config, policy)
         self.head = head.to(policy.device).eval()
         self.taps = head.config.layers
+        self.proposal, self.heat = proposal, heat
         self._embed = policy.model.get_input_embeddings()
         self._vocabulary = head.vocabulary
 
@@ -187,7 +189,7 @@ class Eagle3Drafter:
         if k == 0:
             return Draft(torch.zeros(rows.count, 0, dtype=torch.int64, device=rows.last.device), lengths)
         hidden = self._read(rows, count, n)
-        greedy = bool((rows.temperature == 0).all())
+        greedy = self.proposal == "argmax" or bool((rows.temperature == 0).all())
         tokens, log_q = [], []
         for slot in range(k):
             token, row = self._sample(self.head.logits(hidden), rows, slot, greedy)
@@ -220,7 +222,7 @@ class Eagle3Drafter:
     def _sample(self, logits: Tensor, rows: Rows, slot: int, greedy: bool) -> tuple[Tensor, Tensor]:
         if greedy:
             return logits.argmax(-1), logits
-        temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0)
+        temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0) * self.heat
         log_q = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
         keys = round_keys(rows.lengths, slot + 1)[:, slot:]
         return inverse_cdf_log(log_q, uniforms(rows.seeds, keys, Purpose.DRAFT)[:, 0]), log_q
@@ -242,8 +244,8 @@ class Eagle3Drafter:
         save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / "model.safetensors")
 
     @classmethod
-    def load(cls, folder: Path, policy: Policy) -> Eagle3Drafter:
-        """Read a head in the published layout and check that it fits the policy.
+    def load(cls, folder: Path, policy: Policy, *, proposal: str = "sampled", heat: float = 1.0) -> Eagle3Drafter:
+        """Read a head in the published layout and check that it fits the policy; keywords as for the constructor.
 
         Raises:
             UserError: files are missing or broken, or the head was made for another policy.
@@ -260,7 +262,7 @@ class Eagle3Drafter:
             raise UserError(f"The drafter in {folder} cannot be read: {type(error).__name__}: {error}") from error
         head = Eagle3Head(config).to(policy.dtype)
         load_exactly(head, state, f"the drafter in {folder}")
-        return cls(head, policy)
+        return cls(head, policy, proposal=proposal, heat=heat)
 
 
 def _check_fit(config: Eagle3Config, policy: Policy) -> None:

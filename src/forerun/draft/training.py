@@ -122,7 +122,7 @@ def train_head(
         report: called after every optimizer step. validated: called with (epoch, result); epoch 0 is before training.
     """
     rng = random.Random(seed)
-    held, training = _split(pairs, config.validation, rng)
+    held, training = split_pairs(pairs, config.validation, rng)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = microbatches([len(p) + len(c) for p, c in training], config.batch_tokens)
     steps, step = config.epochs * len(batches), 0
@@ -210,7 +210,7 @@ def validate(
     embed, sums, counts = policy.model.get_input_embeddings(), [0.0] * config.depth, [0] * config.depth
     for rows in microbatches([len(p) + len(c) for p, c in pairs], config.batch_tokens):
         teacher = teach(head, policy, [pairs[i] for i in rows], temperature)
-        with _autocast(policy):
+        with autocast_of(policy):
             for j, (log_p, log_q) in enumerate(unroll(head, embed, teacher, config.depth, temperature)):
                 sums[j] += float(acceptance(log_p, log_q).sum())
                 counts[j] += len(log_p)
@@ -223,7 +223,7 @@ def validate(
 
 
 def _loss(head: Eagle3Head, policy: Policy, teacher: TeacherBatch, config: DraftConfig, temperature: float) -> Tensor:
-    with _autocast(policy):
+    with autocast_of(policy):
         passes = unroll(head, policy.model.get_input_embeddings(), teacher, config.depth, temperature)
     losses = [LOSSES[config.loss](log_p, log_q).mean() for log_p, log_q in passes if len(log_p)]
     weights = [config.decay**j for j in range(len(losses))]
@@ -254,11 +254,11 @@ def _causal(bases: int, first: int, length: int, device: torch.device) -> Tensor
     return at[None] <= torch.arange(first, first + bases, device=device)[:, None]
 
 
-def _autocast(policy: Policy) -> torch.autocast:
+def autocast_of(policy: Policy) -> torch.autocast:
     return torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=policy.dtype == torch.bfloat16)
 
 
-def _split(pairs: Sequence[Pair], share: float, rng: random.Random) -> tuple[list[Pair], list[Pair]]:
+def split_pairs(pairs: Sequence[Pair], share: float, rng: random.Random) -> tuple[list[Pair], list[Pair]]:
     """Validation and training pairs; samples of one prompt stay on one side."""
     prompts = sorted({tuple(p) for p, _ in pairs})
     held = set(rng.sample(prompts, max(1, round(share * len(prompts)))))

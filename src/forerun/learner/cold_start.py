@@ -16,11 +16,12 @@ import torch
 
 from forerun.config import ColdStartConfig
 from forerun.errors import UserError
-from forerun.learner.forward import completion_logits, token_batch, token_logprobs
+from forerun.learner.forward import completion_logits, microbatches, token_batch, token_logprobs
 from forerun.models import Policy
 from forerun.tasks import Problem
 
 Report = Callable[[int, float], None]
+MICROBATCH_TOKENS = 1024  # padded tokens per pass
 
 
 def cold_start(
@@ -42,16 +43,25 @@ def cold_start(
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, config.steps, config.warmup)
-        batch = token_batch([examples[i] for i in next(order)], policy.device)
-        with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=policy.dtype == torch.bfloat16):
-            logits = completion_logits(model, batch)
-        loss = -token_logprobs(logits, batch.targets, 1.0).mean()
-        loss.backward()
+        loss = _accumulate(model, policy, [examples[i] for i in next(order)])
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        report(step, loss.item())
+        report(step, loss)
     return model
+
+
+def _accumulate(model: Any, policy: Policy, pairs: list[tuple[list[int], list[int]]]) -> float:
+    """Add the gradient of the mean loss over all solution tokens, a few rows of like length at a time."""
+    size, total = sum(len(solution) for _, solution in pairs), 0.0
+    for rows in microbatches([len(prompt) + len(solution) for prompt, solution in pairs], MICROBATCH_TOKENS):
+        batch = token_batch([pairs[i] for i in rows], policy.device)
+        with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=policy.dtype == torch.bfloat16):
+            logits = completion_logits(model, batch)
+        loss = -token_logprobs(logits, batch.targets, 1.0).sum() / size
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def merge(policy: Policy, adapter: Any, folder: Path) -> None:
@@ -78,22 +88,24 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
 
 
 def solved_examples(
-    policy: Policy, problems: list[Problem], chat: bool, system: str | None
+    policy: Policy, problems: list[Problem], chat: bool, system: str | None, answer_only: float = 0.0
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, solution ids with the end token) of every problem that has a worked solution.
+
+    Args:
+        answer_only: share of them, evenly spread, that only state the answer. A policy that now guesses and now works
+            its answer out lets the rewards decide between the two.
 
     Raises:
         UserError: none of the problems has one.
     """
     end = [policy.tokenizer.eos_token_id]
-    pairs = [
-        (
-            policy.encode(p.question, chat, system),
-            policy.tokenizer(p.solution, add_special_tokens=False)["input_ids"] + end,
-        )
-        for p in problems
-        if p.solution
-    ]
+    pairs = []
+    for i, problem in enumerate(p for p in problems if p.solution):
+        cut = int((i + 1) * answer_only) > int(i * answer_only)
+        solution = f"#### {problem.answer}" if cut else str(problem.solution)
+        completion = policy.tokenizer(solution, add_special_tokens=False)["input_ids"] + end
+        pairs.append((policy.encode(problem.question, chat, system), completion))
     if not pairs:
         raise UserError("The cold start needs worked solutions and this task has none; leave out 'cold_start'")
     return pairs

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from forerun.config import Recipe
-from forerun.draft import DRAFTERS, Drafter, load_drafter
+from forerun.draft import TRAINED, Drafter, load_drafter
+from forerun.draft.distill import distill, pruned_copy
+from forerun.draft.eagle3 import Eagle3Drafter
+from forerun.draft.model import ModelDrafter
+from forerun.draft.training import Validation, new_head, train_head
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
@@ -15,6 +20,10 @@ from forerun.models import Policy, load_policy
 from forerun.records import Prompt
 from forerun.report.console import Console
 from forerun.tasks import Problem, Task
+
+Pairs = list[tuple[list[int], list[int]]]  # (prompt ids, completion ids)
+TrainReport = Callable[[int, int, float], None]
+ValidationReport = Callable[[int, Validation], None]
 
 
 def prepare_policy(recipe: Recipe, task: Task, folder: Path, console: Console) -> Policy:
@@ -32,7 +41,8 @@ def _cold_start(policy: Policy, recipe: Recipe, task: Task, folder: Path, consol
 
     assert recipe.cold_start is not None
     steps = recipe.cold_start.steps
-    examples = solved_examples(policy, task.problems("train"), recipe.policy.chat, recipe.policy.system)
+    problems, share = task.problems("train"), recipe.cold_start.answer_only
+    examples = solved_examples(policy, problems, recipe.policy.chat, recipe.policy.system, share)
     losses: list[float] = []
     started = time.perf_counter()
 
@@ -54,7 +64,7 @@ def prepare_drafter(recipe: Recipe, policy: Policy, task: Task, folder: Path, co
     speculation = recipe.speculation
     if speculation.tokens == 0:
         return None
-    if speculation.draft is None:
+    if speculation.draft is None and speculation.method in TRAINED:
         train_drafter(recipe, policy, task, folder, console)
         speculation = speculation.model_copy(update={"draft": str(folder)})
     return load_drafter(policy, speculation)
@@ -66,13 +76,9 @@ def train_drafter(recipe: Recipe, policy: Policy, task: Task, folder: Path, cons
     Returns:
         What is also written into the drafter's config.json under "forerun": data, settings and acceptance.
     """
-    from forerun.draft.eagle3 import Eagle3Drafter
-    from forerun.draft.training import Validation, new_head, train_head
-
-    if recipe.speculation.method not in DRAFTERS:
+    if recipe.speculation.method not in TRAINED:
         raise UserError("The recipe has no drafter to train: set speculation.method, e.g. speculation.method=eagle3")
     pairs = sample_policy(recipe, policy, task, recipe.draft.rollouts, console)
-    head = new_head(policy, pairs, recipe.draft)
     started = time.perf_counter()
 
     def report(step: int, steps: int, loss: float) -> None:
@@ -82,7 +88,8 @@ def train_drafter(recipe: Recipe, policy: Policy, task: Task, folder: Path, cons
         console.note(f"drafter: epoch {epoch}/{recipe.draft.epochs}: {result}")
 
     with console.stage("training the drafter"):
-        best = train_head(head, policy, pairs, recipe.draft, recipe.rollout.temperature, recipe.seed, report, validated)
+        train = _distilled if recipe.speculation.method == "model" else _eagle3_head
+        drafter, best = train(recipe, policy, pairs, report, validated)
     about: dict[str, object] = {
         "policy": policy.name,
         "adapter": recipe.policy.adapter,
@@ -93,8 +100,27 @@ def train_drafter(recipe: Recipe, policy: Policy, task: Task, folder: Path, cons
         "acceptance_per_position": [round(a, 4) for a in best.per_position],
         "tokens_per_round": round(best.length, 4),
     }
-    Eagle3Drafter(head.to(policy.dtype), policy).save(folder, about)
+    drafter.save(folder, about)
     return about
+
+
+def _eagle3_head(
+    recipe: Recipe, policy: Policy, pairs: Pairs, report: TrainReport, validated: ValidationReport
+) -> tuple[Drafter, Validation]:
+    head = new_head(policy, pairs, recipe.draft)
+    best = train_head(head, policy, pairs, recipe.draft, recipe.rollout.temperature, recipe.seed, report, validated)
+    return Eagle3Drafter(head.to(policy.dtype), policy), best
+
+
+def _distilled(
+    recipe: Recipe, policy: Policy, pairs: Pairs, report: TrainReport, validated: ValidationReport
+) -> tuple[Drafter, Validation]:
+    """A copy of the policy with fewer layers: those that the recipe names, else the first two and the last two."""
+    count = policy.model.config.get_text_config().num_hidden_layers
+    layers = recipe.draft.layers or sorted({0, 1, count - 2, count - 1} & set(range(count)))
+    model = pruned_copy(policy, layers)
+    best = distill(model, policy, pairs, recipe.draft, recipe.rollout.temperature, recipe.seed, report, validated)
+    return ModelDrafter(Policy(model.to(policy.dtype), policy.tokenizer, f"{policy.name}, pruned"), policy), best
 
 
 def sample_policy(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from forerun.draft import Drafter, Rows
-from forerun.engine.local.forward import PolicyForward
 from forerun.models import Policy
 from forerun.models.cache import SlotCache, SlotPass
+from forerun.models.forward import PolicyForward
 from forerun.records import Rollout
 
 _ROWS = 32  # texts per pass

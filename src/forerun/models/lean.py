@@ -36,7 +36,7 @@ class LeanLayer:
 
 
 class LeanForward:
-    """Forward of a Llama-like model over cache rows; see `engine/local/forward.py` for the reference."""
+    """Forward of a Llama-like model over cache rows; see `models/forward.py` for the reference."""
 
     def __init__(self, model: Any) -> None:
         self.model = model

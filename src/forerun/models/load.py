@@ -146,11 +146,11 @@ def artifact(name: str) -> Path:
     Raises:
         UserError: neither exists.
     """
-    shipped = Path(str(resources.files("forerun") / "artifacts" / name))
-    for folder in (Path(name), shipped):
+    shipped = Path(str(resources.files("forerun") / "artifacts"))
+    for folder in (Path(name), shipped / name):
         if folder.is_dir():
             return folder
-    names = sorted(p.name for p in shipped.parent.iterdir() if p.is_dir() and not p.name.startswith("_"))
+    names = sorted(p.name for p in shipped.iterdir() if p.is_dir() and not p.name.startswith("_"))
     raise UserError(f"'{name}' is neither a folder nor a shipped artifact (those are: {', '.join(names) or 'none'})")
 
 

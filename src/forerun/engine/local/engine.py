@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from forerun.draft.base import Drafter, Rows
+from forerun.draft.base import Counting, Drafter, Rows
 from forerun.engine.base import Counters, Sampling, Weights
-from forerun.engine.local.forward import PolicyForward
 from forerun.engine.local.schedule import Schedule
 from forerun.engine.local.schedule import Sequence as Live
 from forerun.engine.probe import AcceptanceProbe
@@ -26,6 +26,7 @@ from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.checksum import checksum
+from forerun.models.forward import PolicyForward
 from forerun.models.load import load_exactly
 from forerun.records import Draft, Rollout, Verdict
 from forerun.verify.chain import verify
@@ -142,6 +143,7 @@ class LocalEngine:
             "k_mean": c.k_mean,
             "seconds": c.seconds,
             "warnings": list(self.warnings),
+            "drafter": self.drafter.metrics() if isinstance(self.drafter, Counting) else {},
         }
 
     # ---- one stream ----
@@ -202,9 +204,12 @@ class LocalEngine:
         coins = uniforms(rows.seeds, keys[:, : n - 1], Purpose.COIN)
         picks = uniforms(rows.seeds, keys[:, :1], Purpose.PICK)[:, 0]
         verdict = self._verify(self.rule, logits, draft, rows.temperature, coins, picks)
-        if self.drafter is not None:
-            self.drafter.observe(rows, verdict, features)
-        return self._commit(live, verdict, draft.lengths.tolist(), sampling)
+        before = [len(s.tokens) for s in live]
+        finished = self._commit(live, verdict, draft.lengths.tolist(), sampling)
+        if self.drafter is not None:  # it sees what the samples keep: nothing behind an end inside an accepted run
+            kept = torch.tensor([len(s.tokens) - b - 1 for s, b in zip(live, before, strict=True)])
+            self.drafter.observe(rows, replace(verdict, accepted=kept.to(verdict.accepted)), features)
+        return finished
 
     def _rows(self, live: list[Live], temperature: float) -> Rows:
         device = self.policy.device

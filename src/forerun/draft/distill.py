@@ -1,0 +1,166 @@
+"""A draft model out of the policy itself: some of its layers, taught on its own rollouts to say what it says.
+
+The copy has the policy's embeddings, final norm and output head and the layers that were chosen, so it begins as a
+rough policy and shares the vocabulary. Teacher and student read the same text; at every completion token the student's
+q is pulled towards the policy's p by a loss of `losses.py`. As long as its drafts stand, a chain of drafts meets what
+training meets, the policy's own tokens: no unroll is needed. To put it to work, wrap it as a `Policy`, in the policy's
+number format and with its tokenizer, in a `ModelDrafter`.
+Left out: keeping the teacher's rows between epochs (at full vocabulary they rarely fit).
+Axes: M completion tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forerun.config import DraftConfig
+from forerun.draft.losses import LOSSES, acceptance
+from forerun.draft.training import Pair, Report, Validation, autocast_of, split_pairs
+from forerun.errors import UserError
+from forerun.learner.cold_start import learning_rate_factor
+from forerun.learner.forward import completion_logits, microbatches, token_batch
+from forerun.models import Policy
+from forerun.models.taps import decoder_layers
+
+PATIENCE = 2  # epochs without a better validation after which training stops
+ROW_BYTES = 2**28  # of one [M, V] float32 tensor in a pass; larger batches accumulate their gradient
+
+
+def pruned_copy(policy: Policy, layers: Sequence[int]) -> Any:
+    """A float32 copy of the policy's module that keeps only the decoder layers `layers`, in this order.
+
+    Weights are copied, tied where the policy ties them; nothing is shared with the policy.
+
+    Raises:
+        UserError: no layer is chosen, or one that the policy does not have.
+    """
+    count = len(decoder_layers(policy.model))
+    if not layers or not all(0 <= layer < count for layer in layers):
+        raise UserError(
+            f"Cannot keep layers {list(layers)} of a policy with layers 0 to {count - 1}; name some of those"
+        )
+    config = deepcopy(policy.model.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = len(layers)
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = [text.layer_types[layer] for layer in layers]
+    with torch.device(policy.device):
+        model = type(policy.model)(config).float()
+    model.load_state_dict(_renumbered(policy.model, layers))
+    return model.eval()
+
+
+def distill(
+    model: Any,
+    policy: Policy,
+    pairs: Sequence[Pair],
+    config: DraftConfig,
+    temperature: float,
+    seed: int,
+    report: Report,
+    validated: Callable[[int, Validation], None],
+) -> Validation:
+    """Train `model` in place; keeps the weights of the epoch that validates best, stops when `PATIENCE` ones did not.
+
+    Args:
+        model: a causal language model with the policy's vocabulary, e.g. from `pruned_copy`.
+        pairs: prompts and completions that the policy sampled.
+        config: epochs, learning_rate, batch_tokens, loss, validation and depth (reported positions) are read.
+        temperature: at which the policy will be sampled; 0 counts as 1.
+        report: called after every optimizer step. validated: called with (epoch, result); epoch 0 is before training.
+    """
+    rng = random.Random(seed)
+    held, training = split_pairs(pairs, config.validation, rng)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    batches = microbatches([len(p) + len(c) for p, c in training], config.batch_tokens)
+    steps, step, best_epoch = config.epochs * len(batches), 0, 0
+    best = validate(model, policy, held, config, temperature)
+    validated(0, best)
+    kept = {k: v.clone() for k, v in model.state_dict().items()}
+    for epoch in range(1, config.epochs + 1):
+        for rows in rng.sample(batches, len(batches)):
+            factor = learning_rate_factor(step, steps, min(20, steps // 10 + 1))
+            optimizer.param_groups[0]["lr"] = config.learning_rate * factor
+            loss = _backward(model, policy, [training[i] for i in rows], config, temperature)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            report(step, steps, loss)
+        result = validate(model, policy, held, config, temperature)
+        validated(epoch, result)
+        if result.length > best.length:
+            best, best_epoch, kept = result, epoch, {k: v.clone() for k, v in model.state_dict().items()}
+        if epoch - best_epoch >= PATIENCE:
+            break
+    model.load_state_dict(kept)
+    return best
+
+
+@torch.no_grad()
+def validate(model: Any, policy: Policy, pairs: Sequence[Pair], config: DraftConfig, temperature: float) -> Validation:
+    """Acceptance Σ min(p, q) on rollouts that were not trained on, by draft position.
+
+    Draft j of a round stands j or more tokens after the prompt; a token later in its completion counts for all j that
+    can reach it, as in the training of an EAGLE-3 head.
+    """
+    sums, counts = [0.0] * config.depth, [0] * config.depth
+    for part in _passes(pairs, policy):
+        log_p, log_q = _rows(model, policy, part, temperature)
+        place = torch.cat([torch.arange(len(completion)) for _, completion in part]).to(log_p.device)  # [M]
+        kept = acceptance(log_p, log_q)
+        for j in range(config.depth):
+            sums[j] += float(kept[place >= j].sum())
+            counts[j] += int((place >= j).sum())
+    rates = [s / c for s, c in zip(sums, counts, strict=True) if c]
+    length, product = 1.0, 1.0
+    for rate in rates:
+        product *= rate
+        length += product
+    return Validation(rates, length)
+
+
+def _backward(model: Any, policy: Policy, pairs: Sequence[Pair], config: DraftConfig, temperature: float) -> float:
+    """Add the gradient of the mean loss per completion token, in passes that fit; returns that loss."""
+    total, mean = sum(len(completion) for _, completion in pairs), 0.0
+    for part in _passes(pairs, policy):
+        log_p, log_q = _rows(model, policy, part, temperature)
+        loss = LOSSES[config.loss](log_p, log_q).sum() / total
+        loss.backward()
+        mean += float(loss.detach())
+    return mean
+
+
+def _rows(model: Any, policy: Policy, pairs: Sequence[Pair], temperature: float) -> tuple[Tensor, Tensor]:
+    """log p of the policy, detached, and log q of the model for every completion token: [M, V] float32 each."""
+    batch = token_batch(pairs, policy.device)
+    with torch.no_grad():
+        log_p = torch.log_softmax(completion_logits(policy.model, batch).float() / (temperature or 1.0), dim=-1)
+    with autocast_of(policy):
+        logits = completion_logits(model, batch)
+    return log_p, torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+
+
+def _passes(pairs: Sequence[Pair], policy: Policy) -> list[list[Pair]]:
+    """Pairs in groups whose [M, V] tensors stay within `ROW_BYTES` (a longer pair stands alone)."""
+    tokens = ROW_BYTES // (4 * policy.model.config.get_text_config().vocab_size)
+    groups = microbatches([len(p) + len(c) for p, c in pairs], max(1, tokens))
+    return [[pairs[i] for i in group] for group in groups]
+
+
+def _renumbered(model: Any, layers: Sequence[int]) -> dict[str, Tensor]:
+    """The state of a model with only `layers`, named as in a model that never had others."""
+    stack = decoder_layers(model)
+    prefix = next(name for name, module in model.named_modules() if module is stack) + "."
+    state = model.state_dict()
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+    for new, old in enumerate(layers):
+        start = f"{prefix}{old}."
+        kept |= {f"{prefix}{new}.{n.removeprefix(start)}": t for n, t in state.items() if n.startswith(start)}
+    return kept
