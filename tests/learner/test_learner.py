@@ -15,7 +15,7 @@ from forerun.errors import Interrupted, UserError
 from forerun.learner.advantages import group_advantages
 from forerun.learner.forward import microbatches
 from forerun.learner.losses import clipped_policy_loss, kl_k3, truncated_importance
-from forerun.learner.optimizer import MasterAdamW
+from forerun.learner.optimizer import MasterOptimizer
 from forerun.learner.policy import Learner, mismatch
 from forerun.models import Policy, load_policy
 from forerun.records import Rollout
@@ -130,7 +130,7 @@ def test_losses_by_hand() -> None:
 def test_bfloat16_parameters_learn_through_their_masters() -> None:
     """Updates far below bfloat16's resolution are lost without masters; with them they add up."""
     parameter = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
-    optimizer = MasterAdamW([parameter], (0.9, 0.99), 0.0, 1.0)
+    optimizer = MasterOptimizer([parameter], TrainConfig())
     for _ in range(100):
         parameter.sum().backward()
         optimizer.step(1e-4)

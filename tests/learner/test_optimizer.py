@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
-from forerun.learner.optimizer import MasterAdamW, stochastic_bfloat16
+from forerun.config import TrainConfig
+from forerun.learner.optimizer import MasterOptimizer, stochastic_bfloat16
 
 
-def make(size: int = 4096) -> tuple[nn.Parameter, MasterAdamW]:
+def make(size: int = 4096, **changes: Any) -> tuple[nn.Parameter, MasterOptimizer]:
     torch.manual_seed(0)
     live = nn.Parameter((torch.randn(size) * 0.1).bfloat16())
-    return live, MasterAdamW([live], (0.9, 0.99), 0.0, 1.0)
+    return live, MasterOptimizer([live], TrainConfig(**changes))
 
 
-def push(live: nn.Parameter, optimizer: MasterAdamW, steps: int, rate: float = 1e-6) -> None:
+def push(live: nn.Parameter, optimizer: MasterOptimizer, steps: int, rate: float = 1e-6) -> None:
     for _ in range(steps):
         live.sum().backward()
         optimizer.step(rate)
@@ -44,13 +47,25 @@ def test_updates_far_below_a_bfloat16_step_arrive_in_the_mean() -> None:
     assert float(before - nearest) < 0.5 * 5e-6, "rounding to nearest would do as well: the test shows nothing"
 
 
-def test_a_restored_optimizer_goes_on_bit_for_bit() -> None:
-    one, first = make()
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "sgd", "momentum": 0.9}])
+def test_a_restored_optimizer_goes_on_bit_for_bit(changes: dict[str, Any]) -> None:
+    one, first = make(**changes)
     push(one, first, 3)
     saved, kept = copy.deepcopy(first.state_dict()), one.detach().clone()
-    other, second = make()
+    other, second = make(**changes)
     second.load_state_dict(saved)
     assert torch.equal(other, kept) and second.updates == 3
     push(one, first, 2)
     push(other, second, 2)
     assert torch.equal(one, other)
+
+
+def test_sgd_moves_weights_by_their_gradient() -> None:
+    live, optimizer = make(optimizer="sgd", max_grad_norm=1e9)
+    before = optimizer.masters[0].detach().clone()
+    slope = torch.linspace(0, 1, live.numel())
+    (live.float() * slope).sum().backward()
+    optimizer.step(0.1)
+    torch.testing.assert_close(
+        before - optimizer.masters[0].detach(), 0.1 * slope.bfloat16().float(), atol=1e-6, rtol=0
+    )

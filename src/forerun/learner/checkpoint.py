@@ -17,7 +17,7 @@ import torch
 
 from forerun.draft import Drafter
 from forerun.errors import UserError
-from forerun.learner.optimizer import MasterAdamW
+from forerun.learner.optimizer import MasterOptimizer
 from forerun.models import Policy, save_policy
 from forerun.report.metrics import disk_errors
 
@@ -28,7 +28,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     policy: Policy,
-    optimizer: MasterAdamW,
+    optimizer: MasterOptimizer,
     drafter: Drafter | None,
     history: dict[str, Any],
     keep: int,
@@ -89,7 +89,7 @@ def read_history(checkpoint: Path) -> dict[str, Any]:
         ) from None
 
 
-def restore(checkpoint: Path, optimizer: MasterAdamW) -> None:
+def restore(checkpoint: Path, optimizer: MasterOptimizer) -> None:
     """Put optimizer and random state back (the policy and the drafter are loaded from the checkpoint's folders)."""
     try:
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))

@@ -1,4 +1,4 @@
-"""AdamW with float32 masters. The live parameters may be bfloat16: they are what generates, the masters learn.
+"""An optimizer over float32 masters. The live parameters may be bfloat16: they are what generates, the masters learn.
 
 Gradients of all micro-batches are summed in float32. A float32 parameter is its own master: nothing is copied.
 
@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forerun.config import TrainConfig
 
-class MasterAdamW:
-    """torch.optim.AdamW over float32 masters of `parameters`."""
 
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], betas: tuple[float, float], weight_decay: float, max_grad_norm: float
-    ) -> None:
+class MasterOptimizer:
+    """torch.optim's AdamW or SGD, as the recipe says, over float32 masters of `parameters`."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainConfig) -> None:
         self.live = [p for p in parameters if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.live]
-        self.max_grad_norm = max_grad_norm
-        self.adam = torch.optim.AdamW(self.masters, lr=0.0, betas=betas, weight_decay=weight_decay)
+        self.max_grad_norm, self.updates = config.max_grad_norm, 0
+        self.inner = _inner(self.masters, config)
         for live, master in zip(self.live, self.masters, strict=True):
             if live is not master:
                 live.register_post_accumulate_grad_hook(_into(master))
@@ -33,17 +33,17 @@ class MasterAdamW:
     def step(self, learning_rate: float) -> float:
         """Clip the accumulated gradients, update masters and live parameters, clear. Returns the norm before."""
         norm = float(nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
-        for group in self.adam.param_groups:
+        for group in self.inner.param_groups:
             group["lr"] = learning_rate
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
+        self.inner.step()
+        self.updates += 1
+        self.clear()
         self.round()
         return norm
 
-    @property
-    def updates(self) -> int:
-        """Optimizer steps taken so far."""
-        return max((int(state["step"]) for state in self.adam.state.values()), default=0)
+    def clear(self) -> None:
+        """Forget the accumulated gradients."""
+        self.inner.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def round(self) -> None:
@@ -54,16 +54,28 @@ class MasterAdamW:
                 live.copy_(stochastic_bfloat16(master, source) if live.dtype == torch.bfloat16 else master)
 
     def state_dict(self) -> dict[str, Any]:
-        """Masters and Adam's moments."""
-        return {"masters": [m.detach() for m in self.masters], "adam": self.adam.state_dict()}
+        """Masters, the optimizer's moments and how often it has stepped."""
+        masters = [m.detach() for m in self.masters]
+        return {"masters": masters, "inner": self.inner.state_dict(), "updates": self.updates}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`; live parameters follow."""
         for master, saved in zip(self.masters, state["masters"], strict=True):
             master.copy_(saved)
-        self.adam.load_state_dict(state["adam"])
+        self.inner.load_state_dict(state["inner"])
+        self.updates = state["updates"]
         self.round()
+
+
+def _inner(masters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW moves every weight by about the rate, noise or not; SGD moves them as far as their gradient says.
+
+    With few samples per update, where most coordinates see only noise, that is worth a lot.
+    """
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(masters, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(masters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def stochastic_bfloat16(values: Tensor, source: torch.Generator) -> Tensor:

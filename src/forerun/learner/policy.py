@@ -19,7 +19,7 @@ from forerun.config import TrainConfig
 from forerun.errors import Interrupted, UserError
 from forerun.learner.forward import completion_logits, microbatches, token_batch, token_entropy, token_logprobs
 from forerun.learner.losses import clipped_policy_loss, kl_k3, truncated_importance
-from forerun.learner.optimizer import MasterAdamW
+from forerun.learner.optimizer import MasterOptimizer
 from forerun.models import Policy
 from forerun.records import Rollout
 
@@ -39,7 +39,7 @@ class Learner:
     def __init__(self, policy: Policy, config: TrainConfig, temperature: float) -> None:
         self.policy, self.config = policy, config
         self.temperature = temperature
-        self.optimizer = MasterAdamW(policy.model.parameters(), config.betas, config.weight_decay, config.max_grad_norm)
+        self.optimizer = MasterOptimizer(policy.model.parameters(), config)
         self._reference = copy.deepcopy(policy.model).requires_grad_(False) if config.kl > 0 else None
         if config.gradient_checkpointing:
             _enable_checkpointing(policy.model)
@@ -85,7 +85,7 @@ class Learner:
             size = sum(len(r.tokens) for r in rollouts) / len(chunks)
             for rows in self._microbatches(rollouts, chunk):
                 if number == 0 and stop_requested():
-                    self.optimizer.adam.zero_grad(set_to_none=True)
+                    self.optimizer.clear()
                     raise Interrupted
                 self._accumulate(rollouts, rows, advantages, scored, size, totals)
                 tick(len(rows))
@@ -137,7 +137,7 @@ class Learner:
     def _step(self, learning_rate: float) -> float:
         finite = all(bool(torch.isfinite(m.grad).all()) for m in self.optimizer.masters if m.grad is not None)
         if not finite:
-            self.optimizer.adam.zero_grad(set_to_none=True)
+            self.optimizer.clear()
             raise UserError(
                 "The policy's gradient is not finite; nothing was updated. Lower train.learning_rate, "
                 "or use policy.dtype=float32"

@@ -37,9 +37,7 @@ _TYPICAL_FLOOR, _TYPICAL_SHARE = 0.3, 0.5  # Medusa's epsilon and delta (2401.10
 _OTHER_TEMPERATURE = 1.5
 
 
-def no_residual(
-    target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> Verdict:
+def no_residual(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> Verdict:
     """Token rule without a residual: a rejected token is replaced from p (one-hot too)."""
     return run(token_acceptance, _from_target, target_logits, draft, temperature, coins, picks)
 

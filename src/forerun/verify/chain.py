@@ -99,14 +99,14 @@ def run(
     picks: Tensor,
 ) -> Verdict:
     """Put a rule together from how it accepts and how it chooses the next token. Arguments and errors as `verify`."""
-    _check_shapes(target_logits, draft, temperature, coins, picks)
-    _check_draft(draft, temperature, target_logits.shape[2])
+    check_shapes(target_logits, draft, temperature, coins, picks)
+    check_draft(draft, temperature, target_logits.shape[2])
     draft = replace(draft, tokens=draft.tokens.where(drafted(draft), 0))  # padding may hold anything
     greedy = temperature == 0
     scale = torch.where(greedy, 1.0, 1.0 / temperature).to(torch.float32)
     target = Target(target_logits, scale, _log_sum_exp(target_logits, scale, draft.lengths))
     log_q = log_q_of_tokens(draft)
-    _check_probabilities(target, log_q, greedy)
+    check_probabilities(target, log_q, greedy)
     acceptance = accept(target, draft, target.log_p(draft.tokens) - log_q, coins)
     following = choose(target, draft, acceptance, ~greedy, picks)
     accepted = acceptance.accepted
@@ -176,12 +176,12 @@ def residual_mass(target: Target, draft: Draft, weight: Tensor, sequences: Tenso
     """
     assert draft.log_q is not None
     mass = torch.empty_like(weight)
-    for part, logits in _stream(target, sequences, rows):
+    for part, logits in stream_rows(target, sequences, rows):
         chosen = logits if draft.vocabulary is None else logits.gather(1, draft.vocabulary.expand(len(logits), -1))
         shift = weight[part].log() - target.lse[sequences[part], rows[part]]
         inside = (chosen + shift.to(torch.float32)[:, None]).exp_()  # [m, D] weight * p
         outside = 0.0 if draft.vocabulary is None else (weight[part] - inside.sum(1)).clamp(min=0.0)
-        inside -= _rows(draft.log_q, sequences[part], rows[part]).exp_()
+        inside -= select_rows(draft.log_q, sequences[part], rows[part]).exp_()
         mass[part] = inside.relu_().sum(1) + outside
     return mass
 
@@ -193,7 +193,7 @@ def next_token(target: Target, draft: Draft, acceptance: Acceptance, needed: Ten
     """
     following = torch.zeros_like(acceptance.accepted)
     sequences = needed.nonzero()[:, 0]
-    for part, logits in _stream(target, sequences, acceptance.accepted[sequences]):
+    for part, logits in stream_rows(target, sequences, acceptance.accepted[sequences]):
         members = sequences[part]
         weights = _row_probabilities(target, members, acceptance.accepted[members], logits)  # [m, V]
         fallen = (acceptance.accepted[members] < draft.lengths[members]).nonzero()[:, 0]
@@ -208,7 +208,7 @@ def _residual(p: Tensor, draft: Draft, acceptance: Acceptance, members: Tensor) 
     if draft.log_q is None:  # q is one at the draft token and the weight is one: what remains is p elsewhere
         residual = p.scatter(1, draft.tokens[members, slot][:, None], 0.0)
     else:
-        q = _rows(draft.log_q, members, slot).exp()
+        q = select_rows(draft.log_q, members, slot).exp()
         residual = p * acceptance.weight[members].to(p.dtype)[:, None]
         residual = (
             residual - q if draft.vocabulary is None else residual.scatter_add_(1, draft.vocabulary.expand_as(q), -q)
@@ -228,7 +228,7 @@ def _decide_greedily(
     best = torch.zeros_like(target.lse, dtype=torch.int64)  # [B, k+1]
     counted = greedy[:, None] & (torch.arange(rows, device=greedy.device) <= draft.lengths[:, None])
     sequences, index = counted.nonzero(as_tuple=True)
-    for part, logits in _stream(target, sequences, index):
+    for part, logits in stream_rows(target, sequences, index):
         best[sequences[part], index[part]] = logits.argmax(1)
     matches = ((draft.tokens == best[:, :-1]) & drafted(draft)).cumprod(1).sum(1)
     accepted = torch.where(greedy, matches, accepted)
@@ -262,7 +262,7 @@ def _log_sum_exp(logits: Tensor, scale: Tensor, lengths: Tensor) -> Tensor:
     counted = torch.arange(logits.shape[1], device=logits.device) <= lengths[:, None]
     sequences, rows = counted.nonzero(as_tuple=True)
     target = Target(logits, scale, torch.zeros(logits.shape[:2], dtype=torch.float64, device=logits.device))
-    for part, values in _stream(target, sequences, rows):
+    for part, values in stream_rows(target, sequences, rows):
         top = values.amax(1, keepdim=True)
         total = values.sub_(top).exp_().sum(1)
         target.lse[sequences[part], rows[part]] = total.to(torch.float64).log() + top[:, 0]
@@ -274,17 +274,17 @@ def _row_probabilities(target: Target, sequences: Tensor, rows: Tensor, logits: 
     return logits.sub_(target.lse[sequences, rows].to(logits.dtype)[:, None]).exp_()
 
 
-def _stream(target: Target, sequences: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def stream_rows(target: Target, sequences: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Scaled float32 logits of the given (sequence, row) pairs, [m, V] at a time, as fresh memory."""
     elements = _CHUNK_ELEMENTS.get(target.logits.device.type, _CHUNK_ELEMENTS_DEVICE)
     step = max(1, elements // target.logits.shape[2])
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        values = _rows(target.logits, sequences[part], rows[part]).to(torch.float32)
+        values = select_rows(target.logits, sequences[part], rows[part]).to(torch.float32)
         yield part, values.mul_(target.scale[sequences[part], None])
 
 
-def _rows(table: Tensor, sequences: Tensor, rows: Tensor) -> Tensor:
+def select_rows(table: Tensor, sequences: Tensor, rows: Tensor) -> Tensor:
     """Rows [m, V] of a table [B, n, V]; reading them by one flat index is four times faster than by two."""
     if not table.is_contiguous():
         return table[sequences, rows]
@@ -296,7 +296,7 @@ def drafted(draft: Draft) -> Tensor:
     return torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < draft.lengths[:, None]
 
 
-def _check_shapes(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> None:
+def check_shapes(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> None:
     """Refuse trees and tensors whose shapes disagree with the draft's [B, k]."""
     if draft.parents is not None:
         raise ValueError("a chain rule cannot judge a tree; give a draft without parents")
@@ -316,11 +316,11 @@ def _check_shapes(target_logits: Tensor, draft: Draft, temperature: Tensor, coin
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the draft's tokens ask for {shape}")
 
 
-def _check_draft(draft: Draft, temperature: Tensor, vocabulary_size: int) -> None:
+def check_draft(draft: Draft, temperature: Tensor, vocabulary_size: int) -> None:
     """Refuse lengths, tokens and temperatures outside their range."""
     k = draft.tokens.shape[1]
     unknown = ((draft.tokens < 0) | (draft.tokens >= vocabulary_size)) & drafted(draft)
-    _refuse(
+    refuse(
         {
             f"its draft length is not in 0..{k}": (draft.lengths > k) | (draft.lengths < 0),
             f"a draft token is not in the target's vocabulary 0..{vocabulary_size - 1}": unknown.any(1),
@@ -329,10 +329,10 @@ def _check_draft(draft: Draft, temperature: Tensor, vocabulary_size: int) -> Non
     )
 
 
-def _check_probabilities(target: Target, log_q: Tensor, greedy: Tensor) -> None:
+def check_probabilities(target: Target, log_q: Tensor, greedy: Tensor) -> None:
     """Refuse what would bias the verdict without a trace: broken rows, draft tokens that q cannot have produced."""
     impossible = (log_q.isnan() | log_q.isinf()).any(1) & ~greedy
-    _refuse(
+    refuse(
         {
             "its target logits hold NaN, +inf or a row of only -inf": ~target.lse.isfinite().all(1),
             "a draft token has probability zero under its own q, so q is not what it was sampled from": impossible,
@@ -340,7 +340,7 @@ def _check_probabilities(target: Target, log_q: Tensor, greedy: Tensor) -> None:
     )
 
 
-def _refuse(problems: dict[str, Tensor]) -> None:
+def refuse(problems: dict[str, Tensor]) -> None:
     """Raise ValueError for the first sequence flagged by any of the problems, each [B] bool; one transfer when fine."""
     if not bool(torch.stack(list(problems.values())).any()):
         return

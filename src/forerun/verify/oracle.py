@@ -38,7 +38,7 @@ Admission = Callable[[Text], int]
 Law = dict[Text, Fraction]
 Outcome = tuple[Fraction, int, Fraction]  # probability, accepted tokens, weight of p in the residual
 
-_LOW, _HIGH = 2.0**-54, 1.0 - 2.0**-53  # the ends of the open unit interval as a coin sees them
+LOW, HIGH = 2.0**-54, 1.0 - 2.0**-53  # the ends of the open unit interval as a coin sees them
 _BISECTIONS = 42
 _SAME = 1e-11  # thresholds closer than this are one
 
@@ -312,13 +312,13 @@ def _edges(rule: RuleFunction, given: Round) -> Tensor:
     paths, k = given.draft.tokens.shape
     thresholds = _coin_thresholds(rule, given).view(paths, k, -1).tolist() if k else [[] for _ in range(paths)]
     inner = [[[value for value in values if _SAME < value < 1 - _SAME] for values in row] for row in thresholds]
-    merged = [[_merge([0.0, *sorted(values), 1.0]) for values in row] for row in inner]
+    merged = [[merge([0.0, *sorted(values), 1.0]) for values in row] for row in inner]
     most = max((len(values) for row in merged for values in row), default=2)
     padded = [[values + [1.0] * (most - len(values)) for values in row] for row in merged]
     return torch.tensor(padded, dtype=torch.float64).reshape(paths, k, most)
 
 
-def _merge(values: list[float]) -> list[float]:
+def merge(values: list[float]) -> list[float]:
     """Drop every value that repeats its predecessor up to rounding."""
     return [value for i, value in enumerate(values) if i == 0 or value - values[i - 1] > _SAME]
 
@@ -326,13 +326,13 @@ def _merge(values: list[float]) -> list[float]:
 def _coin_thresholds(rule: RuleFunction, given: Round) -> Tensor:
     """Largest coin of each slot that still accepts each count, whichever ends the other coins are at: [P, k * C]."""
     paths, k = given.draft.tokens.shape
-    ends = list(itertools.product((_LOW, _HIGH), repeat=k))
+    ends = list(itertools.product((LOW, HIGH), repeat=k))
     settings = [
         (slot, count, coins)
         for slot in range(k)
         for count in range(1, k + 1)
         for coins in ends
-        if coins[slot] == _LOW  # overwritten below; one of the two is enough
+        if coins[slot] == LOW  # overwritten below; one of the two is enough
     ]
     slots = torch.tensor([slot for slot, _, _ in settings]).expand(paths, -1)[..., None]
     counts = torch.tensor([count for _, count, _ in settings])
@@ -359,8 +359,8 @@ def _pick_thresholds(rule: RuleFunction, given: Round, coins: Tensor) -> Tensor:
 
 def _largest(holds: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
     """Bisect, elementwise, for the largest value in (0, 1) that a condition holds at; above it the condition fails."""
-    low = torch.full(shape, _LOW, dtype=torch.float64)
-    high = torch.full(shape, _HIGH, dtype=torch.float64)
+    low = torch.full(shape, LOW, dtype=torch.float64)
+    high = torch.full(shape, HIGH, dtype=torch.float64)
     never, always = ~holds(low), holds(high)
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

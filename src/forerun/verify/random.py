@@ -18,7 +18,7 @@ from torch import Tensor
 _INCREMENT = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: splitmix64's counter step
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # its two multipliers
 _MANTISSA_BITS = 52
-_SLOTS = 64  # draws that one round may key under its starting position
+_SLOTS = 128  # draws that one round may key under its starting position
 _BLOCK = 256  # columns per partial sum
 
 
@@ -56,7 +56,12 @@ def round_keys(starts: Tensor, slots: int) -> Tensor:
 
     A round owns its draws. Block verification looks at every coin of a round, also behind the first rejection; keyed by
     the token's own position, such a coin would be tossed again in the next round, and known to have lost.
+
+    Raises:
+        ValueError: more slots than a round can key; they would collide with those of the next position.
     """
+    if slots > _SLOTS:
+        raise ValueError(f"a round can key {_SLOTS} slots, but {slots} were asked for; draft fewer tokens")
     return starts[:, None] * _SLOTS + torch.arange(slots, device=starts.device)
 
 
