@@ -45,7 +45,8 @@ def make_cold_start(console: Console) -> None:
 
 def make_drafter(console: Console) -> None:
     """Train the head on rollouts of the policy after its cold start."""
-    recipe = load_recipe("quickstart", {"seed": SEED, "draft": DRAFTER_SETTINGS, "speculation.draft": None})
+    changes = {"seed": SEED, "draft": DRAFTER_SETTINGS, "speculation.draft": None, "rollout.slots": 32}
+    recipe = load_recipe("quickstart", changes)
     policy = load_policy(recipe.policy.model, recipe.policy.dtype, recipe.policy.device, recipe.policy.adapter)
     with tempfile.TemporaryDirectory() as scratch:
         about = train_drafter(recipe, policy, load_task(recipe.task, recipe.seed), Path(scratch), console)

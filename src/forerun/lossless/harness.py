@@ -36,6 +36,7 @@ from forerun.report.environment import describe_environment, machine_line
 from forerun.tasks import Task, load_task
 
 SEED = 77
+LAW_SLOTS = 32  # short texts are cheap in a crowd, and their law does not depend on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Effort:
     parity: int  # rollouts whose log-probabilities are compared
 
 
-QUICK = Effort(16, 4, 8, 512, 16, 64, 6, 12)
+QUICK = Effort(12, 4, 6, 256, 12, 48, 4, 8)
 FULL = Effort(48, 16, 24, 2048, 64, 64, 64, 64)
 
 
@@ -115,14 +116,14 @@ def _subject(recipe: Recipe, verifier: Verify, inject: str | None, scratch: Path
     policy = prepare_policy(recipe, task, scratch, console)
     drafter = prepare_drafter(recipe, policy, task, scratch / "drafter", console)
     assert drafter is not None
-    engine = _speculative(recipe, policy, drafter, verifier)
+    engine = _speculative(recipe, policy, drafter, verifier, recipe.rollout.slots)
     spoil(engine, inject)
     plain = LocalEngine(policy, slots=recipe.rollout.slots)
     return Subject(recipe, policy, drafter, task, engine, plain, verifier, console)
 
 
-def _speculative(recipe: Recipe, policy: Policy, drafter: Drafter, verifier: Verify) -> LocalEngine:
-    speculation, slots = recipe.speculation, recipe.rollout.slots
+def _speculative(recipe: Recipe, policy: Policy, drafter: Drafter, verifier: Verify, slots: int) -> LocalEngine:
+    speculation = recipe.speculation
     return LocalEngine(policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots, verifier=verifier)
 
 
@@ -155,7 +156,8 @@ def _greedy(subject: Subject, effort: Effort, scratch: Path) -> list[Check]:
         speculation = recipe.speculation.model_copy(update={"draft": str(scratch / "float32")})
         drafter = load_drafter(exact, speculation)
         assert drafter is not None
-        engines = LocalEngine(exact, slots=recipe.rollout.slots), _speculative(recipe, exact, drafter, subject.verifier)
+        slots = recipe.rollout.slots
+        engines = LocalEngine(exact, slots=slots), _speculative(recipe, exact, drafter, subject.verifier, slots)
         few = prompts[: effort.greedy_prompts_float32]
         checks += greedy_checks(*engines, exact, few, effort.greedy_tokens, k)
     return checks
@@ -170,11 +172,13 @@ def _two_samples(subject: Subject, effort: Effort, against: int, made: dict[str,
 
 
 def _law(subject: Subject, effort: Effort, plain: Generated) -> list[Check]:
-    """Texts long enough to hold a whole round of k drafts and the token after it."""
+    """Texts long enough to hold a whole round of k drafts and the token after it; thousands of them, side by side."""
     contexts = unsure_contexts(subject.policy, plain.rollouts, effort.contexts, subject.heat)
     length = max(3, subject.recipe.speculation.tokens + 2)
     sampling = Sampling(length, subject.heat, SEED + 2)
-    return law_checks(subject.engine, subject.policy, subject.drafter, contexts, effort.texts, length, sampling)
+    slots = max(subject.recipe.rollout.slots, LAW_SLOTS)
+    engine = _speculative(subject.recipe, subject.policy, subject.drafter, subject.verifier, slots)
+    return law_checks(engine, subject.policy, subject.drafter, contexts, effort.texts, length, sampling)
 
 
 def _parity(subject: Subject, effort: Effort, speculative: Generated) -> list[Check]:
