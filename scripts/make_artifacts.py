@@ -15,6 +15,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from forerun.artifacts import FOLDER, sha256, shipped
 from forerun.config import load_recipe
 from forerun.engine import Sampling
@@ -80,6 +83,14 @@ def keep(name: str, source: Path, files: list[str]) -> None:
     target.mkdir(parents=True)
     for file in files:
         shutil.copyfile(source / file, target / file)
+    for path in target.glob("*.safetensors"):
+        halve(path)
+
+
+def halve(path: Path) -> None:
+    """Store float32 tensors as bfloat16: a machine without bfloat16 units trains in float32 and ships the same file."""
+    tensors = load_file(path)
+    save_file({n: t.bfloat16() if t.dtype == torch.float32 else t for n, t in tensors.items()}, path)
 
 
 def record(name: str, part: str, numbers: dict[str, Any]) -> None:
