@@ -2,9 +2,9 @@
 
 The yardstick beside them is one float32 softmax of the same target rows, the least that a dense implementation does;
 compare machines by the ratio to it. (On CPU that kernel has a faster exponential, wrong by 1e-6, than the rules use.)
-Left out: the forward passes of target and drafter.
+With --policy the policy's own forward of the same rows, batch x (k + 1) behind a cached context, stands beside them.
 
-    python benchmarks/verify.py --batch 32 --k 3 --vocabulary 49152 --threads 2 --out verify.json
+    python -m benchmarks.verify --batch 32 --k 3 --vocabulary 49152 --policy smollm2-135m --out verify.json
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from forerun.models import load_policy
+from forerun.models.cache import SlotCache, SlotPass
+from forerun.models.forward import PolicyForward
 from forerun.records import Draft
 from forerun.verify.chain import RULES, verify
 from forerun.verify.random import Purpose, inverse_cdf_log, uniforms
@@ -62,7 +66,7 @@ def median_ms(call: Callable[[], object], repeats: int, device: str) -> float:
     return 1e3 * statistics.median(seconds[2:])
 
 
-def measure(options: argparse.Namespace) -> dict[str, object]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Time every rule with sampled and one-hot drafts."""
     logits, draft, temperature, coins, picks = synthetic_round(
         options.batch, options.k, options.vocabulary, options.draft_vocabulary or options.vocabulary, options.device
@@ -92,6 +96,32 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     return {"dense_softmax_ms": round(dense_ms, 3), "rules": rows}
 
 
+def forward_ms(options: argparse.Namespace) -> tuple[float, str]:
+    """Median milliseconds of the policy's forward of the rows that are verified, and its number format."""
+    policy = load_policy(options.policy, "auto", options.device)
+    forward, rows = PolicyForward(policy, ()), options.k + 1
+    cache = SlotCache(options.batch, options.context + rows)
+    read = torch.ones(options.batch, options.context, dtype=torch.int64, device=options.device)
+    starts = torch.zeros(options.batch, dtype=torch.int64, device=options.device)
+    forward(read, SlotPass(cache, 0, starts, options.context, options.context, fresh=True), head=False)
+    tokens, at, end = read[:, :rows], starts + options.context, options.context + rows
+    call = partial(_forward, forward, tokens, cache, at, end)
+    return median_ms(call, options.repeats, options.device), str(policy.dtype)[6:]
+
+
+def _forward(forward: PolicyForward, tokens: Tensor, cache: SlotCache, starts: Tensor, end: int) -> None:
+    forward(tokens, SlotPass(cache, 0, starts, tokens.shape[1], end))
+
+
+def with_forward(options: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any]:
+    """Every rule's share of the policy's forward, where a policy is named."""
+    if options.policy is None:
+        return measured
+    policy_ms, dtype = forward_ms(options)
+    rows = [{**row, "share_of_forward": round(row["ms"] / policy_ms, 4)} for row in measured["rules"]]
+    return {**measured, "rules": rows, "policy_forward_ms": round(policy_ms, 3), "policy_dtype": dtype}
+
+
 def main() -> None:
     """Measure, print JSON, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -102,12 +132,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--policy", help="model whose forward of the same rows is timed too")
+    parser.add_argument("--context", type=int, default=96, help="tokens in the cache, for --policy")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setting = {name: value for name, value in vars(options).items() if name != "out"}
     machine = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-    text = json.dumps({"setting": setting, "machine": machine, **measure(options)}, indent=2)
+    text = json.dumps({"setting": setting, "machine": machine, **with_forward(options, measure(options))}, indent=2)
     print(text)
     if options.out:
         options.out.write_text(text + "\n")

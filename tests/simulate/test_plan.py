@@ -10,11 +10,13 @@ import pytest
 from forerun.errors import UserError
 from forerun.simulate.calibrate import FittedEngine
 from forerun.simulate.paper import Measured, Projected, Runs8B, Runs235B, published
-from forerun.simulate.plan import plan, plan_paper, plan_run
+from forerun.simulate.plan import plan, plan_paper
 from forerun.simulate.planner import PlanSpec
 from forerun.simulate.render import paper_text, validation_text
+from forerun.simulate.round import acceptance_length
 from forerun.simulate.step import step_bound
 
+STAGES = ("data", "prepare", "generation", "logprob", "train")
 SMALL = {"model": "Qwen3-8B", "gpu": "H100", "gpus": 8, "prompts": 16, "samples": 8, "mean_tokens": 1500}
 
 
@@ -76,6 +78,7 @@ def test_a_plan_is_complete_and_plain_data() -> None:
     assert {row["lag"] for row in data["sweep"]} == {0, 1, 2}
     assert sum(data["limits"]["decode"].values()) == pytest.approx(1.0, abs=0.02)
     assert "what limits" in result.text()
+    assert plan(SMALL | {"hardware": "H100"} | {"gpu": "H100"}).to_dict() == result.to_dict()
 
 
 def test_k_zero_is_plain() -> None:
@@ -93,6 +96,38 @@ def test_higher_acceptance_never_slows_and_the_bound_holds() -> None:
         assert result.speedup["step"] <= step_bound(share, result.speculative["alpha"])
 
 
+def test_the_heat_map_has_the_paper_s_axes_and_keeps_its_bounds() -> None:
+    result = plan(SMALL | {"k": 3})
+    cells = {(cell["k"], cell["alpha"]): cell for cell in result.heat_map}
+    assert all(1 < alpha <= k + 1 for k, alpha in cells)
+    assert {(3, 3.0), (7, 5.0), (7, 8.0), (5, 4.0)} <= cells.keys()  # the cells that 2604.26779 names
+    share = result.plain["generation_s"] / result.plain["step_s"]
+    for (k, alpha), cell in cells.items():
+        assert float(acceptance_length(k, cell["rate"])) == pytest.approx(alpha, rel=1e-6)
+        assert cell["generation"] <= alpha
+        assert cell["step"] <= step_bound(share, alpha) * (1 + 1e-9)
+        if (k, alpha + 1.0) in cells:
+            assert cells[k, alpha + 1.0]["step"] > cell["step"]
+        if (k + 1, alpha) in cells:  # the same tokens per round for more drafts
+            assert cells[k + 1, alpha]["generation"] <= cell["generation"] * (1 + 1e-9)
+
+
+def test_the_acceptance_curve_grows_and_its_best_k_is_best() -> None:
+    rows = plan(SMALL | {"k": 3}).acceptance_curve
+    for name in ("generation", "step", "best_step"):
+        values = [row[name] for row in rows]
+        assert values == sorted(values), name
+    assert all(row["best_step"] >= max(row["step"], 1.0) - 1e-9 for row in rows)
+    assert rows[0]["best_k"] < rows[-1]["best_k"]
+
+
+def test_without_lag_a_step_is_the_sum_of_its_stages() -> None:
+    result = plan(SMALL | {"k": 4, "lag": 0})
+    for arm in (result.plain, result.speculative):
+        assert arm["step_s"] == pytest.approx(sum(arm[f"{s}_s"] for s in STAGES))
+        assert arm["exposed_generation_s"] == pytest.approx(arm["generation_s"])
+
+
 def test_a_large_plan_is_quick() -> None:
     start_s = time.perf_counter()
     big = {"model": "Qwen3-235B-A22B", "gpu": "GB200", "gpus": 2048, "precision": "fp8", "prompts": 256, "lag": 2}
@@ -103,22 +138,12 @@ def test_a_large_plan_is_quick() -> None:
 
 def test_measured_costs_drive_the_plan() -> None:
     engine = FittedEngine(0.05, 0.003, 0.0, 0.004, 0.001, 0.005, 0.0)
-    result = plan(SMALL | {"acceptance_lengths": {3: 3.1}, "trace": [100, 300, 50]}, costs=engine)
-    assert result.drafter == {} and "decode" not in result.limits
+    result = plan(SMALL | {"acceptance_lengths": {3: 3.1}, "trace": [100, 300, 50], "k": 3}, costs=engine)
+    assert result.drafter["step_s"] == pytest.approx(0.005)
+    assert 0 < result.drafter["share_of_round"] < 3 * 0.005 / 0.05
+    assert result.speculative["alpha"] == pytest.approx(3.1, abs=1e-6)
+    assert sum(result.limits["decode"].values()) == pytest.approx(1.0)
     assert result.best_k in range(9)
-
-
-def test_a_run_answers_what_if() -> None:
-    steps = []
-    for tokens in (900.0, 1000.0, 1100.0, 1200.0, 950.0):
-        stages = {"data_s": 0.1, "prepare_s": 0.1, "generation_s": 0.01 * tokens, "logprob_s": 1.0, "train_s": 3.0}
-        steps.append(stages | {"tokens": tokens, "acceptance": 2.8, "k": 3})
-    engine = FittedEngine(0.05, 0.003, 0.0, 0.004, 0.001, 0.005, 0.0)
-    answer = plan_run(steps, engine, batch=8, context=200)
-    assert answer["errors"]["generation"]["worst"] < 0.01
-    changes = {row["change"]: row["step_s"] for row in answer["what_if"]}
-    assert changes["k = 3"] == pytest.approx(answer["predicted"]["step_s"])
-    assert changes["batch x 2"] > changes["batch x 0.5"]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +168,14 @@ def test_a_run_answers_what_if() -> None:
         ({"prompts": 0}, "prompts=0"),
         ({"precision": "fp4"}, "fp4"),
         ({"gpus": 1, "lag": 1}, "set lag=0"),
+        ({"trace": [5, -3]}, "smallest is -3"),
+        ({"prompt_tokens": -7}, "prompt_tokens=-7"),
+        ({"cap_tokens": 0}, "cap 0"),
+        ({"sigma": -0.5}, "spread -0.5"),
+        ({"gpus": "eight"}, "gpus='eight' is no whole number"),
+        ({"gpus": 2.5}, "gpus=2.5 is no whole number"),
+        ({"acceptance": "high"}, "acceptance='high' is no number"),
+        ({"acceptance_lengths": {3: 5.0}}, "between 1 and 4"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(change: dict[str, object], sentence: str) -> None:

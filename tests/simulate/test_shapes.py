@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from forerun.errors import UserError
-from forerun.simulate.hardware import hardware_names, load_hardware, measure_cpu, peak_flops
+from forerun.simulate.hardware import (
+    cpu,
+    hardware_names,
+    load_hardware,
+    measure_cpu,
+    nominal_cpu,
+    peak_flops,
+    this_device,
+    usable_threads,
+)
 from forerun.simulate.models import from_config, load_model, model_names
 
 
@@ -72,16 +81,66 @@ def test_rates_are_in_si_units() -> None:
     assert len(model_names()) >= 12
 
 
-def test_the_cpu_is_measured() -> None:
-    cpu = measure_cpu(size=256, repeats=1)
-    assert 1e8 < cpu.flops["bf16"] < 1e14
-    assert 1e8 < cpu.memory_bytes_per_s < 1e13
+def test_accelerators_are_found_by_the_names_that_drivers_give_them() -> None:
+    for name, key in (
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA H200", "H200"),
+    ):
+        assert load_hardware(name).name == key
+    with pytest.raises(UserError, match="No accelerator is called 'NVIDIA L40S'"):
+        load_hardware("NVIDIA L40S")
+
+
+def test_the_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measure_cpu(repeats=2)
+    assert 1e8 < found.flops["fp32"] < 1e14
+    assert 1e8 < found.memory_bytes_per_s < 1e13
+    assert 1e8 < found.memory_bytes < 1e14
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert usable_threads() == 1
+
+
+def test_bfloat16_on_a_cpu_follows_its_flags() -> None:
+    plain, avx, amx = (cpu(1e11, 1e10, flags) for flags in ((), ("avx512_bf16",), ("avx512_bf16", "amx_bf16")))
+    assert plain.flops["bf16"] < plain.flops["fp32"] < avx.flops["bf16"] < amx.flops["bf16"]
+    assert nominal_cpu(4, ("avx2",), 8.0).flops["fp32"] == 2 * nominal_cpu(2, ("avx2",), 8.0).flops["fp32"]
+    assert nominal_cpu(4, (), 8.0).memory_bytes == 8 * 2**30
+
+
+def test_this_machine_s_accelerator_is_what_its_driver_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert this_device() == "cpu"
+    for script, name in (("echo 'NVIDIA H100 80GB HBM3'", "NVIDIA H100 80GB HBM3"), ("exit 9", "cpu")):
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        assert this_device() == name
+
+
+def test_a_hub_model_that_was_downloaded_before_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "models--some--Model-2B" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    config = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 32}))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    assert load_model("some/Model-2B").layers == 2
+    with pytest.raises(UserError, match="No model shape is called 'other/Model-2B'"):
+        load_model("other/Model-2B")
+    with pytest.raises(UserError, match="holds no config"):
+        load_model(tmp_path)
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="holds list"):
+        load_model(folder)
 
 
 def test_import_is_fast_and_needs_no_torch() -> None:
+    modules = ", ".join(f"forerun.simulate.{name}" for name in ("plan", "validate", "recipes", "predict", "run"))
     code = (
-        "import time, sys; t = time.perf_counter(); import forerun.simulate.plan, forerun.simulate.validate; "
-        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules; print(time.perf_counter() - t)"
+        f"import time, sys; t = time.perf_counter(); import {modules}; "
+        "heavy = {'torch', 'pandas', 'yaml', 'pydantic', 'plotly', 'transformers'} & set(sys.modules); "
+        "assert not heavy, heavy; print(time.perf_counter() - t)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.0

@@ -1,18 +1,19 @@
-"""Constants from measurements: of serving engines, of one's own engine, of one's own run.
+"""Constants from measurements: of serving engines, and of one's own engine as `forerun bench` measured it.
 
-Conventions: seconds inside, milliseconds where a benchmark's columns say so. Every fit says what its rows could not
-identify. Serving constants are fitted in two steps, engine and model family first, then each (model, GPU, engine) group
-around them, and only on the rows that `ServingRow.fitted` names; the result ships as `data/serving_constants.json`.
-Left out: fitting the hardware table itself.
+Conventions: seconds. Every fit says what its rows could not identify. Serving constants are fitted in two steps, engine
+and model family first, then each (model, GPU, engine) group around them, and only on the rows that `ServingRow.fitted`
+names; the result ships as `data/serving_constants.json`.
+Left out: fitting the hardware table itself; one's own run (`run.py`).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from forerun.errors import UserError
 from forerun.simulate.fitting import UNIDENTIFIED, map_fit, positive_least_squares
 from forerun.simulate.operators import Numbers, Tuning
+from forerun.simulate.round import rate_for
 from forerun.simulate.serving import SPLIT_RULE, ServingRow, predict_s
 
 Floats = NDArray[np.float64]
@@ -130,9 +132,6 @@ def _fit_tuning(rows: Sequence[ServingRow], prior: Tuning, spread: Mapping[str, 
     return Calibrated(Tuning(*(float(value) for value in fit.values)), len(rows), vague)
 
 
-BENCH_FIELDS = ("batch", "k", "context", "plain_ms", "round_ms", "draft_ms", "acceptance")
-
-
 @dataclass(frozen=True, slots=True)
 class FittedEngine:
     """An engine as a benchmark saw it; implements `Costs`.
@@ -174,52 +173,185 @@ class FittedEngine:
         return self.capacity_tokens
 
 
-def fit_engine(rows: Sequence[Mapping[str, float]], prompt_token_s: float = 0.0) -> FittedEngine:
-    """Fit an engine from benchmark rows.
+Row = Mapping[str, Any]
+PLAIN_METHODS = ("none", "plain")
+NEEDED = ("method", "k", "batch", "context", "plain_step_s")
+DRAFTING_NEEDED = ("round_s",)
+PARTS_SLACK = 1.2  # parts are means over all rounds, the round a median over busy ones
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """What `forerun bench` writes: seconds of plain steps and of rounds on one machine with one policy.
+
+    Schema and meaning of the rows' fields: section "Cost table" of `docs/simulator.md`.
+    """
+
+    machine: Any
+    versions: Any
+    policy: Any
+    rows: tuple[Row, ...]
+
+    @property
+    def methods(self) -> list[str]:
+        """Drafting methods that were measured, in the order of the file."""
+        return list(dict.fromkeys(str(row["method"]) for row in self.rows if row["k"] > 0))
+
+    def of(self, method: str) -> list[Row]:
+        """The rows of a method, and every plain row.
+
+        Raises:
+            UserError: the method was not measured.
+        """
+        if method not in self.methods and method not in PLAIN_METHODS:
+            known = ", ".join(self.methods) or "plain decoding only"
+            raise UserError(f"The cost table has no rows of {method!r}; it has {known}. Run the benchmark with it.")
+        return [row for row in self.rows if row["k"] == 0 or row["method"] == method]
+
+    def acceptance(self, method: str) -> dict[int, float]:
+        """Acceptance length for each measured k, the mean over batches; below the first one from its positions.
+
+        A position's rate is cumulative (all drafts up to it were accepted). Noise is held to what can be: a length does
+        not fall with k, and grows by at most the chance that all drafts before were accepted.
+        """
+        rows = [row for row in self.of(method) if row["k"] > 0 and row.get("acceptance_length")]
+        if not rows:
+            return {}
+        ks = sorted({int(row["k"]) for row in rows})
+        measured = {k: float(np.mean([row["acceptance_length"] for row in rows if row["k"] == k])) for k in ks}
+        positions = [row.get("acceptance_per_position") or [] for row in rows if row["k"] == ks[0]]
+        for k in range(1, ks[0]):
+            known = [1.0 + sum(rates[:k]) for rates in positions if len(rates) >= k]
+            measured |= {k: float(np.mean(known))} if known else {}
+        return _possible(measured)
+
+
+def _possible(lengths: Mapping[int, float]) -> dict[int, float]:
+    """Acceptance lengths by k, moved into what conditional rates between 0 and 1 can give."""
+    found: dict[int, float] = {}
+    before, alpha, reached = 0, 1.0, 1.0
+    for k in sorted(lengths):
+        gap = k - before
+        gain = min(max(lengths[k] - alpha, 0.0), gap * reached)
+        rate = rate_for(gap, 1.0 + gain / reached) if gain > 0 else 0.0
+        before, alpha, reached = k, alpha + gain, reached * rate**gap
+        found[k] = alpha
+    return found
+
+
+def read_cost_table(path: str | Path) -> CostTable:
+    """Read the cost table that `forerun bench` wrote.
+
+    Raises:
+        UserError: no such file, not the schema, or a number that cannot be; the row is named.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read the cost table {path}: {error}; forerun bench writes one.") from None
+    held = data if isinstance(data, dict) else {}
+    missing = [name for name in ("machine", "versions", "policy", "rows") if name not in held]
+    if missing or not isinstance(held["rows"], list):
+        lacks = f"it lacks {', '.join(missing)}" if missing else "its rows are no list"
+        raise UserError(f"{path} is no cost table: {lacks}; forerun bench writes one.")
+    for number, row in enumerate(data["rows"], 1):
+        _check_row(row, f"Row {number} of {path}")
+    return CostTable(data["machine"], data["versions"], data["policy"], tuple(data["rows"]))
+
+
+def _check_row(row: Row, where: str) -> None:
+    drafts = isinstance(row, Mapping) and bool(row.get("k"))
+    for name in (*NEEDED, *(DRAFTING_NEEDED if drafts else ())):
+        value = row.get(name) if isinstance(row, Mapping) else None
+        if value is None or (name != "method" and not isinstance(value, int | float)):
+            needs = ", ".join((*NEEDED, *DRAFTING_NEEDED))
+            raise UserError(f"{where} has {name}={value!r}; it needs numbers in {needs}.")
+    if min(row["batch"], row["plain_step_s"]) <= 0 or min(row["k"], row["context"]) < 0:
+        raise UserError(
+            f"{where} has batch {row['batch']}, plain_step_s {row['plain_step_s']}, k {row['k']} and context "
+            f"{row['context']}; batch and seconds must be positive, the others not negative."
+        )
+    if drafts and row["round_s"] <= 0:
+        raise UserError(f"{where} has round_s {row['round_s']}; it must be positive.")
+    parts_s = (row.get("draft_s") or 0.0) + (row.get("verify_s") or 0.0)
+    if drafts and parts_s > PARTS_SLACK * row["round_s"]:
+        raise UserError(
+            f"{where} has draft_s + verify_s = {parts_s:.4g} s in a round of {row['round_s']:.4g} s; they are parts of "
+            "it."
+        )
+
+
+CONTEXT_SPAN = 1.5  # longest over shortest context from which the price of the cache can be told
+
+
+def fit_engine(rows: Sequence[Row], cached_s: float = 0.0) -> FittedEngine:
+    """Fit an engine to cost-table rows of one method.
 
     Args:
-        rows: mappings with `batch`, `k`, `context` (tokens cached on average), `plain_ms` (a plain step at that batch),
-            `round_ms` (a round), `draft_ms` (its drafting, all k tokens), `acceptance` (α, not used for times).
-            Rows with k = 0 need `plain_ms` only.
-        prompt_token_s: seconds per prompt token, where known.
+        rows: mappings with `k`, `batch`, `context` (tokens cached on average), `plain_step_s` (a plain step at that
+            batch), and where k > 0 `round_s` (a round) and, where known, `draft_s` (the drafting in it, all k tokens).
+        cached_s: seconds per sequence and cached token where all rows have nearly the same context.
 
     Raises:
         UserError: no rows, a missing field, or a time that is not positive.
     """
-    table = _bench_table(rows)
-    batch, k, context = table["batch"], table["k"], table["context"]
-    plain_s, round_s, draft_s = (table[name] / 1e3 for name in ("plain_ms", "round_ms", "draft_ms"))
-    ones = np.ones_like(batch)
-    step, sequence, cached = positive_least_squares(np.stack([ones, batch, batch * context], 1), plain_s)
-    drafted = k > 0
+    if not rows:
+        raise UserError("There are no benchmark rows to fit an engine to; run forerun bench first.")
+    for number, given in enumerate(rows, 1):
+        _check_row({"method": "", **given}, f"Benchmark row {number}")
+    table = _columns(rows)
+    batch, k, context, plain_s, round_s, draft_s = table.values()
+    ones, drafted = np.ones_like(batch), k > 0
+    if _same_context(context):
+        step, sequence = positive_least_squares(np.stack([ones, batch], 1), plain_s - cached_s * batch * context)
+        cached = cached_s
+    else:
+        step, sequence, cached = positive_least_squares(np.stack([ones, batch, batch * context], 1), plain_s)
     fixed = row = draft_fixed = draft_row = 0.0
     if drafted.any():
         columns = np.stack([k, k * batch], 1)[drafted]
         if (draft_s[drafted] > 0).all():
             draft_fixed, draft_row = positive_least_squares(columns, draft_s[drafted])
-        fixed, row = _verify_constants(
-            batch[drafted], k[drafted], (round_s - draft_s - plain_s)[drafted], round_s[drafted]
-        )
-    engine = FittedEngine(step, sequence, cached, fixed, row, draft_fixed, draft_row, prompt_token_s)
-    predicted = np.where(drafted, engine.round_s(batch, k, context), engine.plain_s(batch, context))
-    error = float(np.median(np.abs(predicted / np.where(drafted, round_s, plain_s) - 1)))
-    values = {name: float(value) for name, value in asdict(engine).items() if name.endswith("_s")}
-    return FittedEngine(**values, error=error, not_identified=_unidentified(table))
+        extra_s = (round_s - draft_s - plain_s)[drafted]
+        fixed, row = _verify_constants(batch[drafted], k[drafted], extra_s, round_s[drafted])
+    a, b, c, d, e, f, g = map(float, (step, sequence, cached, fixed, row, draft_fixed, draft_row))
+    engine = FittedEngine(a, b, c, d, e, f, g, prompt_token_s=b)  # a prompt's token is one more row of a pass
+    error = float(np.median(np.abs(_off(engine, table))))
+    return replace(engine, error=error, not_identified=_unidentified(table))
 
 
-def _bench_table(rows: Sequence[Mapping[str, float]]) -> dict[str, Floats]:
-    if not rows:
-        raise UserError("There are no benchmark rows to fit an engine to; run the benchmark first.")
-    table = {}
-    for name in BENCH_FIELDS[:-1]:
-        default = 0.0 if name in ("round_ms", "draft_ms", "k") else None
-        if default is None and any(name not in row for row in rows):
-            raise UserError(f"A benchmark row lacks {name!r}; it needs {', '.join(BENCH_FIELDS)}.")
-        table[name] = np.array([float(row.get(name) or 0.0) for row in rows])
-    drafted = table["k"] > 0
-    if (table["plain_ms"] <= 0).any() or (table["round_ms"][drafted] <= 0).any():
-        raise UserError("A benchmark row has a plain_ms or round_ms that is not positive; measure it again.")
-    return table
+def _same_context(context: Floats) -> bool:
+    return float(context.max()) < CONTEXT_SPAN * max(float(context.min()), 1.0)
+
+
+def held_out_error(rows: Sequence[Row]) -> float:
+    """90th percentile of the relative error on each batch size when the engine is fitted without it.
+
+    With fewer than three batch sizes nothing can be held out: the error on the fitted rows, three times over.
+    """
+    batches = sorted({float(row["batch"]) for row in rows})
+    if len(batches) < 3:
+        return 3.0 * float(np.quantile(np.abs(_off(fit_engine(rows), _columns(rows))), 0.9))
+    off = []
+    for batch in batches:
+        kept = [row for row in rows if row["batch"] != batch]
+        off.append(_off(fit_engine(kept), _columns([row for row in rows if row["batch"] == batch])))
+    return float(np.quantile(np.abs(np.concatenate(off)), 0.9))
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, Floats]:
+    names = ("batch", "k", "context", "plain_step_s", "round_s", "draft_s")
+    return {name: np.array([float(row.get(name) or 0.0) for row in rows]) for name in names}
+
+
+def _off(engine: FittedEngine, table: Mapping[str, Floats]) -> Floats:
+    """Relative errors of plain steps, and of rounds where a row drafts."""
+    batch, k, context, plain_s, round_s, _ = table.values()
+    drafted = k > 0
+    plain = np.asarray(engine.plain_s(batch, context)) / plain_s - 1
+    rounds = np.asarray(engine.round_s(batch, k, context))[drafted] / round_s[drafted] - 1
+    return np.concatenate([plain, rounds])
 
 
 def _verify_constants(batch: Floats, k: Floats, extra_s: Floats, round_s: Floats) -> tuple[float, float]:
@@ -239,72 +371,15 @@ def _verify_constants(batch: Floats, k: Floats, extra_s: Floats, round_s: Floats
 def _unidentified(table: Mapping[str, Floats]) -> tuple[str, ...]:
     """Sentences on what the rows cannot tell apart."""
     drafted = table["k"] > 0
-    says = {
-        "batch": "step_s and sequence_s: all rows have the same batch",
-        "context": "cached_s: all rows have the same context",
-    }
-    found = [text for name, text in says.items() if len(np.unique(table[name])) < 2]
+    found = []
+    if len(np.unique(table["batch"])) < 2:
+        found.append("step_s and sequence_s: all rows have the same batch")
+    if _same_context(table["context"]):
+        found.append("cached_s: all rows have about the same context")
     if not drafted.any():
         found.append("verify_fixed_s, row_s, draft_fixed_s, draft_row_s: no row drafts")
     elif len(np.unique(table["k"][drafted])) < 2:
         found.append("verify_fixed_s and row_s: all drafting rows have the same k")
-    if drafted.any() and not (table["draft_ms"][drafted] > 0).all():
-        found.append("draft_fixed_s and draft_row_s: draft_ms is missing, drafting is part of row_s")
+    if drafted.any() and not (table["draft_s"][drafted] > 0).all():
+        found.append("draft_fixed_s and draft_row_s: draft_s is missing, drafting is part of row_s")
     return tuple(found)
-
-
-STAGES = ("data", "prepare", "generation", "logprob", "train")
-
-
-@dataclass(frozen=True, slots=True)
-class RunFit:
-    """Stage times of a run as lines: seconds = fixed + slope x work.
-
-    Work is the output tokens of the step for logprob and train, rounds (tokens / α) for generation, nothing for data
-    and prepare. `errors` are relative, on the steps that were not fitted.
-    """
-
-    fixed_s: dict[str, float]
-    slope_s: dict[str, float]
-    fitted_steps: tuple[int, ...]
-    errors: dict[str, dict[str, float]]
-
-    def predict_s(self, tokens: float, acceptance: float = 1.0) -> dict[str, float]:
-        """Stage seconds of a step with `tokens` output tokens at acceptance length `acceptance`."""
-        work = _stage_work(np.array([tokens]), np.array([acceptance]))
-        return {stage: self.fixed_s[stage] + self.slope_s[stage] * float(work[stage][0]) for stage in STAGES}
-
-
-def _stage_work(tokens: Floats, acceptance: Floats) -> dict[str, Floats]:
-    none = np.zeros_like(tokens)
-    return {"data": none, "prepare": none, "generation": tokens / acceptance, "logprob": tokens, "train": tokens}
-
-
-def fit_run(steps: Sequence[Mapping[str, float]]) -> RunFit:
-    """Fit a run's stages on its even steps and measure the error on the odd ones.
-
-    Args:
-        steps: mappings with `<stage>_s` for the five stages, `tokens` (output tokens) and `acceptance` (α, 1 = plain).
-
-    Raises:
-        UserError: fewer than four steps, or a missing field.
-    """
-    if len(steps) < 4:
-        raise UserError(
-            f"The run has {len(steps)} steps; calibrating on half and testing on the rest needs 4 at least."
-        )
-    needed = ["tokens", *(f"{stage}_s" for stage in STAGES)]
-    missing = sorted({name for step in steps for name in needed if name not in step})
-    if missing:
-        raise UserError(f"The run's metrics lack {', '.join(missing)}; each step needs {', '.join(needed)}.")
-    tokens = np.array([float(step["tokens"]) for step in steps])
-    acceptance = np.array([float(step.get("acceptance", 1.0)) for step in steps])
-    work, even = _stage_work(tokens, acceptance), np.arange(len(steps)) % 2 == 0
-    fixed, slope, error = {}, {}, {}
-    for stage in STAGES:
-        seconds = np.maximum([float(step[f"{stage}_s"]) for step in steps], 1e-6)
-        columns = np.stack([np.ones_like(tokens), work[stage]], 1)
-        fixed[stage], slope[stage] = map(float, positive_least_squares(columns[even], seconds[even]))
-        off = np.abs((columns @ [fixed[stage], slope[stage]])[~even] / seconds[~even] - 1)
-        error[stage] = {"median": float(np.median(off)), "worst": float(off.max())}
-    return RunFit(fixed, slope, tuple(int(i) for i in np.flatnonzero(even)), error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -123,31 +124,67 @@ def model_names() -> list[str]:
 def load_model(source: str | Path | dict[str, Any]) -> ModelShape:
     """A model's shape from a name, a `config.json`, a folder that holds one, or the config as a dict.
 
+    A hub name that the table does not know is looked for in the local hub cache; nothing is downloaded.
+
     Raises:
-        UserError: an unknown name (with the nearest), or a config that lacks a size.
+        UserError: an unknown name (with the nearest), a folder or file that holds no config, or one that lacks a size.
     """
     if isinstance(source, dict):
         return from_config(str(source.get("_name_or_path") or source.get("model_type") or "model"), source)
     path = Path(source)
     config = path / "config.json" if path.is_dir() else path
     if config.suffix == ".json" and config.is_file():
-        return from_config(path.name if path.is_dir() else path.parent.name, json.loads(config.read_text()))
-    return _by_name(str(source))
+        return from_config(path.name if path.is_dir() else path.parent.name, read_config(config))
+    if path.is_dir():
+        raise UserError(f"The folder {path} holds no config.json; give a model folder in Hugging Face format.")
+    cached = None if _known_name(str(source)) else _cached_config(str(source))
+    return from_config(str(source), read_config(cached)) if cached else _by_name(str(source))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A `config.json` as a dict.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON object.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read {path}: {error}; a model's config.json is a JSON object.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds {type(config).__name__}; a model's config.json is a JSON object.")
+    return config
+
+
+def _cached_config(name: str) -> Path | None:
+    """The newest config.json of a hub model that was downloaded before."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    found = sorted((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/config.json"))
+    return max(found, key=lambda path: path.stat().st_mtime) if found else None
 
 
 def _by_name(name: str) -> ModelShape:
+    table, key = _table(), _known_name(name)
+    if key is not None:
+        return from_config(key, table["models"][key])
+    known = {key.lower(): key for key in [*table["models"], *table["aliases"]]}
+    near = known[difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), known, n=1, cutoff=0.0)[0]]
+    raise UserError(
+        f"No model shape is called {name!r}; the nearest is {near!r}. Give a folder with its config.json instead."
+    )
+
+
+def _known_name(name: str) -> str | None:
+    """The table's name for a model: case, organisation and the usual endings do not count."""
     table = _table()
     known = {key.lower(): key for key in [*table["models"], *table["aliases"]]}
     short = name.rsplit("/", 1)[-1].lower()
     for ending in ("", "-instruct", "-fp8", "-thinking-2507", "-instruct-2507", "-2507"):
         key = known.get(short.removesuffix(ending))
         if key is not None:
-            key = table["aliases"].get(key, key)
-            return from_config(key, table["models"][key])
-    near = known[difflib.get_close_matches(short, known, n=1, cutoff=0.0)[0]]
-    raise UserError(
-        f"No model shape is called {name!r}; the nearest is {near!r}. Give a folder with its config.json instead."
-    )
+            return table["aliases"].get(key, key)
+    return None
 
 
 def from_config(name: str, config: dict[str, Any]) -> ModelShape:

@@ -19,7 +19,7 @@ from forerun.simulate.models import ModelShape
 
 Numbers = float | NDArray[np.float64]
 
-WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0}
+WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "fp32": 4.0}
 RUNTIME_BYTES = 3.9e9  # activations, graphs and communication buffers per GPU (aiconfigurator: 3.5 GB + NCCL 0.34-0.39)
 MEMORY_SHARE = 0.92  # of the memory that an engine takes (vLLM's default)
 NETWORK_LATENCY_S = 10e-6  # point to point across nodes

@@ -236,6 +236,18 @@ class Runs8B:
         return {"plain": run(1.0 / fewer, 0), "speculative": run(1.0 / fewer, 3)}
 
 
+@cache
+def measured_runs() -> Runs8B:
+    """The 8B runs under the default assumptions, calibrated once per process."""
+    return Runs8B(Measured())
+
+
+def round_cost_rows() -> list[Row]:
+    """The published costs of a round beside ours: what `paper_rows` has under the unit "steps"."""
+    runs = measured_runs()
+    return [row for row in (*_draft_rows(runs), *_ngram_rows(runs)) if row["unit"] == "steps"]
+
+
 def _rows_8b(runs: Runs8B) -> Iterator[Row]:
     yield from _stage_rows(runs)
     yield from _draft_rows(runs)

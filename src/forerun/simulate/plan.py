@@ -1,8 +1,8 @@
 """What speculation will bring: stage times, speed-up with its error band, best k, split, lag, and what limits.
 
-Conventions: seconds per step; speed-ups are plain over speculative. `plan` answers for hardware that one does not have,
-`plan_run` for a run that one has, `plan_paper` sets the published cells beside ours. Results are plain data
-(`to_dict`) and rows of text (`text`, in `render`).
+Conventions: seconds per step; speed-ups are plain over speculative. `plan` answers for a spec, `plan_paper` sets the
+published cells beside ours; `recipes.plan_recipe` and `run.plan_run` come here with what they read from a recipe or a
+run. Results are plain data (`to_dict`) and rows of text (`text`, in `render`).
 Left out: prices; heterogeneous clusters.
 """
 
@@ -16,17 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import UserError
-from forerun.simulate import paper
-from forerun.simulate.calibrate import FittedEngine, fit_run
+from forerun.simulate import paper, surfaces
+from forerun.simulate.calibrate import FittedEngine
+from forerun.simulate.machine import Machine
+from forerun.simulate.models import ModelShape
 from forerun.simulate.operators import WEIGHT_BYTES, Tuning
-from forerun.simulate.planner import K_MAX, ROUNDS, Planner, PlanSpec, round_error, round_tuning, spec_from_dict
+from forerun.simulate.planner import Planner, PlanSpec, round_error, spec_from_dict
 from forerun.simulate.render import plan_text
-from forerun.simulate.round import Costs, Speculator, acceptance_from_lengths, best_budget, constant_acceptance
-from forerun.simulate.step import Split, Stages, async_step, step_bound, without_generation
+from forerun.simulate.round import Costs, Speculator
+from forerun.simulate.step import Split, async_step, step_bound, without_generation
 from forerun.simulate.validate import operator_shares
 
 Floats = NDArray[np.float64]
-HEAT_RATES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,10 @@ class PlanResult:
     limits: dict[str, dict[str, float]]
     by_k: list[dict[str, float]]
     heat_map: list[dict[str, float]]
+    acceptance_curve: list[dict[str, float]]
     sweep: list[dict[str, float]]
     what_if: list[dict[str, Any]]
+    bands: dict[str, float]
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,23 +61,29 @@ class PlanResult:
         return plan_text(self.to_dict())
 
 
-def plan(spec: PlanSpec | Mapping[str, Any], costs: Costs | None = None) -> PlanResult:
+def plan(
+    spec: PlanSpec | Mapping[str, Any],
+    costs: Costs | None = None,
+    machine: Machine | None = None,
+    model: ModelShape | None = None,
+    assumed: Sequence[str] = (),
+) -> PlanResult:
     """Predict a recipe's step, plain and speculative.
 
     Args:
         spec: what is planned, as a `PlanSpec` or a mapping of its fields.
         costs: an engine fitted to measurements (`calibrate.fit_engine`) instead of the analytical one.
+        machine: one machine instead of the analytical engine and learner.
+        model: the shape of the policy where `spec.model` is no name that the table knows.
+        assumed: sentences on where the spec comes from; they become notes.
 
     Raises:
         UserError: an impossible layout, a model that does not fit, an unknown name, a length or count that cannot be.
     """
     spec = spec if isinstance(spec, PlanSpec) else spec_from_dict(spec)
-    if spec.k is not None and spec.k < 0:
-        raise UserError(f"k = {spec.k} draft tokens cannot be; 0 is plain decoding.")
-    if spec.lag < 0:
-        raise UserError(f"A policy lag of {spec.lag} cannot be; 0 is synchronous.")
-    planner = Planner(spec, costs)
-    by_k = _by_k(planner)
+    check_k_and_lag(spec)
+    planner = Planner(spec, costs, machine, model)
+    by_k = surfaces.by_k(planner)
     fastest = min(by_k, key=lambda row: (row["step_s"], row["k"]))
     k = int(fastest["k"]) if spec.k is None else spec.k
     plain, fast = planner.split(0, spec.gpus, spec.lag), planner.split(k, spec.gpus, spec.lag)
@@ -83,18 +92,32 @@ def plan(spec: PlanSpec | Mapping[str, Any], costs: Costs | None = None) -> Plan
         layout={"tensor": planner.layout.tensor, "data": planner.layout.data, "expert": planner.layout.expert},
         plain=_arm(plain),
         speculative=_arm(fast) | {"alpha": planner.alpha(k), "k": float(k)},
-        speedup=_speedup(planner, plain, fast),
+        speedup=speedup_of(planner, plain, fast, planner.cost_error),
         best_k=int(fastest["k"]),
-        schedule=_schedule(planner),
+        schedule=surfaces.schedule(planner),
         drafter=_drafter(planner, k),
         split={"generation_gpus": fast.generation_gpus, "training_gpus": fast.training_gpus},
         limits=_limits(planner, fast),
         by_k=by_k,
-        heat_map=_heat_map(planner),
-        sweep=_sweep(planner, k),
-        what_if=_what_if(planner, k),
-        notes=_notes(planner, k),
+        heat_map=surfaces.heat_map(planner),
+        acceptance_curve=surfaces.acceptance_curve(planner, k),
+        sweep=surfaces.sweep(planner, k),
+        what_if=surfaces.what_if(planner, k),
+        bands={} if machine is None else {"generation": machine.engine_band, "learner": machine.band},
+        notes=[*assumed, *_notes(planner, k)],
     )
+
+
+def check_k_and_lag(spec: PlanSpec) -> None:
+    """Refuse a negative k or lag.
+
+    Raises:
+        UserError: with what zero means.
+    """
+    if spec.k is not None and spec.k < 0:
+        raise UserError(f"k = {spec.k} draft tokens cannot be; 0 is plain decoding.")
+    if spec.lag < 0:
+        raise UserError(f"A policy lag of {spec.lag} cannot be; 0 is synchronous.")
 
 
 def _spec_dict(spec: PlanSpec) -> dict[str, Any]:
@@ -106,15 +129,15 @@ def _arm(split: Split) -> dict[str, float]:
     return asdict(split.stages) | {"step_s": split.step.step_s, "exposed_generation_s": split.step.exposed_s}
 
 
-def _speedup(planner: Planner, plain: Split, fast: Split) -> dict[str, float]:
-    """Speed-ups with the band that the error of c on published points gives, and the step if rollouts were free.
+def speedup_of(planner: Planner, plain: Split, fast: Split, error: float) -> dict[str, float]:
+    """Speed-ups with the band that a relative `error` of the round cost gives, and the step if rollouts were free.
 
     Generation is compared on the same GPUs, the step with each arm on its own best split.
     """
-    lag = planner.spec.lag
-    error, generation_s = round_error(), fast.stages.generation_s
+    lag, generation_s = planner.spec.lag, fast.stages.generation_s
     slow, quick = (
-        async_step(_with_generation(fast.stages, generation_s * factor), lag) for factor in (1 + error, 1 / (1 + error))
+        async_step(replace(fast.stages, generation_s=generation_s * factor), lag)
+        for factor in (1 + error, 1 / (1 + error))
     )
     free = without_generation(planner.stages(0, planner.spec.gpus, planner.spec.gpus, 0))
     generation = planner.generation_s(0, fast.generation_gpus, lag) / generation_s
@@ -130,100 +153,17 @@ def _speedup(planner: Planner, plain: Split, fast: Split) -> dict[str, float]:
     }
 
 
-def _with_generation(stages: Stages, generation_s: float) -> Stages:
-    return Stages(stages.data_s, stages.prepare_s, generation_s, stages.logprob_s, stages.train_s)
-
-
-def _by_k(planner: Planner) -> list[dict[str, float]]:
-    """Every k at the planned lag, each on its own best split; `round_cost` is the batch's mean, prefill included."""
-    spec, rows = planner.spec, []
-    for k in range(K_MAX + 1):
-        split, alpha = planner.split(k, spec.gpus, spec.lag), planner.alpha(k)
-        plain_s = planner.generation_s(0, split.generation_gpus, spec.lag)
-        generation = plain_s / split.stages.generation_s
-        row = {"k": k, "alpha": alpha, "generation_s": split.stages.generation_s, "step_s": split.step.step_s}
-        rows.append(row | {"generation_speedup": generation, "round_cost": alpha / generation})
-    return [row | {"step_speedup": rows[0]["step_s"] / row["step_s"]} for row in rows]
-
-
-def _heat_map(planner: Planner) -> list[dict[str, float]]:
-    """Speed-ups over k and acceptance rate, synchronous on all GPUs."""
-    gpus, cells = planner.spec.gpus, []
-    plain = planner.stages(0, gpus, gpus, 0)
-    for k in range(1, K_MAX + 1):
-        for rate in HEAT_RATES:
-            alpha = float(constant_acceptance(rate).length(k))
-            fast = planner.stages(k, gpus, gpus, 0, alpha)
-            cells.append(
-                {
-                    "k": k,
-                    "rate": rate,
-                    "alpha": alpha,
-                    "generation": plain.generation_s / fast.generation_s,
-                    "step": plain.total_s / fast.total_s,
-                }
-            )
-    return cells
-
-
-def _sweep(planner: Planner, k: int) -> list[dict[str, float]]:
-    """Step speed-up against GPU count and lag."""
-    unit, rows = planner.layout.gpus, []
-    counts = [planner.spec.gpus * factor // 4 for factor in (1, 2, 4, 8, 16)]
-    for gpus in sorted({count // unit * unit for count in counts if count >= unit}):
-        for lag in (0, 1, 2):
-            if lag and gpus < 2 * unit:
-                continue
-            plain, fast = planner.split(0, gpus, lag), planner.split(k, gpus, lag)
-            rows.append(
-                {
-                    "gpus": gpus,
-                    "lag": lag,
-                    "generation_gpus": fast.generation_gpus,
-                    "plain_step_s": plain.step.step_s,
-                    "step_s": fast.step.step_s,
-                    "generation_speedup": planner.generation_s(0, fast.generation_gpus, lag) / fast.stages.generation_s,
-                    "step_speedup": plain.step.step_s / fast.step.step_s,
-                }
-            )
-    return rows
-
-
-def _what_if(planner: Planner, k: int) -> list[dict[str, Any]]:
-    """Acceptance a tenth lower and higher, and the round constants of other engines; synchronous."""
-    gpus, alpha = planner.spec.gpus, planner.alpha(k)
-    plain, rows = planner.stages(0, gpus, gpus, 0), []
-    for name, accepted in (("drafts accepted -10 %", 0.9), ("as planned", 1.0), ("drafts accepted +10 %", 1.1)):
-        fast = planner.stages(k, gpus, gpus, 0, min(1 + accepted * (alpha - 1), k + 1.0))
-        rows.append(_changed(name, plain, fast))
-    if isinstance(planner.costs, Speculator):
-        for name in ROUNDS:
-            other = Planner(planner.spec, planner.speculator(round_tuning(name)))
-            rows.append(_changed(f"rounds={name}", plain, other.stages(k, gpus, gpus, 0)))
-    return rows
-
-
-def _changed(name: str, plain: Stages, fast: Stages) -> dict[str, Any]:
-    generation = plain.generation_s / fast.generation_s
-    return {"change": name, "generation_speedup": generation, "step_speedup": plain.total_s / fast.total_s}
-
-
-def _schedule(planner: Planner) -> list[dict[str, float]]:
-    """The k for each running batch that yields most tokens per second, as the row budget would choose."""
-    context = planner.spec.prompt_tokens + float(np.mean(planner.lengths**2) / (2 * np.mean(planner.lengths)))
-    budget = best_budget(planner.costs, planner.acceptance, context, [1, 2, 4, 8, 16, 32, 64, 128, 256], K_MAX)
-    return [{"batch_up_to": min(edge, float(planner.spec.slots)), "k": k} for edge, k in budget.steps]
-
-
 def _drafter(planner: Planner, k: int) -> dict[str, float]:
     """Size of the drafter and its share of a round at the mean batch."""
     costs = planner.costs
-    if not isinstance(costs, Speculator) or not k:
+    if not isinstance(costs, Speculator | FittedEngine) or not k:
         return {}
     batch, context = _typical(planner)
     round_s = float(costs.round_s(batch, k, context))
-    step_s = float(costs.draft_s(batch, context))
-    shape = costs.drafter.shape
+    if isinstance(costs, Speculator):
+        shape, step_s = costs.drafter.shape, float(costs.draft_s(batch, context))
+    else:
+        shape, step_s = planner.drafter.shape, float(costs.draft_s(batch, 1))
     return {
         "params": float(shape.params if shape else 0),
         "bytes": float(shape.params if shape else 0) * WEIGHT_BYTES[planner.spec.precision],
@@ -244,9 +184,9 @@ def _limits(planner: Planner, fast: Split) -> dict[str, dict[str, float]]:
     stages = asdict(fast.stages)
     total_s = sum(stages.values())
     limits = {"step": {name.removesuffix("_s"): value / total_s for name, value in stages.items()}}
-    if isinstance(planner.costs, Speculator):
-        batch, context = _typical(planner)
-        costs = planner.costs
+    batch, context = _typical(planner)
+    costs = planner.costs
+    if isinstance(costs, Speculator):
 
         def plain(tuning: Tuning) -> Floats:
             moved = replace(costs, replica=replace(costs.replica, tuning=tuning))
@@ -255,6 +195,10 @@ def _limits(planner: Planner, fast: Split) -> dict[str, dict[str, float]]:
         limits["decode"] = {
             name: float(share[0]) for name, share in operator_shares(plain, costs.replica.tuning).items()
         }
+    elif isinstance(costs, FittedEngine):
+        parts = {"weights and launches": costs.step_s, "rows": float(batch * costs.sequence_s)}
+        parts["cache reads"] = float(batch * context * costs.cached_s)
+        limits["decode"] = {name: seconds / sum(parts.values()) for name, seconds in parts.items()}
     return limits
 
 
@@ -263,14 +207,23 @@ def _notes(planner: Planner, k: int) -> list[str]:
     stages = planner.stages(0, spec.gpus, spec.gpus, 0)
     share, alpha = stages.generation_s / stages.total_s, planner.alpha(k)
     bound = step_bound(share, alpha)
-    return [
-        f"{gpu.name}: {gpu.flops['bf16'] / 1e12:.0f} TFLOP/s bf16 dense, {gpu.memory_bytes_per_s / 1e12:.2f} TB/s, "
-        f"{gpu.link_bytes_per_s / 1e9:.0f} GB/s one-way link per GPU.",
+    notes = [
         f"Synchronous, generation is {share:.0%} of the plain step: "
         f"no step speed-up beyond {bound:.2f}x at α = {alpha:.2f}.",
-        f"The band is the 90th percentile of the error of unfitted published round costs: {round_error():.0%}.",
         planner.provenance,
     ]
+    if planner.machine is not None:
+        return notes
+    peaks = (
+        f"{gpu.name}: {gpu.flops['bf16'] / 1e12:.0f} TFLOP/s bf16 dense, {gpu.memory_bytes_per_s / 1e12:.2f} TB/s, "
+        f"{gpu.link_bytes_per_s / 1e9:.0f} GB/s one-way link per GPU."
+    )
+    band = f"The band is the 90th percentile of the error of unfitted published round costs: {round_error():.0%}."
+    mfu = f"The learner's seconds rest on an MFU of {planner.learner.train_mfu:.2f}"
+    known = (
+        "as given." if spec.train_mfu else "assumed; with that of a run of yours (train_mfu=) they are your cluster's."
+    )
+    return [peaks, *notes, band, f"{mfu}, {known}"]
 
 
 def plan_paper() -> dict[str, Any]:
@@ -283,46 +236,4 @@ def plan_paper() -> dict[str, Any]:
         "sensitivity": paper.sensitivity(),
         "other_readings_of_2048": paper.Runs235B(paper.Projected()).at_2048(),
         "beyond_10_percent": [row for row in rows if row["role"] == "test" and not abs(row["error"]) <= 0.10],
-    }
-
-
-def plan_run(
-    steps: Sequence[Mapping[str, float]], engine: FittedEngine | None = None, batch: float = 0.0, context: float = 0.0
-) -> dict[str, Any]:
-    """Calibrate on half of a run's steps, predict the other half, and say how the run would go otherwise.
-
-    Args:
-        steps: per step `<stage>_s` of the five stages, `tokens`, `acceptance` (α), optionally `k`.
-        engine: costs from the run's benchmark; with it, `batch` and `context` answer for other k.
-
-    Raises:
-        UserError: too few steps or missing fields.
-    """
-    fit = fit_run(steps)
-    tokens, alpha = (float(np.mean([step.get(name, 1.0) for step in steps])) for name in ("tokens", "acceptance"))
-    k = round(float(np.mean([step.get("k", 0.0) for step in steps])))
-
-    def step_of(scale: float, lag: int, factor: float = 1.0) -> dict[str, Any]:
-        seconds = fit.predict_s(tokens * scale, alpha)
-        seconds["generation"] *= factor
-        result = async_step(Stages(*seconds.values()), lag)
-        return {
-            "step_s": result.step_s,
-            "exposed_generation_s": result.exposed_s,
-            "tokens_per_s": tokens * scale / result.step_s,
-        }
-
-    what_if = [{"change": "lag 1, generation on GPUs of its own"} | step_of(1.0, 1)]
-    what_if += [{"change": f"batch x {scale:g}"} | step_of(scale, 0) for scale in (0.5, 2.0)]
-    if engine is not None and k:
-        rate = acceptance_from_lengths({k: alpha})
-        now = float(engine.round_s(batch, k, context)) / alpha
-        for other in range(K_MAX + 1):
-            then = float(engine.round_s(batch, other, context)) / float(rate.length(other))
-            what_if.append({"change": f"k = {other}"} | step_of(1.0, 0, then / now))
-    return {
-        "fitted_steps": list(fit.fitted_steps),
-        "errors": fit.errors,
-        "predicted": fit.predict_s(tokens, alpha) | step_of(1.0, 0),
-        "what_if": what_if,
     }

@@ -1,7 +1,8 @@
 """One planned recipe: its shapes, layout, engine and learner, and the times that all answers are made of.
 
 Conventions: seconds per step; `k` draft tokens, 0 plain; generation of a fixed k is prefill plus decode at α = 1
-over α, so one simulated drain per k answers for every acceptance.
+over α, so one simulated drain per k answers for every acceptance. Two kinds of hardware: accelerators by name, with an
+analytical engine and a learner of an assumed MFU, or a `Machine` whose constants stand for both.
 Left out: the search over training layouts (their effect is the MFU).
 """
 
@@ -20,6 +21,7 @@ from forerun.errors import UserError
 from forerun.simulate import paper
 from forerun.simulate.calibrate import shipped_constants
 from forerun.simulate.hardware import load_hardware, peak_flops
+from forerun.simulate.machine import Machine, Work
 from forerun.simulate.models import ModelShape, load_model
 from forerun.simulate.operators import Layout, Replica, cache_room_bytes, cache_tokens, check_layout
 from forerun.simulate.rollout import Lengths, mean_prefill_s, simulate_rollout, stream_s, trace_lengths
@@ -27,14 +29,16 @@ from forerun.simulate.round import (
     IDEAL,
     Acceptance,
     Costs,
+    Drafter,
     RoundTuning,
     Speculator,
     acceptance_from_lengths,
     constant_acceptance,
     fixed_budget,
     make_drafter,
+    with_vocab,
 )
-from forerun.simulate.rounds import fit_rounds, round_errors, round_points
+from forerun.simulate.rounds import fit_rounds, round_cost, round_points
 from forerun.simulate.step import Learner, Split, Stages, async_step, best_split, learner_stages
 
 Floats = NDArray[np.float64]
@@ -65,26 +69,49 @@ class PlanSpec:
     lag: int = 0
     method: str = "eagle3"
     draft: str = ""
+    draft_vocab: int = 0  # of an EAGLE-3 head; 0: that of the published heads
     k: int | None = None
     acceptance: float = 0.75  # conditional rate per position
     acceptance_lengths: Mapping[int, float] = field(default_factory=dict)  # measured α by k, instead of the rate
     rounds: str = "rl"  # whose round constants: a large RL run, a small-batch server, or none
     train_mfu: float = 0.0  # 0: 0.35 dense, 0.20 experts, of padded tokens (calibrated on 2604.26779)
     logprob_passes: float = 2.0
+    train_passes: float = 3.0  # of a machine's learner, in forward passes; 4 where activations are recomputed
+    updates: int = 1  # optimizer updates per step, likewise
+    trained: float = 1.0  # share of the tokens whose advantage is not zero, likewise
+
+
+SYNONYMS = {"hardware": "gpu"}
+KINDS: dict[str, Any] = {
+    f.name: {"int": int, "int | None": int | None, "float": int | float}[str(f.type)]
+    for f in fields(PlanSpec)
+    if f.type in ("int", "int | None", "float")
+}
+
+
+def spec_keys() -> list[str]:
+    """The keys that `spec_from_dict` knows."""
+    return [*(f.name for f in fields(PlanSpec)), *SYNONYMS]
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> PlanSpec:
     """A spec from recipe-like keys.
 
     Raises:
-        UserError: an unknown key, with the nearest one.
+        UserError: an unknown key, with the nearest one, or a word where a number belongs.
     """
+    values = {SYNONYMS.get(key, key): value for key, value in values.items()}
     known = [f.name for f in fields(PlanSpec)]
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
             raise UserError(f"The planner has no key {key!r}; the nearest is {near!r}.")
     chosen = dict(values)
+    if chosen.get("k") == "auto":
+        chosen["k"] = None
+    for name, kind in KINDS.items():
+        if name in chosen and (isinstance(chosen[name], bool) or not isinstance(chosen[name], kind)):
+            raise UserError(f"{name}={chosen[name]!r} is no {'number' if kind == int | float else 'whole number'}.")
     if "acceptance_lengths" in chosen:
         chosen["acceptance_lengths"] = {int(k): float(v) for k, v in chosen["acceptance_lengths"].items()}
     if "trace" in chosen:
@@ -100,7 +127,7 @@ def round_tuning(name: str) -> RoundTuning:
         UserError: another name.
     """
     if name == "rl":
-        return paper.Runs8B(paper.Measured()).rounds
+        return paper.measured_runs().rounds
     if name == "serving":
         return fit_rounds(round_points())["sglang specforge"]
     if name == "ideal":
@@ -110,9 +137,14 @@ def round_tuning(name: str) -> RoundTuning:
 
 @cache
 def round_error() -> float:
-    """The 90th percentile of the relative error of c on published points that no constant was fitted to."""
-    ours = [abs(row["error"]) for row in round_errors() if row["role"] == "test"]
-    runs = [abs(row["error"]) for row in paper.paper_rows() if row["unit"] == "steps" and row["role"] == "test"]
+    """The 90th percentile of the relative error of c on published points that no constant was fitted to.
+
+    Engines are taken with the constants of all their heads together: nobody knows those of a head not yet measured.
+    """
+    points = round_points()
+    tunings = fit_rounds(points)
+    ours = [abs(round_cost(point, tunings[point.engine]) / point.c - 1) for point in points if not point.fitted]
+    runs = [abs(row["error"]) for row in paper.round_cost_rows() if row["role"] == "test"]
     return float(np.quantile(ours + runs, 0.9))
 
 
@@ -136,12 +168,21 @@ def auto_layout(model: ModelShape, gpu_name: str, gpus: int, precision: str, seq
 class Planner:
     """One spec, with everything that the answers share."""
 
-    def __init__(self, spec: PlanSpec, costs: Costs | None) -> None:
-        self.spec, self.model, self.gpu = spec, load_model(spec.model), load_hardware(spec.gpu)
+    def __init__(
+        self,
+        spec: PlanSpec,
+        costs: Costs | None = None,
+        machine: Machine | None = None,
+        model: ModelShape | None = None,
+    ) -> None:
+        """`costs` replaces the analytical engine, `machine` engine and learner; `model` the shape that the name has."""
+        self.spec, self.machine, self.model = spec, machine, model or load_model(spec.model)
+        self.gpu = machine.hardware if machine else load_hardware(spec.gpu)
         self.acceptance = self._acceptance()
         self.lengths = self._lengths()
+        self.drafter = self._drafter()
         self.layout = self._layout()
-        self.costs = costs or self.speculator(round_tuning(spec.rounds))
+        self.costs = costs or (machine.engine if machine else self.speculator(round_tuning(spec.rounds)))
         self.learner = self._learner()
         self._known: dict[tuple[int, int, int], tuple[float, float, float]] = {}
 
@@ -162,11 +203,19 @@ class Planner:
             return np.resize(trace_lengths(spec.trace), spec.prompts * spec.samples)
         return Lengths(spec.mean_tokens, spec.sigma, spec.cap_tokens).sample(spec.prompts * spec.samples)
 
+    def _drafter(self) -> Drafter:
+        spec = self.spec
+        draft = load_model(spec.draft) if spec.draft else None
+        return with_vocab(make_drafter(spec.method, self.model, draft=draft), spec.draft_vocab)
+
     def _layout(self) -> Layout:
         spec = self.spec
         peak_flops(self.gpu, spec.precision)
         if spec.gpus < 1:
             raise UserError(f"gpus={spec.gpus} cannot run anything; give 1 at least.")
+        if self.machine is not None:
+            check_layout(Replica(self.model, self.gpu, Layout(), spec.precision))
+            return Layout()
         longest = spec.prompt_tokens + float(self.lengths.max())
         if not spec.tensor:
             return auto_layout(self.model, spec.gpu, spec.gpus, spec.precision, longest)
@@ -187,8 +236,7 @@ class Planner:
         spec, constants = self.spec, shipped_constants()
         tuning = constants.tuning(self._group(), self._family())
         replica = Replica(self.model, self.gpu, self.layout, spec.precision, tuning=tuning)
-        draft = load_model(spec.draft) if spec.draft else None
-        return Speculator(replica, make_drafter(spec.method, self.model, draft=draft), rounds)
+        return Speculator(replica, self.drafter, rounds)
 
     def _group(self) -> tuple[str, str, str]:
         precision = "" if self.spec.precision == "bf16" else f" {self.spec.precision}"
@@ -200,6 +248,8 @@ class Planner:
     @property
     def provenance(self) -> str:
         """One sentence: whose constants the engine runs on, and how many rows stand behind them."""
+        if self.machine is not None:
+            return self.machine.origin
         if not isinstance(self.costs, Speculator):
             return "The engine's costs were fitted to measurements of this engine."
         found = shipped_constants().find(self._group(), self._family())
@@ -258,10 +308,24 @@ class Planner:
         """Acceptance length at k."""
         return float(self.acceptance.length(k))
 
+    @property
+    def cost_error(self) -> float:
+        """Relative error to expect of the cost of a round."""
+        return self.machine.cost_band if self.machine else round_error()
+
+    @property
+    def work(self) -> Work:
+        """What a machine's learner does in one step."""
+        spec = self.spec
+        tokens = len(self.lengths) * (spec.prompt_tokens + float(self.lengths.mean()))
+        return Work(tokens, spec.logprob_passes, spec.train_passes, spec.updates, spec.trained)
+
     def stages(self, k: int, generating: int, training: int, lag: int, alpha: float | None = None) -> Stages:
         """The five stages."""
-        padded = self.spec.prompt_tokens + float(self.lengths.max())
         generation_s = self.generation_s(k, generating, lag, alpha)
+        if self.machine is not None:
+            return self.machine.stages(self.work, generation_s, training)
+        padded = self.spec.prompt_tokens + float(self.lengths.max())
         return learner_stages(self.learner, self.model, self.gpu, training, len(self.lengths), padded, generation_s)
 
     def split(self, k: int, gpus: int, lag: int) -> Split:

@@ -44,6 +44,19 @@ class Lengths:
         return np.clip(np.rint(drawn), 1, self.cap_tokens)
 
 
+def lengths_with_mean(mean_tokens: float, sigma: float, cap_tokens: int, count: int) -> Floats:
+    """`count` lognormal lengths, cut at the cap, whose mean after the cut is `mean_tokens`, up to rounding.
+
+    For a mean that was observed: a run's, or that of a drafter's training answers.
+    """
+    goal, low, high = min(mean_tokens, float(cap_tokens)), min(mean_tokens, float(cap_tokens)), 1e3 * cap_tokens
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        short = Lengths(middle, sigma, cap_tokens).sample(count).mean() < goal
+        low, high = (middle, high) if short else (low, middle)
+    return Lengths(high, sigma, cap_tokens).sample(count)
+
+
 def trace_lengths(tokens: Sequence[float]) -> Floats:
     """Lengths of a real run's rollouts.
 

@@ -107,6 +107,13 @@ def make_drafter(
     return Drafter(method, head, width, nodes) if method == "tree" else Drafter(method, head)
 
 
+def with_vocab(drafter: Drafter, vocab: int) -> Drafter:
+    """The same drafter with another draft vocabulary; 0, or a drafter that has no head of its own, changes nothing."""
+    if not vocab or drafter.shape is None or drafter.method not in ("eagle3", "tree"):
+        return drafter
+    return replace(drafter, shape=replace(drafter.shape, vocab=vocab))
+
+
 @dataclass(frozen=True, slots=True)
 class Speculator:
     """An analytical engine: a replica, a drafter on the same GPUs, and the round constants. Implements `Costs`."""

@@ -1,4 +1,4 @@
-"""Published costs of a speculation round against the simulator's, two fitted constants per engine at most.
+"""Published costs of a speculation round against the simulator's, two fitted constants per engine and head at most.
 
 Conventions: c = seconds of a round / seconds of a plain step at the same batch; speed-up of generation = α / c. The
 rows, their sources and the layouts that we had to assume stand in `data/rounds.json`; which rows an engine's constants
@@ -91,13 +91,30 @@ def round_cost(point: RoundPoint, tuning: RoundTuning) -> float:
 
 
 def fit_rounds(points: Sequence[RoundPoint]) -> dict[str, RoundTuning]:
-    """`token_s` and `fixed_s` of every engine, on its fitted points."""
+    """The two constants of each engine, from its fitted points alone; an engine without any takes another's.
+
+    Where an engine was fitted with more than one kind of head, each also has constants of its own under
+    `"<engine>, <drafter>"`: what a draft step costs beyond the device is the head's implementation, and published
+    slopes differ the other way round than the device's times (EAGLE-1's pass is twice EAGLE-3's and its step cheaper).
+    """
     tunings: dict[str, RoundTuning] = {}
     for engine in _table()["engines"]:
         name = engine["name"]
         own = [point for point in points if point.engine == name and point.fitted]
         tunings[name] = _fit(own) if own else tunings[engine["takes"]]
+        heads = sorted({_head(point) for point in own})
+        if len(heads) > 1:
+            tunings |= {f"{name}, {head}": _fit([p for p in own if _head(p) == head]) for head in heads}
     return tunings
+
+
+def _head(point: RoundPoint) -> str:
+    return point.speculator.drafter.method
+
+
+def tuning_of(point: RoundPoint, tunings: Mapping[str, RoundTuning]) -> RoundTuning:
+    """The constants of a point: its engine's for its head, else its engine's."""
+    return tunings.get(f"{point.engine}, {_head(point)}", tunings[point.engine])
 
 
 def _fit(points: Sequence[RoundPoint]) -> RoundTuning:
@@ -112,7 +129,7 @@ def round_errors(points: Sequence[RoundPoint] | None = None) -> list[dict[str, A
     """One row per point: published and predicted c, error, role, and whether the speed-up has the right sign."""
     points = round_points() if points is None else points
     tunings = fit_rounds(points)
-    return [_compared(point, round_cost(point, tunings[point.engine])) for point in points]
+    return [_compared(point, round_cost(point, tuning_of(point, tunings))) for point in points]
 
 
 def _compared(point: RoundPoint, predicted: float) -> dict[str, Any]:

@@ -135,7 +135,8 @@ def best_split(gpus: int, unit: int, lag: int, stages_of: Callable[[int, int], S
     units = gpus // unit
     if units < 2:
         raise UserError(
-            f"{gpus} GPUs cannot be split into replicas of {unit} beside a learner; {2 * unit} can, or set lag=0."
+            f"{gpus} GPUs or machines cannot be split into replicas of {unit} beside a learner; {2 * unit} can, "
+            "or set lag=0."
         )
     stride = max(1, (units - 1) // points)
     tried = []
