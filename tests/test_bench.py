@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from forerun.bench import TimedDrafter
 from forerun.models import load_policy
 from forerun.simulate.calibrate import read_cost_table
 from tiny_models import random_drafter
@@ -65,11 +64,3 @@ def test_mistakes_are_one_sentence(recipe: Path) -> None:
     ):
         done = bench(recipe, *words)
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr
-
-
-def test_a_timed_drafter_is_the_drafter(tiny: Callable[..., Path]) -> None:
-    from forerun.bench import Stopwatch
-
-    drafter = random_drafter(load_policy(str(tiny("llama")), "float32", "cpu"))
-    timed = TimedDrafter(drafter, Stopwatch())
-    assert timed.taps == drafter.taps and timed.method == "eagle3" and timed.state_dict().keys()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from forerun.config import Recipe, SpeculationConfig
 from forerun.draft import DRAFTERS, Drafter, load_drafter
@@ -25,11 +24,11 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.loop.setup import encode, prepare_policy
 from forerun.models import Policy
-from forerun.records import Draft, Verdict
 from forerun.report.console import Console
 from forerun.report.environment import describe_environment, machine_line
 from forerun.tasks import load_task
 from forerun.verify.chain import verify
+from forerun.verify.tree import verify_tree
 
 SCHEMA = 1
 WARM_UP_TOKENS = 8
@@ -44,27 +43,33 @@ class Stopwatch:
     verify_s: float = 0.0
 
 
-class TimedDrafter:
-    """A drafter whose proposals and observations are timed; everything else is the drafter's own."""
+def timed_drafter(drafter: Drafter, watch: Stopwatch) -> Drafter:
+    """The same drafter; its proposals and observations are timed from here on."""
 
-    def __init__(self, drafter: Drafter, watch: Stopwatch) -> None:
-        self._drafter, self._watch = drafter, watch
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*arguments)
+            watch.draft_s += time.perf_counter() - started
+            return result
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._drafter, name)
+        return run
 
-    def propose(self, *arguments: Any) -> Draft:
-        """See `Drafter.propose`."""
+    instance: Any = drafter
+    instance.propose, instance.observe = timed(drafter.propose), timed(drafter.observe)
+    return drafter
+
+
+def timed_rule(judge: Callable[..., Any], watch: Stopwatch) -> Callable[..., Any]:
+    """An acceptance rule whose time is added up."""
+
+    def run(*arguments: Any) -> Any:
         started = time.perf_counter()
-        draft = self._drafter.propose(*arguments)
-        self._watch.draft_s += time.perf_counter() - started
-        return draft
+        verdict = judge(*arguments)
+        watch.verify_s += time.perf_counter() - started
+        return verdict
 
-    def observe(self, *arguments: Any) -> None:
-        """See `Drafter.observe`."""
-        started = time.perf_counter()
-        self._drafter.observe(*arguments)
-        self._watch.draft_s += time.perf_counter() - started
+    return run
 
 
 @dataclass(slots=True)
@@ -200,14 +205,11 @@ def _drafter(recipe: Recipe, policy: Policy, method: str, drafts: dict[str, str]
 def _cell(policy: Policy, drafter: Drafter, k: int, rule: str, batch: int) -> Cell:
     watch = Stopwatch()
 
-    def timed(name: str, logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> Verdict:
-        started = time.perf_counter()
-        verdict = verify(name, logits, draft, temperature, coins, picks)
-        watch.verify_s += time.perf_counter() - started
-        return verdict
-
-    timed_drafter: Any = TimedDrafter(drafter, watch)
-    return Cell(LocalEngine(policy, timed_drafter, k=k, rule=rule, slots=batch, verifier=timed), watch)
+    engine = LocalEngine(
+        policy, timed_drafter(drafter, watch), k=k, rule=rule, slots=batch,
+        verifier=timed_rule(verify, watch), tree_verifier=timed_rule(verify_tree, watch),
+    )  # fmt: skip
+    return Cell(engine, watch)
 
 
 def _row(method: str, k: int, batch: int, cell: Cell, plain: Cell) -> dict[str, Any]:

@@ -7,16 +7,18 @@ Left out: reading data or models. Whether a path exists is found out by the room
 from __future__ import annotations
 
 import difflib
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from forerun.errors import UserError
 
 DType = Literal["auto", "float32", "bfloat16"]
+COTRAINED = ("eagle3", "mtp")  # drafters that can train beside the policy
 
 
 class Block(BaseModel):
@@ -97,26 +99,94 @@ class TrieConfig(Block):
         return self
 
 
+GRAFT_PRESETS: dict[str, dict[str, Any]] = {
+    "small": {},  # the defaults: few enough rows to pay on a CPU
+    "paper": {  # 2605.20104, section 3.1 and table 7; depth and width are EAGLE-3's, the thresholds are not published
+        "nodes": 60, "width": 10, "depth": 8, "checkpoints": (0, 1, 5), "thresholds": (0.35, 0.25, 0.15),
+        "keep": (8, 24, 40), "template": (8, 10, 8, 6, 5, 4, 4, 4, 3), "successors": 8,
+    },
+}  # fmt: skip
+
+
+class GraftConfig(Block):
+    """Hybrid draft trees (`method: graft`): an EAGLE-3 tree, pruned where it is unsure, then filled by retrieval."""
+
+    preset: Literal["small", "paper"] = Field(
+        "small", description="where values that are not set come from; paper: the 60 nodes of 2605.20104"
+    )
+    nodes: int = Field(12, ge=1, le=127, description="nodes of a tree, verified in one pass")
+    width: int = Field(4, ge=1, description="candidates that are expanded per depth, and children of each")
+    depth: int = Field(4, ge=1, description="deepest drafted candidates")
+    checkpoints: tuple[int, ...] = Field(
+        (0, 1), description="expansions of the head after which it may stop; 0: before the first"
+    )
+    thresholds: tuple[float, ...] = Field(
+        (0.35, 0.2), description="per checkpoint: stop where the likeliest path is less likely than this"
+    )
+    keep: tuple[int, ...] = Field((3, 6), description="per checkpoint: drafted nodes that stay when it stops there")
+    template: tuple[int, ...] = Field((4, 4, 3, 2), description="retrieved nodes per depth below the root")
+    successors: int = Field(8, ge=1, description="likeliest successors that are remembered of every token")
+    variant: Literal["graft", "root", "tail", "prune", "eagle"] = Field(
+        "graft",
+        description="graft: prune, then fill from the root; root: fill without pruning (the last of keep is drafted); "
+        "tail: prune, then fill below the deepest draft; prune: no retrieval; eagle: neither",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        return {**GRAFT_PRESETS.get(str(data.get("preset")), {}), **data} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _check(self) -> GraftConfig:
+        if not len(self.checkpoints) == len(self.thresholds) == len(self.keep):
+            lengths = f"{len(self.checkpoints)}, {len(self.thresholds)} and {len(self.keep)}"
+            raise ValueError(
+                f"checkpoints, thresholds and keep have {lengths} entries; give one of each per checkpoint"
+            )
+        if sorted(set(self.checkpoints)) != list(self.checkpoints) or min(self.checkpoints, default=0) < 0:
+            raise ValueError(f"checkpoints {list(self.checkpoints)} must ascend from 0 on")
+        if not all(0 <= kept <= self.nodes for kept in self.keep):
+            raise ValueError(f"keep {list(self.keep)} must lie between 0 and nodes {self.nodes}")
+        above = 1
+        for width in self.template:
+            if not 1 <= width <= above * self.successors:
+                limit = f"{above} nodes with {self.successors} successors each"
+                raise ValueError(f"template {list(self.template)}: {width} nodes cannot stand below {limit}")
+            above = width
+        return self
+
+
 class SpeculationConfig(Block):
     """One block for trainer, engine and simulator alike."""
 
-    method: Literal["none", "eagle3", "ngram", "trie", "model"] = "none"
+    method: Literal["none", "eagle3", "mtp", "ngram", "trie", "model", "graft"] = "none"
     draft: str | None = Field(
         None,
-        description="eagle3: folder or shipped artifact of the drafter, null: train one first; model: folder or hub "
-        "name of a smaller model; trie: folder of a saved corpus, null: begin empty; ngram: not read",
+        description="eagle3, mtp, graft: folder or shipped artifact of the drafter, null: train one first; mtp: also "
+        "the folder of a policy that carries its heads; model: folder or "
+        "hub name of a smaller model; trie: folder of a saved corpus, null: begin empty; ngram: not read",
     )
-    k: int | Literal["auto"] = Field(3, description="tokens drafted per round")
-    verify: Literal["block", "token"] = Field("block", description="acceptance rule at temperature > 0")
+    k: int | Literal["auto"] = Field(
+        3, description="tokens drafted per round; graft: above 0, the size of the tree is graft.nodes"
+    )
+    verify: Literal["block", "token"] = Field(
+        "block", description="acceptance rule at temperature > 0; graft: the trees are judged by the target-only walk"
+    )
     proposal: Literal["sampled", "argmax"] = Field(
         "sampled", description="argmax: the likeliest token with a one-hot q (usual elsewhere, worse at temperature 1)"
     )
     draft_temperature: float = Field(
         1.0, gt=0, description="temperature of sampled drafts over that of the rollouts: below 1 for an unsure drafter"
     )
-    train: Literal["off"] = Field("off", description="whether the drafter keeps training during the run")
+    train: str = Field(
+        "off",
+        description="whether the drafter keeps training during the run (eagle3, mtp): off; every-N: after every N "
+        "steps; drift: after a step that shows its acceptance fallen, see draft.drift_share",
+    )
     ngram: NgramConfig = NgramConfig()
     trie: TrieConfig = TrieConfig()
+    graft: GraftConfig = GraftConfig()
 
     @model_validator(mode="after")
     def _check(self) -> SpeculationConfig:
@@ -124,12 +194,26 @@ class SpeculationConfig(Block):
             raise ValueError("k: auto needs the row budget, which this version does not have; set a number, e.g. k: 4")
         if not 0 <= self.k <= 32:
             raise ValueError(f"k must lie between 0 and 32, not {self.k}")
+        if self.train != "off" and self.method not in ("none", *COTRAINED):
+            raise ValueError(
+                f"train: {self.train} needs a drafter that learns beside the policy ({', '.join(COTRAINED)})"
+            )
         return self
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _train(cls, value: Any) -> Any:
+        value = "off" if value is False else value  # YAML 1.1 reads a bare off as false
+        if not isinstance(value, str) or not re.fullmatch(r"off|drift|every-[1-9][0-9]*", value):
+            raise ValueError("train must be off, drift or every-N, e.g. every-5")
+        return value
 
     @property
     def tokens(self) -> int:
-        """Draft tokens per round; 0 when speculation is off."""
-        return 0 if self.method == "none" or isinstance(self.k, str) else self.k
+        """Draft tokens per round, of a tree its nodes; 0 when speculation is off."""
+        if self.method == "none" or isinstance(self.k, str):
+            return 0
+        return self.graft.nodes if self.method == "graft" and self.k > 0 else self.k
 
 
 class RolloutConfig(Block):
@@ -198,10 +282,17 @@ class DraftConfig(Block):
         None, description="eagle3: hidden states that are fused (inputs of these layers); model: layers that are kept"
     )
     intermediate: int | None = Field(None, description="width of the drafter's MLP; null: the policy's")
+    mtp_layers: int = Field(1, ge=1, description="mtp: layers, one per draft position; the last one is applied again")
     cache_gib: float = Field(
         2.0, ge=0, description="memory for the policy's outputs between epochs; beyond it: run again"
     )
     validation: float = Field(0.1, gt=0, lt=1, description="share of rollouts kept for validation")
+    online_learning_rate: float = Field(1e-4, gt=0, description="beside the policy (speculation.train)")
+    online_max_grad_norm: float = Field(0.5, gt=0, description="beside the policy")
+    drift_share: float = Field(
+        0.05, gt=0, lt=1, description="train: drift: fall of acceptance, at matched entropy, that starts an update"
+    )
+    drift_window: int = Field(4, ge=1, description="steps that set the reference level, and over which it is smoothed")
 
 
 class Recipe(Block):

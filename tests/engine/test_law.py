@@ -77,9 +77,7 @@ def test_plain_engine_samples_the_policy(small: Policy) -> None:
     assert chi_square_p(counts, exact_law(small, 1.0), SAMPLES) > 1e-6
 
 
-@pytest.mark.parametrize(
-    "fault", ["no_residual", "block_no_residual", "block_threshold_is_prefix", "misaligned_row"]
-)
+@pytest.mark.parametrize("fault", ["no_residual", "block_no_residual", "block_threshold_is_prefix", "misaligned_row"])
 def test_a_broken_rule_is_caught(small: Policy, fault: str) -> None:
     drafter = random_drafter(small, vocabulary=[0, 1, 2, 3, 5, 7, 8, 11])
     rule = broken.BROKEN[fault]

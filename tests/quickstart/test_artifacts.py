@@ -50,4 +50,5 @@ def test_the_shipped_drafter_fits_the_shipped_policy(quickstart: tuple[Policy, l
     rollouts = engine.generate(prompts, max_new_tokens=recipe.rollout.max_new_tokens, seed=5)
     assert (engine.counters.acceptance_length or 0) > 2.5
     expected = shipped()["quickstart-cold-start"]["tokens_per_answer"]
-    assert sum(len(r.tokens) for r in rollouts) / len(rollouts) == pytest.approx(expected, rel=0.3)  # answers are short or long: 64 of them vary
+    mean = sum(len(r.tokens) for r in rollouts) / len(rollouts)
+    assert mean == pytest.approx(expected, rel=0.3)  # answers are short or long: the mean of 64 varies by a tenth

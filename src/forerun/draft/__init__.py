@@ -24,6 +24,19 @@ def _eagle3(policy: Policy, speculation: SpeculationConfig) -> Drafter:
     )
 
 
+def _mtp(policy: Policy, speculation: SpeculationConfig) -> Drafter:
+    from forerun.draft.mtp import MtpDrafter
+    from forerun.models.load import artifact
+
+    if speculation.draft is None:
+        raise UserError(
+            "speculation.method=mtp needs speculation.draft, the folder of the heads or of a policy that carries them"
+        )
+    return MtpDrafter.load(
+        artifact(speculation.draft), policy, proposal=speculation.proposal, heat=speculation.draft_temperature
+    )
+
+
 def _ngram(policy: Policy, speculation: SpeculationConfig) -> Drafter:
     from forerun.draft.ngram import NgramDrafter
 
@@ -58,13 +71,28 @@ def _model(policy: Policy, speculation: SpeculationConfig) -> Drafter:
     )
 
 
+def _graft(policy: Policy, speculation: SpeculationConfig) -> Drafter:
+    from forerun.draft.graft import GraftDrafter
+    from forerun.models.load import artifact
+
+    if speculation.draft is None:
+        raise UserError(
+            "speculation.method=graft needs speculation.draft, the folder or artifact of an EAGLE-3 drafter"
+        )
+    return GraftDrafter.load(artifact(speculation.draft), policy, speculation.graft, heat=speculation.draft_temperature)
+
+
 DRAFTERS: dict[str, Callable[[Policy, SpeculationConfig], Drafter]] = {
     "eagle3": _eagle3,
+    "mtp": _mtp,
     "ngram": _ngram,
     "trie": _trie,
     "model": _model,
+    "graft": _graft,
 }
-TRAINED = frozenset({"eagle3", "model"})  # those whose weights must exist or be trained before the first round
+TRAINED = frozenset(
+    {"eagle3", "mtp", "model", "graft"}
+)  # those whose weights must exist or be trained before the first round
 
 
 def load_drafter(policy: Policy, speculation: SpeculationConfig) -> Drafter | None:

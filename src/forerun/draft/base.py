@@ -56,12 +56,13 @@ class Drafter(Protocol):
         """Row `target` continues what row `source` holds."""
 
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
-        """Draft at most budget [B] tokens per row."""
+        """Draft at most budget [B] tokens per row; a tree: paths of at most that many, and at most `k` nodes in all."""
 
     def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
         """Row b emitted verdict.tokens[b, : accepted[b] + 1], and its sample holds them all: none beyond its end.
 
-        features [B, n, T·H] are the policy's at the taps, for the n tokens that it just ran (newest token and drafts).
+        features [B, n, T·H] are the policy's at the taps, for the n tokens that it just ran (newest token and drafts);
+        of a tree, for the newest token and the accepted path.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -84,6 +85,19 @@ class Counting(Protocol):
 
     def metrics(self) -> dict[str, int]:
         """Names and counts, since the drafter was made."""
+
+
+@runtime_checkable
+class Learning(Protocol):
+    """A drafter that learns from the policy's rows at every token it verified, accepted or not."""
+
+    successors: int  # how many of the likeliest next tokens it wants to see
+
+    def learn(self, tokens: Tensor, likeliest: Tensor) -> None:
+        """After each of tokens [m] the policy finds likeliest [m, successors] likeliest, best first; order is by row.
+
+        Called once per round, after the verdict and before `observe`.
+        """
 
 
 def deterministic_draft(proposals: Sequence[Sequence[int]], device: torch.device) -> Draft:

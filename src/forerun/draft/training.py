@@ -1,9 +1,11 @@
-"""Training an EAGLE-3 head on the policy's own rollouts, by training-time test.
+"""Training an EAGLE-3 or MTP head on the policy's own rollouts, by training-time test.
 
 In an engine the head's second draft stands on its own first output, not on the policy's hidden state. So it is trained
 that way: J passes over a sequence, pass j fed with pass j-1's outputs and scored against the policy's distribution at
 position t+1+j. In pass j a query at t sees the true context up to t (keys of pass 0) and its own guesses (keys of
 passes 1..j at the same t), as it will in the engine. Teacher and hidden states come from one policy forward, detached.
+An MTP head knows the whole vocabulary and reads what the policy's output head reads: its teacher is that state, and
+distributions are made a few rows at a time (`draft/mtp.py` has its unroll).
 Axes: N sequences, L padded length, T base positions, J depth, H hidden, D draft vocabulary.
 """
 
@@ -19,17 +21,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from forerun.config import DraftConfig
 from forerun.draft.eagle3 import Eagle3Config, Eagle3Head
 from forerun.draft.losses import LOSSES, acceptance
+from forerun.draft.mtp import MtpHead, unroll_mtp
 from forerun.learner.cold_start import learning_rate_factor
-from forerun.learner.forward import completion_logits, microbatches, token_batch
+from forerun.learner.forward import TokenBatch, completion_logits, microbatches, token_batch
 from forerun.models import Policy
 from forerun.models.taps import Taps, decoder_layers, default_taps
 
 Pair = tuple[list[int], list[int]]  # prompt ids, completion ids
 Report = Callable[[int, int, float], None]  # step, steps, loss
+Head = Eagle3Head | MtpHead
+ROWS = 512  # full-vocabulary distributions that are held at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +56,17 @@ class TeacherBatch:
 
     tokens: Tensor  # [N, L]
     features: Tensor  # [N, L, T·H]
-    log_p: Tensor  # [N, L, D], entry r: the policy's distribution of token r + 1
+    log_p: Tensor  # [N, L, D], entry r: the policy's distribution of token r + 1; D = 0: `features` give it (MTP)
     scored: Tensor  # [N, L] bool, entry r: token r + 1 belongs to the completion
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One draft position of an unrolled batch."""
+
+    loss: Tensor  # mean over its rows
+    accepted: float  # sum over its rows of the probability that the draft survives
+    rows: int
 
 
 class Lessons:
@@ -105,7 +120,7 @@ def new_head(policy: Policy, pairs: Sequence[Pair], config: DraftConfig) -> Eagl
 
 
 def train_head(
-    head: Eagle3Head,
+    head: Head,
     policy: Policy,
     pairs: Sequence[Pair],
     config: DraftConfig,
@@ -135,7 +150,7 @@ def train_head(
             factor = learning_rate_factor(step, steps, min(20, steps // 10 + 1))
             optimizer.param_groups[0]["lr"] = config.learning_rate * factor
             teacher = lessons(tuple(rows), partial(teach, head, policy, [training[i] for i in rows], temperature))
-            loss = _loss(head, policy, teacher, config, temperature)
+            loss = weighted_loss(judge(head, policy, teacher, config, temperature), config.decay)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(head.parameters(), 0.5)
             optimizer.step()
@@ -151,19 +166,63 @@ def train_head(
 
 
 @torch.no_grad()
-def teach(head: Eagle3Head, policy: Policy, pairs: Sequence[Pair], temperature: float) -> TeacherBatch:
+def teach(head: Head, policy: Policy, pairs: Sequence[Pair], temperature: float) -> TeacherBatch:
     """Run the policy once over prompts and completions."""
-    batch = token_batch(pairs, policy.device)
-    with Taps(policy.model, head.config.layers) as taps:
-        logits = completion_logits(policy.model, batch).float() / (temperature or 1.0)  # [M, V]
+    return lesson(head, policy.model, token_batch(pairs, policy.device), temperature)[0]
+
+
+@torch.no_grad()
+def lesson(head: Head, model: Any, batch: TokenBatch, temperature: float) -> tuple[TeacherBatch, Tensor]:
+    """What one forward of the policy teaches, and its logits [M, V] of the completion tokens."""
+    with Taps(model, head.config.layers) as taps:
+        logits = completion_logits(model, batch)
     features = taps.features()
     assert features is not None
-    inside = logits[:, head.vocabulary] - torch.logsumexp(logits, dim=-1, keepdim=True)  # [M, D]
-    log_p = torch.zeros(*batch.input_ids.shape, inside.shape[1], device=policy.device)
-    scored = torch.zeros(batch.input_ids.shape, dtype=torch.bool, device=policy.device)
-    log_p[batch.rows, batch.columns] = inside
+    scored = torch.zeros(batch.input_ids.shape, dtype=torch.bool, device=logits.device)
     scored[batch.rows, batch.columns] = True
-    return TeacherBatch(batch.input_ids, features, log_p, scored)
+    if isinstance(head, MtpHead):
+        log_p = features.new_zeros(*batch.input_ids.shape, 0)
+        return TeacherBatch(batch.input_ids, features, log_p, scored), logits
+    scaled = logits.float() / (temperature or 1.0)
+    inside = scaled[:, head.vocabulary] - torch.logsumexp(scaled, dim=-1, keepdim=True)  # [M, D]
+    log_p = torch.zeros(*batch.input_ids.shape, inside.shape[1], device=logits.device)
+    log_p[batch.rows, batch.columns] = inside
+    return TeacherBatch(batch.input_ids, features, log_p, scored), logits
+
+
+def judge(head: Head, policy: Policy, teacher: TeacherBatch, config: DraftConfig, temperature: float) -> list[Pass]:
+    """Loss and acceptance of every draft position on one batch; positions without rows are left out."""
+    with autocast_of(policy):
+        if isinstance(head, MtpHead):
+            pairs = unroll_mtp(head, teacher.tokens, teacher.features, teacher.scored, config.depth)
+            return [_in_parts(head, p, q, config.loss, temperature) for p, q in pairs if len(p)]
+        rows = unroll(head, policy.model.get_input_embeddings(), teacher, config.depth, temperature)
+    return [
+        Pass(LOSSES[config.loss](log_p, log_q).mean(), float(acceptance(log_p, log_q.detach()).sum()), len(log_p))
+        for log_p, log_q in rows
+        if len(log_p)
+    ]
+
+
+def _in_parts(head: MtpHead, policy_states: Tensor, states: Tensor, loss: str, temperature: float) -> Pass:
+    """`ROWS` full-vocabulary rows at a time; the backward pass computes them again."""
+
+    def part(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        log_p, log_q = (torch.log_softmax(head.shared.logits(x).float() / (temperature or 1.0), dim=-1) for x in (p, q))
+        return LOSSES[loss](log_p.detach(), log_q).sum(), acceptance(log_p, log_q).sum().detach()
+
+    parts = [
+        checkpoint(part, p, q, use_reentrant=False, preserve_rng_state=False)
+        for p, q in zip(policy_states.split(ROWS), states.split(ROWS), strict=True)
+    ]
+    count = len(states)
+    return Pass(torch.stack([x for x, _ in parts]).sum() / count, float(sum(float(a) for _, a in parts)), count)
+
+
+def weighted_loss(passes: list[Pass], decay: float) -> Tensor:
+    """Mean of the positions' losses, each `decay` times the weight of the one before."""
+    weights = [decay**j for j in range(len(passes))]
+    return torch.stack([w * x.loss for w, x in zip(weights, passes, strict=True)]).sum() / sum(weights)
 
 
 def unroll(
@@ -203,31 +262,25 @@ def unroll(
 
 
 @torch.no_grad()
-def validate(
-    head: Eagle3Head, policy: Policy, pairs: Sequence[Pair], config: DraftConfig, temperature: float
-) -> Validation:
+def validate(head: Head, policy: Policy, pairs: Sequence[Pair], config: DraftConfig, temperature: float) -> Validation:
     """Acceptance by draft position on rollouts that were not trained on."""
-    embed, sums, counts = policy.model.get_input_embeddings(), [0.0] * config.depth, [0] * config.depth
+    judged = []
     for rows in microbatches([len(p) + len(c) for p, c in pairs], config.batch_tokens):
         teacher = teach(head, policy, [pairs[i] for i in rows], temperature)
-        with autocast_of(policy):
-            for j, (log_p, log_q) in enumerate(unroll(head, embed, teacher, config.depth, temperature)):
-                sums[j] += float(acceptance(log_p, log_q).sum())
-                counts[j] += len(log_p)
-    rates = [s / c for s, c in zip(sums, counts, strict=True) if c]
-    length, product = 1.0, 1.0
-    for rate in rates:
-        product *= rate
+        judged.append(judge(head, policy, teacher, config, temperature))
+    return summarise(judged)
+
+
+def summarise(judged: Sequence[Sequence[Pass]]) -> Validation:
+    """Acceptance over the passes of many batches."""
+    depth = max((len(passes) for passes in judged), default=0)
+    length, product, rates = 1.0, 1.0, []
+    for j in range(depth):
+        here = [passes[j] for passes in judged if len(passes) > j]
+        rates.append(sum(p.accepted for p in here) / sum(p.rows for p in here))
+        product *= rates[-1]
         length += product
     return Validation(rates, length)
-
-
-def _loss(head: Eagle3Head, policy: Policy, teacher: TeacherBatch, config: DraftConfig, temperature: float) -> Tensor:
-    with autocast_of(policy):
-        passes = unroll(head, policy.model.get_input_embeddings(), teacher, config.depth, temperature)
-    losses = [LOSSES[config.loss](log_p, log_q).mean() for log_p, log_q in passes if len(log_p)]
-    weights = [config.decay**j for j in range(len(losses))]
-    return torch.stack([w * x for w, x in zip(weights, losses, strict=True)]).sum() / sum(weights)
 
 
 def _attend(query: Tensor, context: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], first: int) -> Tensor:

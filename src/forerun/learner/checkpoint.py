@@ -1,4 +1,4 @@
-"""Checkpoints: policy, optimizer, drafter, random state and history of a run, whole or not at all.
+"""Checkpoints: policy, optimizer, drafter with its optimizer, random state and history of a run, whole or not at all.
 
 A checkpoint is written beside its final name and renamed when everything in it has reached the disk; a folder without
 `complete` was cut off and is ignored. Left out: the prompts' order and the engine's seeds, which follow from the step.
@@ -17,6 +17,7 @@ import torch
 
 from forerun.draft import Drafter
 from forerun.errors import UserError
+from forerun.learner.cotrain import CoTrainer
 from forerun.learner.optimizer import MasterOptimizer
 from forerun.models import Policy, save_policy
 from forerun.report.metrics import disk_errors
@@ -32,6 +33,7 @@ def save_checkpoint(
     drafter: Drafter | None,
     history: dict[str, Any],
     keep: int,
+    cotrainer: CoTrainer | None = None,
 ) -> Path:
     """Write `folder/step-N` and drop all but the `keep` newest. `history` must be JSON.
 
@@ -48,6 +50,8 @@ def save_checkpoint(
             drafter.save(scratch / "drafter", {})
         with disk_errors(scratch):
             torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
+            if cotrainer is not None:
+                torch.save(cotrainer.state_dict(), scratch / "cotrain.pt")
             torch.save({"torch": torch.get_rng_state(), "python": random.getstate()}, scratch / "random.pt")
             (scratch / "history.json").write_text(json.dumps(history))
             (scratch / MARK).write_text(f"{step}\n")
@@ -89,10 +93,15 @@ def read_history(checkpoint: Path) -> dict[str, Any]:
         ) from None
 
 
-def restore(checkpoint: Path, optimizer: MasterOptimizer) -> None:
-    """Put optimizer and random state back (the policy and the drafter are loaded from the checkpoint's folders)."""
+def restore(checkpoint: Path, optimizer: MasterOptimizer, cotrainer: CoTrainer | None = None) -> None:
+    """Put optimizers and random state back (the policy and the drafter are loaded from the checkpoint's folders).
+
+    A run that begins to train its drafter at a checkpoint made without begins with a new optimizer for it.
+    """
     try:
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+        if cotrainer is not None and (checkpoint / "cotrain.pt").exists():
+            cotrainer.load_state_dict(torch.load(checkpoint / "cotrain.pt", weights_only=True))
         state = torch.load(checkpoint / "random.pt", weights_only=True)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise UserError(

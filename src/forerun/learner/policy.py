@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,14 @@ from torch import Tensor
 
 from forerun.config import TrainConfig
 from forerun.errors import Interrupted, UserError
-from forerun.learner.forward import completion_logits, microbatches, token_batch, token_entropy, token_logprobs
+from forerun.learner.forward import (
+    TokenBatch,
+    completion_logits,
+    microbatches,
+    token_batch,
+    token_entropy,
+    token_logprobs,
+)
 from forerun.learner.losses import clipped_policy_loss, kl_k3, truncated_importance
 from forerun.learner.optimizer import MasterOptimizer
 from forerun.models import Policy
@@ -31,6 +38,7 @@ class Scored:
     logprobs: list[Tensor]  # by the policy
     reference: list[Tensor] | None  # by the reference policy
     entropy: float  # nats per token
+    entropies: list[float] = field(default_factory=list)  # the same per rollout
 
 
 class Learner:
@@ -45,22 +53,34 @@ class Learner:
             _enable_checkpointing(policy.model)
 
     @torch.no_grad()
-    def score(self, rollouts: Sequence[Rollout], tick: Callable[[int], None] = lambda n: None) -> Scored:
-        """Recompute every token's log-probability under the current policy (and the reference)."""
-        own = [torch.empty(0)] * len(rollouts)
+    def score(
+        self,
+        rollouts: Sequence[Rollout],
+        tick: Callable[[int], None] = lambda n: None,
+        forward: Callable[[Any, TokenBatch], Tensor] = completion_logits,
+    ) -> Scored:
+        """Recompute every token's log-probability under the current policy (and the reference).
+
+        Args:
+            forward: runs the policy's own batches, and may keep what else it sees there (`learner/cotrain.py`).
+        """
+        own, entropies = [torch.empty(0)] * len(rollouts), [torch.empty(0)] * len(rollouts)
         reference = None if self._reference is None else list(own)
         entropy_sum, done = 0.0, 0
         for rows in self._microbatches(rollouts):
             batch = _batch(rollouts, rows, self.policy.device)
-            logits = completion_logits(self.policy.model, batch)
+            logits = forward(self.policy.model, batch)
             _scatter(token_logprobs(logits, batch.targets, self.temperature), rows, rollouts, own)
-            entropy_sum += float(token_entropy(logits, self.temperature).sum())
+            entropy = token_entropy(logits, self.temperature)
+            _scatter(entropy, rows, rollouts, entropies)
+            entropy_sum += float(entropy.sum())
             if reference is not None:
                 logits = completion_logits(self._reference, batch)
                 _scatter(token_logprobs(logits, batch.targets, self.temperature), rows, rollouts, reference)
             done += len(rows)
             tick(done)
-        return Scored(own, reference, entropy_sum / max(1, sum(len(r.tokens) for r in rollouts)))
+        mean = entropy_sum / max(1, sum(len(r.tokens) for r in rollouts))
+        return Scored(own, reference, mean, [float(e.mean()) for e in entropies])
 
     def train(
         self,

@@ -11,6 +11,7 @@ Evaluation, comparison with plain generation and checkpoints stand between steps
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +27,11 @@ from forerun.draft import Drafter, load_drafter
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.schedule import request_seed
-from forerun.errors import Interrupted
+from forerun.errors import Interrupted, UserError
 from forerun.learner.advantages import group_advantages
 from forerun.learner.checkpoint import newest_checkpoint, read_history, restore, save_checkpoint
+from forerun.learner.cotrain import CoTrainer
+from forerun.learner.forward import TokenBatch, completion_logits
 from forerun.learner.policy import Learner, mismatch
 from forerun.loop.generate import Generated, comparison, evaluation, generate, rollout_metrics
 from forerun.loop.history import STAGES, History
@@ -40,10 +43,12 @@ from forerun.report.console import Console
 from forerun.report.environment import machine_line
 from forerun.report.html import write_report
 from forerun.report.metrics import RunFolder
+from forerun.simulate.predict import Prediction, compare, predict_recipe
 from forerun.tasks import Problem, load_task
 
 EVAL_SEED, COMPARE_SEED = 1_000_003, 2_000_003  # streams of requests apart from training's
 SAMPLES_KEPT = 16  # rollouts of a step that go into rollouts.jsonl
+Forward = Callable[[Any, TokenBatch], torch.Tensor]
 
 
 def run(recipe: Recipe, console: Console | None = None, resume: Path | None = None) -> dict[str, Any]:
@@ -87,8 +92,13 @@ class Training:
         self.engine = LocalEngine(policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots)
         self.plain = LocalEngine(policy, slots=slots)
         self.learner = Learner(policy, recipe.train, recipe.rollout.temperature)
+        self.cotrainer = None
+        if drafter is not None and speculation.train != "off":
+            heat = recipe.rollout.temperature
+            self.cotrainer = CoTrainer(drafter, policy, speculation.train, recipe.draft, heat, recipe.seed)
         self._started = time.perf_counter() - history.wall_s
         self._env: dict[str, Any] = {}
+        self._prediction: Prediction | None = None
 
     @classmethod
     def fresh(cls, recipe: Recipe, console: Console) -> Training:
@@ -116,13 +126,14 @@ class Training:
             speculation = recipe.speculation.model_copy(update={"draft": str(checkpoint / "drafter")})
             drafter = load_drafter(policy, speculation)
         training = cls(recipe, console, folder, policy, drafter, history)
-        restore(checkpoint, training.learner.optimizer)
+        restore(checkpoint, training.learner.optimizer, training.cotrainer)
         return training
 
     def run(self, stop_requested: Callable[[], bool]) -> dict[str, Any]:
         """All remaining steps, then the model, the summary and the report."""
         recipe, history = self.recipe, self.history
         self._env = self.folder.write_env()
+        self._prediction = self._predict()
         try:
             if history.step == 0 and not history.evaluations:
                 self._evaluate(0, stop_requested)
@@ -144,6 +155,20 @@ class Training:
             raise
         return self._finish()
 
+    def _predict(self) -> Prediction | None:
+        """The mean step as the simulator sees it beforehand; what it does not know is told and no reason to stop."""
+        device, recipe = self.policy.device, self.recipe.model_dump()
+        if (trained := self.folder.path / "drafter").is_dir():
+            recipe["speculation"]["draft"] = str(trained)  # made for this run: its config.json tells its acceptance
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        try:
+            found = predict_recipe(recipe, device=name, shape=self.policy.model.config.to_dict())
+        except UserError as error:
+            self.console.note(f"no prediction of this run: {error}")
+            return None
+        self.console.note(found.text())
+        return found
+
     def _step(self, step: int, stop_requested: Callable[[], bool]) -> None:
         """One step, 0-based; counted as finished only when its update has been made."""
         recipe, console, timer = self.recipe, self.console, StageTimer()
@@ -161,12 +186,19 @@ class Training:
         self._compare(step, problems, prompts, sampling, generated)
         rows = len(generated.rollouts)
         with timer.stage("logprob"), console.stage("log-probabilities"):
-            scored = self.learner.score(generated.rollouts, lambda done: console.progress(done, rows, "rollouts"))
+            forward: Forward = completion_logits
+            if self.cotrainer is not None:
+                self.cotrainer.begin(step)
+                forward = self.cotrainer.forward
+            report = Progress(console, rows)
+            scored = self.learner.score(generated.rollouts, report.at, forward)
         with timer.stage("train"), console.stage("training"):
             advantages = group_advantages(generated.rewards, recipe.train.normalize_std).view(-1)
             rate = recipe.train.learning_rate * min(1.0, (step + 1) / max(1, recipe.train.warmup))
             progress = Progress(console, rows)
             metrics = self.learner.train(generated.rollouts, advantages, scored, rate, stop_requested, progress.tick)
+            if self.cotrainer is not None:
+                metrics |= self.cotrainer.train(step, generated.rollouts, scored.entropies)
         self._record(step, timer, generated, metrics | mismatch(generated.rollouts, scored), advantages)
 
     def _record(
@@ -259,7 +291,7 @@ class Training:
             self.history.wall_s = time.perf_counter() - self._started
             save_checkpoint(
                 self.folder.path / "checkpoints", self.history.step, self.policy, self.learner.optimizer, self.drafter,
-                self.history.to_json(), self.recipe.checkpoint.keep,
+                self.history.to_json(), self.recipe.checkpoint.keep, self.cotrainer,
             )  # fmt: skip
 
     def _finish(self) -> dict[str, Any]:
@@ -288,6 +320,11 @@ class Training:
             "paths": paths,
             "machine": machine_line(self._env),
         }
+        if self._prediction is not None:
+            lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+            judged = compare(self._prediction, lines)
+            summary["prediction"] = {**self._prediction.to_dict(), "compared": judged}
+            self.console.note(judged["text"])
         folder.write_summary(summary)
         write_report(folder.path)
         self.console.table(summary)
@@ -316,8 +353,12 @@ class Progress:
 
     def tick(self, rows: int) -> None:
         """`rows` more are done."""
-        self.done += rows
-        self.console.progress(self.done, self.total, "rollouts")
+        self.at(self.done + rows)
+
+    def at(self, done: int) -> None:
+        """`done` rows are done."""
+        self.done = done
+        self.console.progress(done, self.total, "rollouts")
 
 
 def spread(count: int, steps: int) -> set[int]:

@@ -12,6 +12,7 @@ from forerun.draft import TRAINED, Drafter, load_drafter
 from forerun.draft.distill import distill, pruned_copy
 from forerun.draft.eagle3 import Eagle3Drafter
 from forerun.draft.model import ModelDrafter
+from forerun.draft.mtp import MtpDrafter, MtpHead
 from forerun.draft.training import Validation, new_head, train_head
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
@@ -88,7 +89,7 @@ def train_drafter(recipe: Recipe, policy: Policy, task: Task, folder: Path, cons
         console.note(f"drafter: epoch {epoch}/{recipe.draft.epochs}: {result}")
 
     with console.stage("training the drafter"):
-        train = _distilled if recipe.speculation.method == "model" else _eagle3_head
+        train = {"model": _distilled, "mtp": _mtp_head}.get(recipe.speculation.method, _eagle3_head)
         drafter, best = train(recipe, policy, pairs, report, validated)
     about: dict[str, object] = {
         "policy": policy.name,
@@ -110,6 +111,14 @@ def _eagle3_head(
     head = new_head(policy, pairs, recipe.draft)
     best = train_head(head, policy, pairs, recipe.draft, recipe.rollout.temperature, recipe.seed, report, validated)
     return Eagle3Drafter(head.to(policy.dtype), policy), best
+
+
+def _mtp_head(
+    recipe: Recipe, policy: Policy, pairs: Pairs, report: TrainReport, validated: ValidationReport
+) -> tuple[Drafter, Validation]:
+    head = MtpHead(policy, recipe.draft.mtp_layers)
+    best = train_head(head, policy, pairs, recipe.draft, recipe.rollout.temperature, recipe.seed, report, validated)
+    return MtpDrafter(head.to(policy.dtype), policy), best
 
 
 def _distilled(

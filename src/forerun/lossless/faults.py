@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from forerun.engine import Weights
-from forerun.engine.local.engine import LocalEngine, Verify
+from forerun.engine.local.engine import LocalEngine, Verify, VerifyTree
 from forerun.errors import UserError
 from forerun.records import Draft, Verdict
 from forerun.verify.broken import BROKEN
+from forerun.verify.broken_tree import BROKEN_TREE
 from forerun.verify.chain import log_q_of_tokens, verify
+from forerun.verify.tree import verify_tree
 
 
 def draft_logprobs(
@@ -51,6 +53,7 @@ def silent_load(engine: LocalEngine) -> None:
     engine.load = load  # type: ignore[method-assign]
 
 
+TREE_FAULTS = {"no_residual": "walk_no_residual", "misaligned_row": "parent_row_off_by_one"}
 _VERIFIERS: dict[str, Verify] = {"draft_logprobs": draft_logprobs, "neighbour_logprobs": neighbour_logprobs}
 _SPOILERS: dict[str, Callable[[LocalEngine], None]] = {"silent_load": silent_load}
 # A residual that forgets the weight p_tau is wrong only behind accepted drafts that the drafter overrates: too rare for
@@ -71,6 +74,20 @@ def verifier_of(fault: str | None) -> Verify:
         broken = BROKEN[fault]
         return lambda _, *arguments: broken(*arguments)
     return _VERIFIERS.get(fault or "", verify)
+
+
+def tree_verifier_of(fault: str | None) -> VerifyTree:
+    """The verifier of draft trees to build the engine with; a fault of chains breaks the trees in its own way.
+
+    Raises:
+        UserError: trees have no such fault.
+    """
+    if fault is None or fault in _SPOILERS or fault not in FAULTS:
+        return verify_tree
+    if fault not in TREE_FAULTS:
+        raise UserError(f"The fault '{fault}' is one of chains; for draft trees there are {', '.join(TREE_FAULTS)}")
+    broken = BROKEN_TREE[TREE_FAULTS[fault]].rule
+    return lambda _, *arguments: broken(*arguments)
 
 
 def spoil(engine: LocalEngine, fault: str | None) -> None:

@@ -19,13 +19,13 @@ import torch
 from forerun.config import Recipe
 from forerun.draft import Drafter, load_drafter
 from forerun.engine import Sampling
-from forerun.engine.local.engine import LocalEngine, Verify
+from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.loop.generate import Generated, generate
 from forerun.loop.setup import encode, prepare_drafter, prepare_policy
 from forerun.loop.weights import publish
 from forerun.lossless.contract import contract_checks
-from forerun.lossless.faults import spoil, verifier_of
+from forerun.lossless.faults import spoil, tree_verifier_of, verifier_of
 from forerun.lossless.law import law_checks, unsure_contexts
 from forerun.lossless.parity import greedy_checks, parity_checks
 from forerun.lossless.samples import sample_checks
@@ -67,7 +67,7 @@ class Subject:
     task: Task
     engine: LocalEngine
     plain: LocalEngine
-    verifier: Verify
+    inject: str | None
     console: Console
 
     @property
@@ -105,26 +105,29 @@ def verify_recipe(
             f"The recipe '{recipe.name}' does not speculate (method {recipe.speculation.method}, k "
             f"{recipe.speculation.k}), so there is nothing to verify; try speculation.method=eagle3 speculation.k=3"
         )
-    verifier = verifier_of(inject)
     with tempfile.TemporaryDirectory() as scratch:
-        subject = _subject(recipe, verifier, inject, Path(scratch), console)
-        return Verification(_about(subject, effort, inject), _claims(subject, effort, against, Path(scratch)))
+        subject = _subject(recipe, inject, Path(scratch), console)
+        return Verification(_about(subject, effort), _claims(subject, effort, against, Path(scratch)))
 
 
-def _subject(recipe: Recipe, verifier: Verify, inject: str | None, scratch: Path, console: Console) -> Subject:
+def _subject(recipe: Recipe, inject: str | None, scratch: Path, console: Console) -> Subject:
+    verifier_of(inject)  # an unknown fault is told before the model is loaded
     task = load_task(recipe.task, recipe.seed)
     policy = prepare_policy(recipe, task, scratch, console)
     drafter = prepare_drafter(recipe, policy, task, scratch / "drafter", console)
     assert drafter is not None
-    engine = _speculative(recipe, policy, drafter, verifier, recipe.rollout.slots)
+    engine = _speculative(recipe, policy, drafter, inject, recipe.rollout.slots)
     spoil(engine, inject)
     plain = LocalEngine(policy, slots=recipe.rollout.slots)
-    return Subject(recipe, policy, drafter, task, engine, plain, verifier, console)
+    return Subject(recipe, policy, drafter, task, engine, plain, inject, console)
 
 
-def _speculative(recipe: Recipe, policy: Policy, drafter: Drafter, verifier: Verify, slots: int) -> LocalEngine:
+def _speculative(recipe: Recipe, policy: Policy, drafter: Drafter, inject: str | None, slots: int) -> LocalEngine:
     speculation = recipe.speculation
-    return LocalEngine(policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots, verifier=verifier)
+    return LocalEngine(
+        policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots, verifier=verifier_of(inject),
+        tree_verifier=tree_verifier_of(inject if speculation.method == "graft" else None),
+    )  # fmt: skip
 
 
 def _claims(subject: Subject, effort: Effort, against: int | None, scratch: Path) -> list[Claim]:
@@ -157,7 +160,7 @@ def _greedy(subject: Subject, effort: Effort, scratch: Path) -> list[Check]:
         drafter = load_drafter(exact, speculation)
         assert drafter is not None
         slots = recipe.rollout.slots
-        engines = LocalEngine(exact, slots=slots), _speculative(recipe, exact, drafter, subject.verifier, slots)
+        engines = LocalEngine(exact, slots=slots), _speculative(recipe, exact, drafter, subject.inject, slots)
         few = prompts[: effort.greedy_prompts_float32]
         checks += greedy_checks(*engines, exact, few, effort.greedy_tokens, k)
     return checks
@@ -177,7 +180,7 @@ def _law(subject: Subject, effort: Effort, plain: Generated) -> list[Check]:
     length = max(3, subject.recipe.speculation.tokens + 2)
     sampling = Sampling(length, subject.heat, SEED + 2)
     slots = max(subject.recipe.rollout.slots, LAW_SLOTS)
-    engine = _speculative(subject.recipe, subject.policy, subject.drafter, subject.verifier, slots)
+    engine = _speculative(subject.recipe, subject.policy, subject.drafter, subject.inject, slots)
     return law_checks(engine, subject.policy, subject.drafter, contexts, effort.texts, length, sampling)
 
 
@@ -194,16 +197,17 @@ def _contract(subject: Subject) -> list[Check]:
     return contract_checks(subject.engine, subject.drafter, weights, subject.prompts(4))
 
 
-def _about(subject: Subject, effort: Effort, inject: str | None) -> dict[str, Any]:
+def _about(subject: Subject, effort: Effort) -> dict[str, Any]:
     recipe, speculation = subject.recipe, subject.recipe.speculation
+    rule = "walk" if speculation.method == "graft" else speculation.verify
     return {
         "recipe": recipe.name,
         "engine": "local",
         "policy": subject.policy.name,
         "dtype": str(subject.policy.dtype)[6:],
-        "speculation": f"{speculation.method}, k = {speculation.tokens}, rule {speculation.verify}",
+        "speculation": f"{speculation.method}, k = {speculation.tokens}, rule {rule}",
         "temperature": subject.heat,
         "effort": asdict(effort),
-        "injected_fault": inject,
+        "injected_fault": subject.inject,
         "machine": machine_line(describe_environment()),
     }

@@ -1,8 +1,11 @@
 """Keys and values of the sequences in flight: one row per sequence, each with its own length.
 
-Rows never move when their neighbours accept different numbers of tokens: a forward writes every row at its own
-positions, and what a rejected draft left behind is overwritten by the next round before anything can see it.
-Axes: R rows, P positions, B rows of one forward, n tokens per row, H query heads, K key-value heads, D head size.
+Rows never move when their neighbours accept different numbers of tokens: a forward writes every row at its own places,
+and what a rejected draft left behind is overwritten by the next round before anything can see it.
+A place is where a token's keys and values lie in its row; its position is what rotary embeddings and windows count. In
+text and in chains they are the same number. Nodes of a draft tree have places of their own, and share positions with
+their cousins, until `SlotCache.move` puts those of the accepted path where plain decoding would have written them.
+Axes: R rows, P places, B rows of one forward, n tokens per row, H query heads, K key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -39,25 +42,46 @@ class SlotCache:
             for tensor in store.values():
                 tensor[target, :length] = tensor[source, :length]
 
+    def move(self, rows: Tensor, sources: Tensor, targets: Tensor) -> None:
+        """Copy single places in every layer: [m] places `sources` of `rows` to `targets`, all read before any write."""
+        for store in (self.keys, self.values):
+            for tensor in store.values():
+                tensor[rows, targets] = tensor[rows, sources]
+
+
+@dataclass(frozen=True, slots=True)
+class TreePlaces:
+    """What is known of the last w places of a pass, its own n tokens included: everything below them is plain text.
+
+    `positions[b, i]` is the position of the i-th of them, and `seen[b, j, i]` whether token j of the pass sees it.
+    """
+
+    positions: Tensor  # [B, w] int64
+    seen: Tensor  # [B, n, w] bool
+
 
 @dataclass(slots=True)
 class SlotPass:
-    """One forward over rows `first_row .. first_row + B` of a cache, row b starting at position `starts[b]`.
+    """One forward over rows `first_row .. first_row + B` of a cache, row b starting at place `starts[b]`.
 
-    Token i of row b sits at position starts[b] + i and sees every position up to its own.
+    Token i of row b lies at place starts[b] + i. In a chain that is its position, and it sees every place up to its
+    own; with a `tree`, it sees the text below the tree's places and of those the ones that the tree names.
     """
 
     cache: SlotCache
     first_row: int
     starts: Tensor  # [B] int64
     tokens: int  # n
-    end: int  # largest position that is written, plus one
+    end: int  # largest place that is written, plus one
     fresh: bool = False  # every start is 0: nothing is cached yet
+    tree: TreePlaces | None = None
+    places: Tensor = field(init=False)  # [B, n]
     positions: Tensor = field(init=False)  # [B, n]
     _masks: dict[tuple[int, int | None], Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.positions = self.starts[:, None] + torch.arange(self.tokens, device=self.starts.device)
+        self.places = self.starts[:, None] + torch.arange(self.tokens, device=self.starts.device)
+        self.positions = self.places if self.tree is None else self.tree.positions[:, -self.tokens :]
 
     def attend(
         self,
@@ -72,8 +96,8 @@ class SlotPass:
         """Write this forward's keys and values, then attend over everything each row may see."""
         keys, values = self.cache.layer(layer, key)
         rows = torch.arange(self.first_row, self.first_row + query.shape[0], device=query.device)[:, None]
-        keys[rows, self.positions] = key.transpose(1, 2)
-        values[rows, self.positions] = value.transpose(1, 2)
+        keys[rows, self.places] = key.transpose(1, 2)
+        values[rows, self.places] = value.transpose(1, 2)
         if self.fresh and softcap is None and (window is None or window >= self.tokens):
             grouped = query.shape[1] != key.shape[1]
             out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -85,13 +109,27 @@ class SlotPass:
 
     def _mask(self, group: int, window: int | None, dtype: torch.dtype) -> Tensor:  # [B, 1, group * n, end]
         if (group, window) not in self._masks:
-            at = torch.arange(self.end, device=self.starts.device)
-            ahead = at > self.positions[:, :, None]
+            at, ahead = self._chain_ahead() if self.tree is None else self._tree_ahead(self.tree)
             if window is not None:
                 ahead |= at <= self.positions[:, :, None] - window
             mask = torch.zeros(ahead.shape, dtype=dtype, device=at.device).masked_fill_(ahead, float("-inf"))
             self._masks[group, window] = mask.repeat(1, group, 1)[:, None]
         return self._masks[group, window]
+
+    def _chain_ahead(self) -> tuple[Tensor, Tensor]:
+        """Positions of all places [end], and which of them a token must not see [B, n, end]."""
+        at = torch.arange(self.end, device=self.starts.device)
+        return at, at > self.positions[:, :, None]
+
+    def _tree_ahead(self, tree: TreePlaces) -> tuple[Tensor, Tensor]:
+        """The same for a tree: positions [B, 1, end], and [B, n, end]."""
+        width = tree.seen.shape[2]
+        at = torch.arange(self.end, device=self.starts.device)
+        index = at - (self.starts + self.tokens - width)[:, None]  # [B, end], place within the tree, below 0: text
+        inside = index.clamp(0, width - 1)
+        positions = torch.where(index < 0, at, tree.positions.gather(1, inside))
+        seen = tree.seen.gather(2, inside[:, None].expand(-1, self.tokens, -1))
+        return positions[:, None], ~((index < 0)[:, None] | (seen & (index < width)[:, None]))
 
 
 def folded_attention(

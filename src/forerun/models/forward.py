@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.cache import SlotPass, slot_attention
 from forerun.models.lean import LeanForward
 from forerun.models.taps import Taps
 
 ATTENTION = "forerun_slots"
+TREE_LAYERS = frozenset({"full_attention", "sliding_attention"})  # layer types that can be masked to one path of a tree
 AttentionInterface.register(ATTENTION, slot_attention)
 
 
@@ -54,6 +56,21 @@ class PolicyForward:
         with slot_attention_of(model), Taps(model, self.taps) as taps:
             out = run(input_ids=tokens, position_ids=slots.positions, use_cache=False, slots=slots)
         return (out.logits if head else None), taps.features()
+
+
+def check_trees(policy: Policy) -> None:
+    """Refuse models that cannot run a draft tree: a layer that mixes tokens otherwise than by attention mixes branches.
+
+    Raises:
+        UserError: a layer type other than full and sliding-window attention, or attention in fixed chunks.
+    """
+    config = policy.model.config.get_text_config()
+    types = set(getattr(config, "layer_types", None) or ()) - TREE_LAYERS
+    if types:
+        raise UserError(
+            f"Draft trees need full or sliding-window attention in every layer, but '{policy.name}' has "
+            f"{', '.join(sorted(types))}; use a drafter that proposes chains, e.g. speculation.method=eagle3"
+        )
 
 
 @contextmanager

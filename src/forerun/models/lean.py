@@ -78,7 +78,10 @@ class LeanForward:
             hidden = hidden + self._attention(index, layer, rms_norm(layer.norm_in, hidden), rotation, slots)
             gate, up = F.linear(rms_norm(layer.norm_mid, hidden), layer.gate_up).chunk(2, dim=-1)
             hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
-        logits = self.model.lm_head(rms_norm(trunk.norm, hidden)) if head else None
+        final = len(self.layers)
+        if head or final in taps:
+            hidden = seen[final] = rms_norm(trunk.norm, hidden)
+        logits = self.model.lm_head(hidden) if head else None
         return logits, torch.cat([seen[tap] for tap in taps], dim=-1) if taps else None
 
     def _attention(

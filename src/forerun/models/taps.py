@@ -2,6 +2,7 @@
 
 Tap i is the *input* of decoder layer i, i.e. what layer i - 1 put out (tap 0: the embeddings). This is vLLM's numbering
 of `eagle_aux_hidden_state_layer_ids`; a drafter's config.json is the one place where the numbers are written.
+Tap n of a model of n layers is its last hidden state, *after* the final norm: what its output head reads.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Taps:
     """Context in which a model's forward leaves its hidden states at the taps behind."""
 
     def __init__(self, model: Any, taps: tuple[int, ...]) -> None:
+        self._decoder: Any = model.get_decoder() if taps else None
         self._layers = decoder_layers(model) if taps else []
         self._taps = taps
         self._seen: dict[int, Tensor] = {}
@@ -51,6 +53,9 @@ class Taps:
 
     def __enter__(self) -> Taps:
         for tap in self._taps:
+            if tap == len(self._layers):
+                self._handles.append(self._decoder.register_forward_hook(self._keep_last(tap)))
+                continue
             self._handles.append(self._layers[tap].register_forward_pre_hook(self._keep(tap), with_kwargs=True))
         return self
 
@@ -67,5 +72,11 @@ class Taps:
     def _keep(self, tap: int) -> Any:
         def hook(_: Any, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
             self._seen[tap] = (arguments[0] if arguments else keywords["hidden_states"]).detach()
+
+        return hook
+
+    def _keep_last(self, tap: int) -> Any:
+        def hook(_: Any, arguments: Any, out: Any) -> None:
+            self._seen[tap] = (out[0] if isinstance(out, tuple) else out.last_hidden_state).detach()
 
         return hook

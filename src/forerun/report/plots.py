@@ -233,4 +233,4 @@ def clip_curves(run: RunData) -> Figure | None:
 
 def drafter_curve(run: RunData) -> Figure | None:
     """Loss of the drafter that learns beside the policy."""
-    return _or_none(over_steps(run, "loss", {"spec/drafter_loss": ("drafter loss", "--stage-train")}))
+    return _or_none(over_steps(run, "loss", {"draft/loss": ("drafter loss", "--stage-train")}))

@@ -1,7 +1,8 @@
 """The batch loop: draft, verify, commit, refill, until every prompt has its samples.
 
-Plain decoding is the same loop with k = 0. A fresh sequence enters with its last prompt token as "newest token" and the
-rest of the prompt in the cache, so that the first completion token is drafted and verified like any other.
+Plain decoding is the same loop with k = 0, and a draft tree is one pass over all its nodes (`tree.py`). A fresh
+sequence enters with its last prompt token as "newest token" and the rest of the prompt in the cache, so that the first
+completion token is drafted and verified like any other.
 
 Randomness: every uniform is keyed by (request seed, position at which its round starts, slot, purpose), so that results
 do not depend on how requests were batched.
@@ -17,22 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.draft.base import Counting, Drafter, Rows
+from forerun.draft.base import Counting, Drafter, Learning, Rows
 from forerun.engine.base import Counters, Sampling, Weights
 from forerun.engine.local.schedule import Schedule
 from forerun.engine.local.schedule import Sequence as Live
+from forerun.engine.local.tree import along_path, depths, keep_path, tree_places
 from forerun.engine.probe import AcceptanceProbe
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.checksum import checksum
-from forerun.models.forward import PolicyForward
+from forerun.models.forward import PolicyForward, check_trees
 from forerun.models.load import load_exactly
 from forerun.records import Draft, Rollout, Verdict
-from forerun.verify.chain import verify
+from forerun.verify.chain import drafted, verify
 from forerun.verify.random import Purpose, round_keys, uniforms
+from forerun.verify.tree import TREE_RULES, TreeVerdict, verify_tree
 
 Verify = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], Verdict]
+VerifyTree = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], TreeVerdict]
 
 
 class LocalEngine:
@@ -48,8 +52,16 @@ class LocalEngine:
         slots: int = 32,
         lean: bool = True,
         verifier: Verify = verify,
+        tree_verifier: VerifyTree = verify_tree,
     ) -> None:
-        """`k` draft tokens per round (0 or no drafter: plain); `rule` of verify/chain.py; `verifier` is for tests."""
+        """An engine around `policy`.
+
+        Args:
+            k: draft tokens per round, of a tree its nodes (0 or no drafter: plain).
+            rule: of verify/chain.py, or of verify/tree.py for a drafter of trees. Trees are judged by the walk where
+                the rule is one for chains.
+            verifier, tree_verifier: for tests.
+        """
         if (k > 0) != (drafter is not None):
             raise UserError(f"k = {k} and {'no' if drafter is None else 'a'} drafter: give both, or neither")
         self.policy, self.drafter, self.k, self.rule, self.slots = policy, drafter, k, rule, slots
@@ -58,7 +70,8 @@ class LocalEngine:
         self.counters = Counters(accepted_at=[0] * k, drafted_at=[0] * k)
         self._eos_ids = policy.eos_ids
         self._forward = PolicyForward(policy, drafter.taps if drafter else (), lean)
-        self._verify = verifier
+        self._verify, self._verify_tree = verifier, tree_verifier
+        self._tree_rule = rule if rule in TREE_RULES else "walk"
         self._probe = AcceptanceProbe()
         self._held = Weights(0, {})
         self._running = self._paused = False
@@ -198,18 +211,36 @@ class LocalEngine:
         n = draft.tokens.shape[1] + 1
         tokens = torch.cat([rows.last[:, None], draft.tokens], dim=1)
         end = max(s.length for s in live) + n
-        logits, features = self._forward(tokens, SlotPass(self._cache, 0, rows.lengths, n, end))
+        tree = None if draft.parents is None else tree_places(draft, rows.lengths)
+        logits, features = self._forward(tokens, SlotPass(self._cache, 0, rows.lengths, n, end, tree=tree))
         assert logits is not None
-        keys = round_keys(rows.lengths, n)
-        coins = uniforms(rows.seeds, keys[:, : n - 1], Purpose.COIN)
-        picks = uniforms(rows.seeds, keys[:, :1], Purpose.PICK)[:, 0]
-        verdict = self._verify(self.rule, logits, draft, rows.temperature, coins, picks)
+        verdict, features = self._judge(rows, draft, logits, features)
+        self._teach(tokens, draft, logits)
         before = [len(s.tokens) for s in live]
-        finished = self._commit(live, verdict, draft.lengths.tolist(), sampling)
+        finished = self._commit(live, verdict, draft, sampling)
         if self.drafter is not None:  # it sees what the samples keep: nothing behind an end inside an accepted run
             kept = torch.tensor([len(s.tokens) - b - 1 for s, b in zip(live, before, strict=True)])
             self.drafter.observe(rows, replace(verdict, accepted=kept.to(verdict.accepted)), features)
         return finished
+
+    def _judge(
+        self, rows: Rows, draft: Draft, logits: Tensor, features: Tensor | None
+    ) -> tuple[Verdict, Tensor | None]:
+        """The verdict, and the features of what it judged in the order of the text; keeps a tree's accepted path."""
+        keys = round_keys(rows.lengths, logits.shape[1])
+        coins = uniforms(rows.seeds, keys[:, :-1], Purpose.COIN)
+        picks = uniforms(rows.seeds, keys[:, :1], Purpose.PICK)[:, 0]
+        if draft.parents is None:
+            return self._verify(self.rule, logits, draft, rows.temperature, coins, picks), features
+        judged = self._verify_tree(self._tree_rule, logits, draft, rows.temperature, coins, picks)
+        keep_path(self._cache, rows.lengths, judged.path)
+        return judged.verdict, None if features is None else along_path(features, judged.path)
+
+    def _teach(self, tokens: Tensor, draft: Draft, logits: Tensor) -> None:
+        """Show the policy's likeliest successors of every verified token to a drafter that asks for them."""
+        if isinstance(self.drafter, Learning):
+            ran = torch.nn.functional.pad(drafted(draft), (1, 0), value=True)  # [B, n]
+            self.drafter.learn(tokens[ran], logits.topk(self.drafter.successors).indices[ran])
 
     def _rows(self, live: list[Live], temperature: float) -> Rows:
         device = self.policy.device
@@ -225,12 +256,15 @@ class LocalEngine:
             return nothing
         room = [min(sampling.max_new_tokens - len(s.tokens), self.policy.context - 1 - s.length) - 1 for s in live]
         budget = torch.tensor([max(0, min(self.k, r)) for r in room], device=rows.last.device)
-        return self.drafter.propose(rows, budget) if int(budget.max()) > 0 else nothing
+        draft = self.drafter.propose(rows, budget) if int(budget.max()) > 0 else nothing
+        if draft.parents is None:
+            return draft
+        check_trees(self.policy)
+        return draft if draft.tokens.shape[1] > 0 else nothing
 
-    def _commit(
-        self, live: list[Live], verdict: Verdict, drafted: list[int], sampling: Sampling
-    ) -> list[tuple[int, Live]]:
+    def _commit(self, live: list[Live], verdict: Verdict, draft: Draft, sampling: Sampling) -> list[tuple[int, Live]]:
         finished = []
+        sizes, deepest = draft.lengths.tolist(), depths(draft).tolist()
         accepted, tokens, logprobs = verdict.accepted.tolist(), verdict.tokens.tolist(), verdict.logprobs.tolist()
         for row, sequence in enumerate(live):
             sequence.rounds += 1
@@ -244,7 +278,7 @@ class LocalEngine:
                 if sequence.finish_reason:
                     finished.append((row, sequence))
                     break
-            self._count(drafted[row], len(sequence.tokens) - before, accepted[row])
+            self._count(sizes[row], deepest[row], len(sequence.tokens) - before, accepted[row])
         warning = self._probe.look(self.counters)
         if warning:
             self.warnings.append(warning)
@@ -265,16 +299,17 @@ class LocalEngine:
         text = self.policy.tokenizer.decode(tokens[-window:])
         return any(s in text for s in stop)
 
-    def _count(self, drafted: int, emitted: int, accepted: int) -> None:
+    def _count(self, size: int, depth: int, emitted: int, accepted: int) -> None:
+        """One row's round: `size` tokens were drafted; positions count depths, which a chain has as many of."""
         c = self.counters
         c.tokens += emitted
         c.rows += 1
-        if drafted == 0:
+        if size == 0:
             return
         c.rounds += 1
         c.round_tokens += emitted
-        c.drafted += drafted
-        for position in range(drafted):
+        c.drafted += size
+        for position in range(depth):
             c.drafted_at[position] += 1
             c.accepted_at[position] += position < min(accepted, emitted)
 

@@ -1,0 +1,193 @@
+"""The drafter trains beside the policy (2604.26779, section 3): from the forward that the logprob stage runs anyway.
+
+That forward leaves the policy's hidden states at the drafter's taps and its distributions behind, detached; no forward
+of the policy is added, and rollouts of zero advantage teach like all others. The drafter has its own AdamW over float32
+masters, its own rate and its own clipping: no gradient and no norm is shared with the policy. Its update follows the
+policy's in stage train, so that a step that is broken off has changed neither. An EAGLE-3 head is taught the policy's
+distributions of before that update, an MTP head the updated output head's on the hidden states of before.
+When: `every-N` on every N-th step; `drift` on the step after one whose acceptance, at matched entropy, had fallen.
+Left out: sequence packing; more than one pass over a step's rollouts.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forerun.config import COTRAINED, DraftConfig, TrainConfig
+from forerun.draft import Drafter
+from forerun.draft.eagle3 import Eagle3Drafter
+from forerun.draft.mtp import MtpDrafter
+from forerun.draft.training import Pass, TeacherBatch, judge, lesson, summarise, weighted_loss
+from forerun.errors import UserError
+from forerun.learner.forward import TokenBatch, completion_logits
+from forerun.learner.optimizer import MasterOptimizer
+from forerun.models import Policy
+from forerun.records import Rollout
+
+
+@dataclass(slots=True)
+class DriftMeter:
+    """Acceptance at matched entropy.
+
+    The first `window` steps are the reference: a line of acceptance length over entropy through their rollouts, each
+    weighted by its rounds. Later steps are held against what that line expects at their entropy (kept inside the range
+    that the reference has seen), smoothed over `window` steps. The reference stays, also after updates.
+    """
+
+    window: int
+    points: list[tuple[float, float, float]] = field(default_factory=list)  # entropy, tokens per round, rounds
+    steps: int = 0
+    line: tuple[float, float, float, float] | None = None  # level, slope, least and largest entropy
+    ratio: float = 1.0  # observed over expected, smoothed
+
+    @property
+    def drift(self) -> float:
+        """Share by which acceptance has fallen; below 0: it rose."""
+        return 1 - self.ratio
+
+    def look(self, entropies: Sequence[float], tokens: Sequence[int], rounds: Sequence[int]) -> None:
+        """One step's rollouts: mean entropy in nats, tokens emitted, rounds of each."""
+        points = [(e, t / r, float(r)) for e, t, r in zip(entropies, tokens, rounds, strict=True) if r > 0]
+        if not points:
+            return
+        self.steps += 1
+        if self.line is None:
+            self.points += points
+            if self.steps >= self.window:
+                self.line, self.points = fit_line(self.points), []
+            return
+        level, slope, least, largest = self.line
+        weight = sum(r for _, _, r in points)
+        entropy = sum(e * r for e, _, r in points) / weight
+        expected = level + slope * min(max(entropy, least), largest)
+        observed = sum(a * r for _, a, r in points) / weight
+        self.ratio += (observed / max(expected, 1.0) - self.ratio) / self.window
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+        return {"points": self.points, "steps": self.steps, "line": self.line, "ratio": self.ratio}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.points, self.steps = [tuple(p) for p in state["points"]], state["steps"]
+        self.line, self.ratio = None if state["line"] is None else tuple(state["line"]), state["ratio"]
+
+
+def fit_line(points: Sequence[tuple[float, float, float]]) -> tuple[float, float, float, float]:
+    """Weighted least squares through (x, y, weight): level at x = 0, slope, least and largest x."""
+    weight = sum(w for _, _, w in points)
+    mean_x = sum(x * w for x, _, w in points) / weight
+    mean_y = sum(y * w for _, y, w in points) / weight
+    spread = sum(w * (x - mean_x) ** 2 for x, _, w in points)
+    slope = sum(w * (x - mean_x) * (y - mean_y) for x, y, w in points) / spread if spread > 1e-9 * weight else 0.0
+    xs = [x for x, _, _ in points]
+    return mean_y - slope * mean_x, slope, min(xs), max(xs)
+
+
+class CoTrainer:
+    """Trains the drafter that the engine is using; the engine sees every update with the next weight version."""
+
+    def __init__(
+        self, drafter: Drafter, policy: Policy, train: str, config: DraftConfig, temperature: float, seed: int
+    ) -> None:
+        """`train` is `speculation.train`: every-N or drift.
+
+        Raises:
+            UserError: the drafter is of a kind that cannot train beside the policy.
+        """
+        if not isinstance(drafter, Eagle3Drafter | MtpDrafter):
+            raise UserError(
+                f"speculation.train={train} needs one of {', '.join(COTRAINED)}, but the drafter is "
+                f"'{drafter.method}'; set speculation.train=off"
+            )
+        self.head, self.policy, self.config = drafter.head, policy, config
+        self.temperature, self.seed = temperature, seed
+        self.every = int(train.removeprefix("every-")) if train != "drift" else None
+        self.meter = DriftMeter(config.drift_window)
+        settings = TrainConfig(betas=(0.9, 0.95), max_grad_norm=config.online_max_grad_norm)
+        self.optimizer = MasterOptimizer(self.head.parameters(), settings)
+        self._lessons: list[TeacherBatch] = []
+        self._room_bytes = self._left_out = 0
+        self._due = False
+
+    def begin(self, step: int) -> None:
+        """A step (0-based) begins; whether it ends with an update is settled here."""
+        self._lessons, self._left_out, self._room_bytes = [], 0, int(self.config.cache_gib * 2**30)
+        if self.every is not None:
+            self._due = (step + 1) % self.every == 0
+        else:
+            self._due = self.meter.drift > self.config.drift_share
+
+    def forward(self, model: Any, batch: TokenBatch) -> Tensor:
+        """`completion_logits`, keeping what it teaches when an update is due and memory allows."""
+        if not self._due:
+            return completion_logits(model, batch)
+        taught, logits = lesson(self.head, model, batch, self.temperature)
+        size = sum(t.numel() * t.element_size() for t in (taught.tokens, taught.features, taught.log_p, taught.scored))
+        if size <= self._room_bytes or not self._lessons:
+            self._room_bytes -= size
+            self._lessons.append(taught)
+        else:
+            self._left_out += len(batch.targets)
+        return logits
+
+    def train(self, step: int, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> dict[str, float]:
+        """The step's update, if it is due, and metrics.
+
+        Raises:
+            UserError: the drafter's gradient is not finite; this update was not made.
+        """
+        metrics = self._update(step) if self._due else {}
+        self._lessons = []
+        if self.every is None:
+            self.meter.look(entropies, [len(r.tokens) for r in rollouts], [r.rounds for r in rollouts])
+            metrics["spec/drift"] = self.meter.drift
+        return metrics
+
+    def _update(self, step: int) -> dict[str, float]:
+        """One optimizer step per batch of the logprob stage, in an order that the step's number settles."""
+        started = time.perf_counter()
+        losses, norms, judged = [], [], []
+        for index in random.Random(f"{self.seed}/{step}").sample(range(len(self._lessons)), len(self._lessons)):
+            passes = judge(self.head, self.policy, self._lessons[index], self.config, self.temperature)
+            if not passes:
+                continue
+            loss = weighted_loss(passes, self.config.decay)
+            loss.backward()
+            norms.append(self._step())
+            losses.append(float(loss.detach()))
+            judged.append([Pass(p.loss.detach(), p.accepted, p.rows) for p in passes])
+        return {
+            "draft/loss": sum(losses) / max(1, len(losses)),
+            "draft/acceptance_simulated": summarise(judged).length,
+            "draft/grad_norm": sum(norms) / max(1, len(norms)),
+            "draft/tokens": float(sum(int(x.scored.sum()) for x in self._lessons)),
+            "draft/tokens_left_out": float(self._left_out),
+            "time/draft_train": time.perf_counter() - started,
+        }
+
+    def _step(self) -> float:
+        masters = self.optimizer.masters
+        if not all(bool(torch.isfinite(m.grad).all()) for m in masters if m.grad is not None):
+            self.optimizer.clear()
+            raise UserError(
+                "The drafter's gradient is not finite; it was not updated. Lower draft.online_learning_rate, or set "
+                "speculation.train=off"
+            )
+        return self.optimizer.step(self.config.online_learning_rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer and drift; the drafter's weights are saved as a drafter."""
+        return {"optimizer": self.optimizer.state_dict(), "drift": self.meter.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; the drafter's weights follow the masters."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.meter.load_state_dict(state["drift"])
