@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from contract import Forced
 
 from forerun.config import DraftConfig
 from forerun.draft.eagle3 import Eagle3Drafter
@@ -65,31 +66,17 @@ def test_default_taps_are_those_of_the_field() -> None:
     assert default_taps(4) == (0, 2, 3) and default_taps(2) == (0, 1, 1)
 
 
-class Forced(Eagle3Drafter):
-    """Drafts a known text and writes down the distribution it would have drafted from."""
-
-    truth: dict[int, list[int]]
-    seen: dict[tuple[int, int, int], torch.Tensor]
-
-    def _sample(self, logits, rows, slot, greedy):  # type: ignore[no-untyped-def]
-        for b in range(rows.count):
-            self.seen[int(rows.seeds[b]), int(rows.lengths[b]), slot] = torch.log_softmax(logits[b].float(), -1)
-        tokens = []
-        for b in range(rows.count):
-            text, at = self.truth[int(rows.seeds[b])], int(rows.lengths[b]) + 1 + slot
-            tokens.append(text[at] if at < len(text) else 0)
-        return torch.tensor(tokens), logits
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_training_and_serving_compute_the_same_draft_distribution(tiny: Callable[..., Path], family: str) -> None:
+def test_training_and_serving_compute_the_same_draft_distribution(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
     """The unroll of training-time test, position by position, against the drafter at work in an engine."""
     policy = load_policy(str(tiny(family)), "float32", "cpu")
     prompts = [[5, 6, 7], [9, 8], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
     plain = LocalEngine(policy, slots=2).generate(prompts, max_new_tokens=20, temperature=0.0)
-    drafter = Forced(random_head(policy), policy)
-    drafter.truth = {request_seed(0, r.prompt_index, 0): r.prompt_ids + r.tokens for r in plain}
-    drafter.seen = {}
+    drafter = Eagle3Drafter(random_head(policy), policy)
+    forced = Forced({request_seed(0, r.prompt_index, 0): r.prompt_ids + r.tokens for r in plain})
+    monkeypatch.setattr("forerun.draft.eagle3.sample_draft", forced)
     again = LocalEngine(policy, drafter, k=3, slots=2).generate(prompts, max_new_tokens=20, temperature=0.0)
     assert [r.tokens for r in again] == [r.tokens for r in plain]
     compared = 0
@@ -97,7 +84,7 @@ def test_training_and_serving_compute_the_same_draft_distribution(tiny: Callable
         seed, length = request_seed(0, rollout.prompt_index, 0), len(rollout.prompt_ids)
         teacher = teach(drafter.head, policy, [(rollout.prompt_ids, rollout.tokens)], 1.0)
         passes = unroll(drafter.head, policy.model.get_input_embeddings(), teacher, 3, 1.0)
-        for (which, root, slot), log_q in drafter.seen.items():
+        for (which, root, slot), log_q in forced.seen.items():
             place = root + slot - (length - 1)  # teacher row root+slot predicts token root+slot+1
             if which != seed or place >= len(rollout.tokens):
                 continue

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from forerun.config import GraftConfig, SpeculationConfig, load_recipe
-from forerun.draft import TRAINED, eagle3, load_drafter
+from forerun.draft import TRAINED, load_drafter
 from forerun.draft.base import Counting, Learning, Rows
 from forerun.draft.eagle3 import Eagle3Head
 from forerun.draft.graft import Adjacency, GraftDrafter, Nodes, as_draft, graft, rank_paths, rank_template
@@ -361,7 +361,7 @@ def test_trees_do_not_depend_on_what_will_be_sampled(policy: Policy, monkeypatch
     def never(*_: object) -> Tensor:
         raise AssertionError("a uniform was drawn while drafting")
 
-    monkeypatch.setattr(eagle3, "uniforms", never)
+    monkeypatch.setattr("forerun.draft.base.uniforms", never)
     drafter = make(policy)
     learn_everything(drafter, policy)
     table = drafter.adjacency.table.clone()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contract import check_every_end, check_greedy_identity, check_logprobs, check_stop_strings, law_p_value
+from contract import Forced, check_every_end, check_greedy_identity, check_logprobs, check_stop_strings, law_p_value
 from safetensors.torch import load_file, save_file
 
 from forerun.config import DraftConfig
@@ -66,23 +66,6 @@ def test_the_law_is_the_policys(tiny: Callable[..., Path]) -> None:
     assert law_p_value(small, lambda: drafter_of(small), faulty=True) < 1e-6
 
 
-class Forced(MtpDrafter):
-    """Drafts a known text and writes down the distribution it would have drafted from."""
-
-    truth: dict[int, list[int]]
-    seen: dict[tuple[int, int, int], torch.Tensor]
-
-    def _sample(self, logits, rows, slot, greedy):  # type: ignore[no-untyped-def]
-        tokens = []
-        for b in range(rows.count):
-            seed, root = int(rows.seeds[b]), int(rows.lengths[b])
-            self.seen[seed, root, slot] = torch.log_softmax(logits[b].float(), -1)
-            text, at = self.truth[seed], root + 1 + slot
-            # a wrong draft in the middle now and then: what it left in the window must be read again
-            tokens.append(text[at] if at < len(text) and not (slot == 1 and root % 3 == 0) else 0)
-        return torch.tensor(tokens), logits
-
-
 @pytest.mark.parametrize(
     ("family", "layers", "changes"),
     [
@@ -91,14 +74,16 @@ class Forced(MtpDrafter):
     ],
 )  # fmt: skip
 def test_training_and_serving_compute_the_same_draft_distribution(
-    tiny: Callable[..., Path], family: str, layers: int, changes: dict[str, bool]
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str, layers: int, changes: dict[str, bool]
 ) -> None:
     policy = load_policy(str(tiny(family, **changes)), "float32", "cpu")
     prompts = [[5, 6, 7], [9, 8], [3, 4, 5, 6, 7, 8, 9, 10, 11]]
     plain = LocalEngine(policy, slots=2).generate(prompts, max_new_tokens=20, temperature=0.0)
-    drafter = Forced(head_of(policy, layers), policy)
-    drafter.truth = {request_seed(0, r.prompt_index, 0): r.prompt_ids + r.tokens for r in plain}
-    drafter.seen = {}
+    drafter = MtpDrafter(head_of(policy, layers), policy)
+    truth = {request_seed(0, r.prompt_index, 0): r.prompt_ids + r.tokens for r in plain}
+    # a wrong draft in the middle now and then: what it left in the window must be read again
+    forced = Forced(truth, lambda root, slot: slot == 1 and root % 3 == 0)
+    monkeypatch.setattr("forerun.draft.mtp.sample_draft", forced)
     again = LocalEngine(policy, drafter, k=4, slots=2).generate(prompts, max_new_tokens=20, temperature=0.0)
     assert [r.tokens for r in again] == [r.tokens for r in plain]
     compared = [0] * 4
@@ -106,7 +91,7 @@ def test_training_and_serving_compute_the_same_draft_distribution(
         seed, length = request_seed(0, rollout.prompt_index, 0), len(rollout.prompt_ids)
         teacher = teach(drafter.head, policy, [(rollout.prompt_ids, rollout.tokens)], 1.0)
         expected = unrolled(drafter.head, teacher, 4)
-        for (which, root, slot), log_q in drafter.seen.items():
+        for (which, root, slot), log_q in forced.seen.items():
             place = root + slot - (length - 1)
             if which != seed or place >= len(rollout.tokens) or (slot > 1 and root % 3 == 0):
                 continue

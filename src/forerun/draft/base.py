@@ -17,6 +17,7 @@ from torch import Tensor
 
 from forerun.errors import UserError
 from forerun.records import Draft, Verdict
+from forerun.verify.random import Purpose, inverse_cdf_log, round_keys, uniforms
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,31 @@ class Learning(Protocol):
 
         Called once per round, after the verdict and before `observe`.
         """
+
+
+def heat_of_round(proposal: str, rows: Rows, heat: float) -> float | None:
+    """The heat to draft with; None: one-hot drafts of the likeliest tokens, so asked, or as none samples."""
+    return None if proposal == "argmax" or bool((rows.temperature == 0).all()) else heat
+
+
+def sample_draft(logits: Tensor, rows: Rows, slot: int, heat: float | None) -> tuple[Tensor, Tensor]:
+    """Draw slot number `slot` of every row from the drafter's logits [B, D]; greedy rows take their argmax.
+
+    Args:
+        heat: temperature of the drafts over that of the rollouts, None: every row takes its argmax.
+
+    Returns:
+        Tokens [B] as indices into D, and the log-probabilities [B, D] that they were drawn from (the logits without
+        heat, where q is one-hot).
+    """
+    if heat is None:
+        return logits.argmax(-1), logits
+    warm = rows.temperature > 0
+    temperature = torch.where(warm, rows.temperature, 1.0) * heat
+    log_q = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
+    keys = round_keys(rows.lengths, slot + 1)[:, slot:]
+    drawn = inverse_cdf_log(log_q, uniforms(rows.seeds, keys, Purpose.DRAFT)[:, 0])
+    return torch.where(warm, drawn, logits.argmax(-1)), log_q
 
 
 def deterministic_draft(proposals: Sequence[Sequence[int]], device: torch.device) -> Draft:

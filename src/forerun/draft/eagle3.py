@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forerun.draft.base import Rows
+from forerun.draft.base import Rows, heat_of_round, sample_draft
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.cache import SlotCache, SlotPass
@@ -26,7 +26,6 @@ from forerun.models.lean import rotate_sign, swap_halves
 from forerun.models.load import load_exactly
 from forerun.models.taps import check_taps, decoder_layers
 from forerun.records import Draft, Verdict
-from forerun.verify.random import Purpose, inverse_cdf_log, round_keys, uniforms
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,14 +149,14 @@ class Eagle3Drafter:
         self.taps = head.config.layers
         self.proposal, self.heat = proposal, heat
         self._embed = policy.model.get_input_embeddings()
-        self._vocabulary = head.vocabulary
+        self.vocabulary = head.vocabulary
 
     def open(self, rows: int, positions: int, k: int) -> None:
         device, width = self.head.fc.weight.device, self.head.fc.in_features
-        self._cache = SlotCache(rows, positions)
+        self.cache = SlotCache(rows, positions)
         self._tokens = torch.zeros(rows, k + 1, dtype=torch.int64, device=device)
         self._features = torch.zeros(rows, k + 1, width, dtype=self.head.fc.weight.dtype, device=device)
-        self._count = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.pending = torch.zeros(rows, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
@@ -165,67 +164,62 @@ class Eagle3Drafter:
         assert features is not None
         rows = torch.arange(first_row, first_row + tokens.shape[0], device=tokens.device)
         last = (lengths - 2).clamp(min=0)  # position of the last pair's hidden state
-        self._count[rows] = (lengths > 1).long()
+        self.pending[rows] = (lengths > 1).long()
         self._tokens[rows, 0] = tokens.gather(1, (last + 1).clamp(max=tokens.shape[1] - 1)[:, None])[:, 0]
         self._features[rows, 0] = features[torch.arange(len(rows)), last].to(self._features.dtype)
         if tokens.shape[1] > 2:
             hidden = self.head.fuse(features[:, : tokens.shape[1] - 2])
             slots = SlotPass(
-                self._cache, first_row, torch.zeros_like(lengths), hidden.shape[1], hidden.shape[1], fresh=True
+                self.cache, first_row, torch.zeros_like(lengths), hidden.shape[1], hidden.shape[1], fresh=True
             )
-            self._layer(tokens[:, 1:-1], hidden, slots)
+            self.run(tokens[:, 1:-1], hidden, slots)
 
     def copy(self, source: int, target: int) -> None:
-        self._cache.copy(source, target, self._cache.positions)
-        for store in (self._tokens, self._features, self._count):
+        self.cache.copy(source, target, self.cache.positions)
+        for store in (self._tokens, self._features, self.pending):
             store[target] = store[source]
 
     @torch.no_grad()
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
         """Read what is pending, then draft token by token; a row with nothing to read from drafts nothing."""
-        count = self._count[: rows.count]
+        count = self.pending[: rows.count]
         lengths = torch.where(count > 0, budget, 0)
         k, n = int(lengths.max()), int(count.max())
         if k == 0:
             return Draft(torch.zeros(rows.count, 0, dtype=torch.int64, device=rows.last.device), lengths)
-        hidden = self._read(rows, count, n)
-        greedy = self.proposal == "argmax" or bool((rows.temperature == 0).all())
+        hidden = self.read(rows, count, n)
+        heat = heat_of_round(self.proposal, rows, self.heat)
         tokens, log_q = [], []
         for slot in range(k):
-            token, row = self._sample(self.head.logits(hidden), rows, slot, greedy)
-            tokens.append(self._vocabulary[token])
+            token, row = sample_draft(self.head.logits(hidden), rows, slot, heat)
+            tokens.append(self.vocabulary[token])
             log_q.append(row)
             if slot < k - 1:
-                slots = SlotPass(self._cache, 0, rows.lengths + slot, 1, int(rows.lengths.max()) + slot + 1)
-                hidden = self._layer(tokens[-1][:, None], hidden[:, None], slots)[:, 0]
-        stacked = None if greedy else torch.stack(log_q, dim=1)
-        return Draft(torch.stack(tokens, dim=1), lengths, stacked, None if greedy else self._vocabulary)
+                slots = SlotPass(self.cache, 0, rows.lengths + slot, 1, int(rows.lengths.max()) + slot + 1)
+                hidden = self.run(tokens[-1][:, None], hidden[:, None], slots)[:, 0]
+        if heat is None:
+            return Draft(torch.stack(tokens, dim=1), lengths)
+        return Draft(torch.stack(tokens, dim=1), lengths, torch.stack(log_q, dim=1), self.vocabulary)
 
     def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
         assert features is not None
         n = features.shape[1]
         self._tokens[: rows.count, :n] = verdict.tokens
         self._features[: rows.count, :n] = features.to(self._features.dtype)
-        self._count[: rows.count] = verdict.accepted + 1
+        self.pending[: rows.count] = verdict.accepted + 1
 
-    def _read(self, rows: Rows, count: Tensor, n: int) -> Tensor:  # [B, H], the state after the newest token
+    def read(self, rows: Rows, count: Tensor, n: int) -> Tensor:
+        """Read what is pending, count [B] pairs of at most n per row; the states [B, H] after the newest tokens."""
         starts = (rows.lengths - count).clamp(min=0)
-        slots = SlotPass(self._cache, 0, starts, n, int(starts.max()) + n)
+        slots = SlotPass(self.cache, 0, starts, n, int(starts.max()) + n)
         fused = self.head.fuse(self._features[: rows.count, :n])
-        out = self._layer(self._tokens[: rows.count, :n], fused, slots)
+        out = self.run(self._tokens[: rows.count, :n], fused, slots)
         return out[torch.arange(rows.count, device=out.device), (count - 1).clamp(min=0)]
 
-    def _layer(self, tokens: Tensor, hidden: Tensor, slots: SlotPass) -> Tensor:
+    def run(self, tokens: Tensor, hidden: Tensor, slots: SlotPass) -> Tensor:
+        """The layer on target tokens [B, n] and the states before them [B, n, H]: the states after them [B, n, H]."""
         query, key, value = self.head.query_key_value(self._embed(tokens), hidden, slots.positions)
         return self.head.finish(hidden, slots.attend(0, query, key, value, None))
-
-    def _sample(self, logits: Tensor, rows: Rows, slot: int, greedy: bool) -> tuple[Tensor, Tensor]:
-        if greedy:
-            return logits.argmax(-1), logits
-        temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0) * self.heat
-        log_q = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
-        keys = round_keys(rows.lengths, slot + 1)[:, slot:]
-        return inverse_cdf_log(log_q, uniforms(rows.seeds, keys, Purpose.DRAFT)[:, 0]), log_q
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.head.state_dict()
@@ -233,7 +227,7 @@ class Eagle3Drafter:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy `state` into the head. Raises UserError when a tensor is missing, unknown or of another shape."""
         load_exactly(self.head, state, "the drafter")
-        self._vocabulary = self.head.vocabulary
+        self.vocabulary = self.head.vocabulary
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write config.json and model.safetensors; `about` records how it was made."""

@@ -278,11 +278,11 @@ class GraftDrafter:
 
     def _drafted(self, rows: Rows, room: Tensor) -> Nodes:
         """The drafted nodes that stay; a row that the head has nothing to read from has none."""
-        count = self._reader._count[: rows.count]
+        count = self._reader.pending[: rows.count]
         if int(count.max()) == 0:
             none = rows.last.new_zeros(rows.count, 0)
             return Nodes(none, none, none, none.bool())
-        hidden = self._reader._read(rows, count, int(count.max()))
+        hidden = self._reader.read(rows, count, int(count.max()))
         candidates = self._grow(rows, hidden, room.where(count > 0, 0))
         for stage in candidates.stage[(count > 0) & (room > 0)].tolist():
             where = self.settings.checkpoints[stage] if stage < len(self.settings.checkpoints) else "never"
@@ -335,8 +335,8 @@ class GraftDrafter:
         depth = torch.arange(seen.shape[2], device=going.device) // width
         tree = TreePlaces(rows.lengths[:, None] + depth, seen)
         end = int(rows.lengths.max()) + seen.shape[2]
-        slots = SlotPass(self._reader._cache, 0, rows.lengths + expanded * width, width, end, tree=tree)
-        hidden = self._reader._layer(frontier.tokens, frontier.hidden, slots)  # [B, K, H]
+        slots = SlotPass(self._reader.cache, 0, rows.lengths + expanded * width, width, end, tree=tree)
+        hidden = self._reader.run(frontier.tokens, frontier.hidden, slots)  # [B, K, H]
         scores, tokens = self._children(hidden, rows, frontier.scores)  # [B, K·K]
         scores = scores.where(going[:, None], -torch.inf)
         offset = sum(t.shape[1] for t in candidates.tokens)
@@ -359,7 +359,7 @@ class GraftDrafter:
         log_p = torch.log_softmax(self._reader.head.logits(hidden).float() / temperature[:, None, None], dim=-1)
         best, columns = log_p.topk(self._width, dim=-1)  # [B, n, K]
         best = scores[:, :, None] + best.clamp(max=0.0)
-        return best.flatten(1), self._reader._vocabulary[columns].flatten(1)
+        return best.flatten(1), self._reader.vocabulary[columns].flatten(1)
 
     def _counted(self, nodes: Nodes, kept: Nodes) -> Draft:
         drafted = int(kept.valid.sum())

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.draft.base import Rows
+from forerun.draft.base import Rows, heat_of_round, sample_draft
 from forerun.errors import UserError
 from forerun.learner.forward import head_sees
 from forerun.models import Policy, load_policy, save_policy
@@ -26,7 +26,6 @@ from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import PolicyForward
 from forerun.models.load import artifact, load_exactly
 from forerun.records import Draft, Verdict
-from forerun.verify.random import Purpose, inverse_cdf_log, round_keys, uniforms
 
 
 class ModelDrafter:
@@ -76,11 +75,11 @@ class ModelDrafter:
         """Read what is new, then draft token by token; a row beyond the model's own context drafts nothing."""
         lengths = torch.minimum(budget, (self.model.context - rows.lengths).clamp(min=0))
         k = int(lengths.max())
-        fixed = self.proposal == "argmax" or bool((rows.temperature == 0).all())
+        heat = heat_of_round(self.proposal, rows, self.heat)
         logits = self._read(rows) if k > 0 else rows.temperature.new_zeros(rows.count, 0)
         tokens, log_q = [], []
         for slot in range(k):
-            token, row = (logits.argmax(-1), logits) if fixed else self._sample(logits, rows, slot)
+            token, row = sample_draft(logits, rows, slot, heat)
             tokens.append(token)
             log_q.append(row)
             if slot < k - 1:
@@ -89,7 +88,7 @@ class ModelDrafter:
         self._fed = max(k - 1, 0) if k > 0 else None
         if k == 0:
             return Draft(rows.last.new_zeros(rows.count, 0), lengths)
-        return Draft(torch.stack(tokens, dim=1), lengths, None if fixed else torch.stack(log_q, dim=1))
+        return Draft(torch.stack(tokens, dim=1), lengths, None if heat is None else torch.stack(log_q, dim=1))
 
     def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
         """Take the emitted tokens down; the cache now holds the newest token and the accepted ones of those it ran."""
@@ -120,15 +119,6 @@ class ModelDrafter:
             logits, _ = self._forward(tokens, slots)
         assert logits is not None
         return logits
-
-    def _sample(self, logits: Tensor, rows: Rows, slot: int) -> tuple[Tensor, Tensor]:
-        """Tokens [B] and the log-probability rows [B, V] that they were drawn from; greedy rows take the argmax."""
-        warm = rows.temperature > 0
-        temperature = torch.where(warm, rows.temperature, 1.0) * self.heat
-        log_q = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
-        keys = round_keys(rows.lengths, slot + 1)[:, slot:]
-        drawn = inverse_cdf_log(log_q, uniforms(rows.seeds, keys, Purpose.DRAFT)[:, 0])
-        return torch.where(warm, drawn, logits.argmax(-1)), log_q
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.model.model.state_dict()

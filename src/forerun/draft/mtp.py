@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forerun.draft.base import Rows
+from forerun.draft.base import Rows, heat_of_round, sample_draft
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.cache import SlotCache, SlotPass
@@ -34,7 +34,6 @@ from forerun.models.forward import ATTENTION
 from forerun.models.load import load_exactly
 from forerun.models.taps import decoder_layers
 from forerun.records import Draft, Verdict
-from forerun.verify.random import Purpose, inverse_cdf_log, round_keys, uniforms
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +290,7 @@ class MtpDrafter:
         k, width, layers = int(lengths.max()), int(count.max()), len(self.head.layers)
         if k == 0:
             return Draft(torch.zeros(rows.count, 0, dtype=torch.int64, device=rows.last.device), lengths)
-        greedy = self.proposal == "argmax" or bool((rows.temperature == 0).all())
+        heat = heat_of_round(self.proposal, rows, self.heat)
         batch = torch.arange(rows.count, device=count.device)
         text = torch.cat([self._tokens[: rows.count, :width], count.new_zeros(rows.count, k)], dim=1)
         starts = (rows.lengths - count).clamp(min=0)
@@ -305,11 +304,11 @@ class MtpDrafter:
                 newest = window[batch, (count - 1).clamp(min=0)]
             else:
                 newest = self._again(rows, tokens[-1], newest, slot - layers)
-            token, row = self._sample(self.head.shared.logits(newest), rows, slot, greedy)
+            token, row = sample_draft(self.head.shared.logits(newest), rows, slot, heat)
             text[batch, count + slot] = token
             tokens.append(token)
             log_q.append(row)
-        return Draft(torch.stack(tokens, dim=1), lengths, None if greedy else torch.stack(log_q, dim=1))
+        return Draft(torch.stack(tokens, dim=1), lengths, None if heat is None else torch.stack(log_q, dim=1))
 
     def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
         assert features is not None
@@ -331,14 +330,6 @@ class MtpDrafter:
         slots = SlotPass(self._cache, 0, places, 1, int(places.max()) + 1)
         last = len(self.head.layers) - 1
         return self.head.step(last, token[:, None], hidden[:, None], slots.positions, slots)[:, 0]
-
-    def _sample(self, logits: Tensor, rows: Rows, slot: int, greedy: bool) -> tuple[Tensor, Tensor]:
-        if greedy:
-            return logits.argmax(-1), logits
-        temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0) * self.heat
-        log_q = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
-        keys = round_keys(rows.lengths, slot + 1)[:, slot:]
-        return inverse_cdf_log(log_q, uniforms(rows.seeds, keys, Purpose.DRAFT)[:, 0]), log_q
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.head.state_dict()

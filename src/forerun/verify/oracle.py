@@ -342,7 +342,7 @@ def _coin_thresholds(rule: RuleFunction, given: Round) -> Tensor:
         coins = others.scatter(2, slots, value[..., None])
         return _judge(rule, given, coins, torch.full_like(value, 0.5))[0] >= counts
 
-    return _largest(holds, (paths, len(settings)))
+    return largest(holds, (paths, len(settings)))
 
 
 def _pick_thresholds(rule: RuleFunction, given: Round, coins: Tensor) -> Tensor:
@@ -354,15 +354,15 @@ def _pick_thresholds(rule: RuleFunction, given: Round, coins: Tensor) -> Tensor:
     def holds(picks: Tensor) -> Tensor:
         return _judge(rule, given, repeated, picks.flatten(1))[1].view(shape) <= most
 
-    return _largest(holds, shape)
+    return largest(holds, shape)
 
 
-def _largest(holds: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
+def largest(holds: Callable[[Tensor], Tensor], shape: tuple[int, ...], bisections: int = _BISECTIONS) -> Tensor:
     """Bisect, elementwise, for the largest value in (0, 1) that a condition holds at; above it the condition fails."""
     low = torch.full(shape, LOW, dtype=torch.float64)
     high = torch.full(shape, HIGH, dtype=torch.float64)
     never, always = ~holds(low), holds(high)
-    for _ in range(_BISECTIONS):
+    for _ in range(bisections):
         middle = (low + high) / 2
         holding = holds(middle)
         low, high = torch.where(holding, middle, low), torch.where(holding, high, middle)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from forerun.records import Draft, Verdict
-from forerun.verify.oracle import HIGH, LOW, Law, Model, Round, Text, completed, merge
+from forerun.verify.oracle import HIGH, LOW, Law, Model, Round, Text, completed, largest, merge
 from forerun.verify.tree import TreeRuleFunction, TreeVerdict
 
 Number = Fraction | float
@@ -444,7 +444,7 @@ def _coin_edges(rule: TreeRuleFunction, given: Round, before: Tensor, after: int
     found: list[list[float]] = [[0.0] for _ in range(paths)]
     start, top = (torch.full(others.shape[:2], end, dtype=torch.float64) for end in (LOW, HIGH))
     while bool((verdict(start) != verdict(top)).any()):
-        edge = _largest(partial(_unchanged, verdict, start, verdict(start)), tuple(start.shape))
+        edge = largest(partial(_unchanged, verdict, start, verdict(start)), tuple(start.shape), _BISECTIONS)
         for values, more in zip(found, edge.tolist(), strict=True):
             values.extend(more)
         start = (edge + _STEP).clamp(max=HIGH)
@@ -467,18 +467,7 @@ def _pick_thresholds(rule: TreeRuleFunction, given: Round, coins: Tensor) -> Ten
     def holds(picks: Tensor) -> Tensor:
         return judge_at(rule, given, repeated, picks.flatten(1))[1].view(shape) <= most
 
-    return _largest(holds, shape)
-
-
-def _largest(holds: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
-    """Bisect, elementwise, for the largest value in (0, 1) up to which a condition holds; 0 or 1 if never or always."""
-    low, high = (torch.full(shape, end, dtype=torch.float64) for end in (LOW, HIGH))
-    never, always = ~holds(low), holds(high)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        holding = holds(middle)
-        low, high = torch.where(holding, middle, low), torch.where(holding, high, middle)
-    return torch.where(always, 1.0, torch.where(never, 0.0, low))
+    return largest(holds, shape, _BISECTIONS)
 
 
 def judge_at(rule: TreeRuleFunction, given: Round, coins: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
