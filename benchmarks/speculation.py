@@ -9,20 +9,18 @@ training step does. Speed-up is in tokens per second; round cost is acceptance l
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-from forerun.config import Recipe, load_recipe
+from benchmarks.common import load_setting, write_result
+from forerun.config import Recipe
 from forerun.draft import load_drafter
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.loop.setup import encode
-from forerun.models import Policy, load_policy
+from forerun.models import Policy
 from forerun.report.environment import describe_environment, machine_line
-from forerun.tasks import load_task
 
 
 def tokens_per_s(engine: LocalEngine, prompts: list[list[int]], recipe: Recipe, seed: int) -> float:
@@ -71,14 +69,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    recipe = load_recipe(arguments.recipe)
-    policy = load_policy(recipe.policy.model, recipe.policy.dtype, recipe.policy.device, recipe.policy.adapter)
-    problems = load_task(recipe.task, recipe.seed).problems("eval")[: arguments.prompts]
-    prompts = [encode(p, recipe, policy).token_ids for p in problems]
-    environment = describe_environment()
-    print(
-        f"{recipe.name}: {policy.name}, {policy.dtype}, T = {recipe.rollout.temperature}; {machine_line(environment)}"
-    )
+    setting = load_setting(arguments.recipe)
+    recipe, policy, prompts = setting.recipe, setting.policy, setting.held_out(arguments.prompts)
+    machine = machine_line(describe_environment())
+    print(f"{recipe.name}: {policy.name}, {policy.dtype}, T = {recipe.rollout.temperature}; {machine}")
     print("batch  k   plain    spec tokens/s  speed-up  tokens/round  round cost  by position")
     rows = []
     for batch in map(int, arguments.batches.split(",")):
@@ -89,9 +83,7 @@ def main() -> None:
             rates = f"{row['plain_tokens_per_s']:>7.0f} {row['tokens_per_s']:>7.0f}"
             costs = f"{row['acceptance_length']:>12.2f}  {row['round_cost']:>10.2f}"
             print(f"{batch:>5} {row['k']:>2} {rates}           {row['speedup']:>8.2f}  {costs}  {positions}")
-    if arguments.out:
-        result = {"benchmark": "speculation", "recipe": recipe.model_dump(mode="json"), "rows": rows}
-        arguments.out.write_text(json.dumps({**result, "environment": environment}, indent=2) + "\n")
+    write_result(arguments.out, "speculation", recipe, {"rows": rows})
 
 
 if __name__ == "__main__":

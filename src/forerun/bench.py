@@ -17,8 +17,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from forerun.config import Recipe, SpeculationConfig
+from forerun.config import SAMPLED, Recipe, SpeculationConfig
 from forerun.draft import DRAFTERS, Drafter, load_drafter
+from forerun.draft.base import Learning
 from forerun.engine import Counters, Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
@@ -43,33 +44,24 @@ class Stopwatch:
     verify_s: float = 0.0
 
 
-def timed_drafter(drafter: Drafter, watch: Stopwatch) -> Drafter:
-    """The same drafter; its proposals and observations are timed from here on."""
-
-    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            started = time.perf_counter()
-            result = call(*arguments)
-            watch.draft_s += time.perf_counter() - started
-            return result
-
-        return run
-
-    instance: Any = drafter
-    instance.propose, instance.observe = timed(drafter.propose), timed(drafter.observe)
-    return drafter
-
-
-def timed_rule(judge: Callable[..., Any], watch: Stopwatch) -> Callable[..., Any]:
-    """An acceptance rule whose time is added up."""
+def timed(call: Callable[..., Any], watch: Stopwatch, hand: str) -> Callable[..., Any]:
+    """The same function; its seconds are added to the watch's `hand`."""
 
     def run(*arguments: Any) -> Any:
         started = time.perf_counter()
-        verdict = judge(*arguments)
-        watch.verify_s += time.perf_counter() - started
-        return verdict
+        result = call(*arguments)
+        setattr(watch, hand, getattr(watch, hand) + time.perf_counter() - started)
+        return result
 
     return run
+
+
+def timed_drafter(drafter: Drafter, watch: Stopwatch) -> Drafter:
+    """The same drafter; what it does in a round is timed from here on."""
+    instance: Any = drafter
+    for name in ("propose", "observe", *(("learn",) if isinstance(drafter, Learning) else ())):
+        setattr(instance, name, timed(getattr(drafter, name), watch, "draft_s"))
+    return drafter
 
 
 @dataclass(slots=True)
@@ -192,8 +184,12 @@ def row_text(row: dict[str, Any]) -> str:
 
 
 def _drafter(recipe: Recipe, policy: Policy, method: str, drafts: dict[str, str]) -> Drafter:
-    own = recipe.speculation.draft if method == recipe.speculation.method else None
-    data = {**recipe.speculation.model_dump(), "method": method, "draft": drafts.get(method, own), "k": 1}
+    own = recipe.speculation
+    data = {**own.model_dump(), "method": method, "draft": drafts.get(method), "k": 1}
+    if method == own.method or {method, own.method} == {"graft", "eagle3"}:  # a graft tree stands on an EAGLE-3 head
+        data["draft"] = drafts.get(method, own.draft)
+    if method != own.method:  # how the recipe's drafter samples suits no other
+        data |= {"proposal": "sampled", "draft_temperature": "auto" if method in SAMPLED else 1.0}
     try:
         drafter = load_drafter(policy, SpeculationConfig.model_validate(data))
     except ValidationError:
@@ -207,7 +203,7 @@ def _cell(policy: Policy, drafter: Drafter, k: int, rule: str, batch: int) -> Ce
 
     engine = LocalEngine(
         policy, timed_drafter(drafter, watch), k=k, rule=rule, slots=batch,
-        verifier=timed_rule(verify, watch), tree_verifier=timed_rule(verify_tree, watch),
+        verifier=timed(verify, watch, "verify_s"), tree_verifier=timed(verify_tree, watch, "verify_s"),
     )  # fmt: skip
     return Cell(engine, watch)
 

@@ -60,17 +60,20 @@ def train(
 
 
 @app.command()
-def draft(recipe: RecipeName, overrides: Overrides = None, out: Path = Path("drafter"), json: Json = False) -> None:
+def draft(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Path = Path("drafter"),
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the unfinished training in --out")] = False,
+    json: Json = False,
+) -> None:
     """Train a drafter on the policy's own rollouts and save it in the layout that vLLM reads."""
     settings = load_recipe(recipe, parse_overrides(overrides or []))
-    from forerun.loop.setup import prepare_policy, train_drafter
+    from forerun.loop.setup import make_drafter
     from forerun.report.console import Console
-    from forerun.tasks import load_task
 
     with Console(0, json=json) as console:
-        task = load_task(settings.task, settings.seed)
-        policy = prepare_policy(settings, task, out, console)
-        about = train_drafter(settings, policy, task, out, console)
+        about = make_drafter(settings, out, console, resume)
         console.note(f"drafter saved to {out}; use it with speculation.draft={out}")
     if json:
         _print_json({"draft": str(out), **about})

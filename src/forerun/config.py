@@ -10,7 +10,7 @@ import difflib
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,6 +19,7 @@ from forerun.errors import UserError
 
 DType = Literal["auto", "float32", "bfloat16"]
 COTRAINED = ("eagle3", "mtp")  # drafters that can train beside the policy
+SAMPLED = ("eagle3", "mtp", "model")  # drafters that sample their drafts, from a q of their own
 
 
 class Block(BaseModel):
@@ -176,8 +177,10 @@ class SpeculationConfig(Block):
     proposal: Literal["sampled", "argmax"] = Field(
         "sampled", description="argmax: the likeliest token with a one-hot q (usual elsewhere, worse at temperature 1)"
     )
-    draft_temperature: float = Field(
-        1.0, gt=0, description="temperature of sampled drafts over that of the rollouts: below 1 for an unsure drafter"
+    draft_temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        1.0,
+        description="temperature of sampled drafts over that of the rollouts: below 1 for an unsure drafter; auto: "
+        "learnt while drafting (eagle3, mtp, model)",
     )
     train: str = Field(
         "off",
@@ -197,6 +200,16 @@ class SpeculationConfig(Block):
         if self.train != "off" and self.method not in ("none", *COTRAINED):
             raise ValueError(
                 f"train: {self.train} needs a drafter that learns beside the policy ({', '.join(COTRAINED)})"
+            )
+        if self.draft_temperature == "auto" and self.method not in ("none", *SAMPLED):
+            raise ValueError(
+                f"draft_temperature: auto learns from sampled drafts ({', '.join(SAMPLED)}), and method: {self.method} "
+                "samples none; leave it at 1"
+            )
+        if self.draft_temperature == "auto" and self.proposal != "sampled":
+            raise ValueError(
+                f"draft_temperature: auto learns from sampled drafts, and proposal: {self.proposal} samples none; set "
+                "proposal: sampled, or a number"
             )
         return self
 
@@ -271,12 +284,21 @@ class DraftConfig(Block):
     """Training of the drafter (`forerun draft`)."""
 
     rollouts: int = Field(512, ge=1, description="samples of the policy to train on")
-    epochs: int = Field(4, ge=1)
+    texts: str | None = Field(
+        None,
+        description="JSONL to train on in place of samples: objects with prompt and completion, or with text alone",
+    )
+    epochs: int = Field(4, ge=1, description="passes over the training data, at most")
+    patience: int = Field(4, ge=1, description="epochs in a row without a better validation after which training ends")
     learning_rate: float = Field(1e-3, gt=0)
     batch_tokens: int = Field(4096, ge=64, description="tokens per optimizer step")
     depth: int = Field(4, ge=1, description="training-time-test unroll, in draft positions")
     decay: float = Field(1.0, gt=0, le=1, description="weight of each further draft position in the loss")
-    loss: Literal["lk", "kl", "tv"] = Field("lk", description="lk: forward KL that fades into total variation")
+    loss: Literal["lk", "kl", "tv", "ce", "e2e"] = Field(
+        "lk",
+        description="lk: forward KL that fades into total variation; kl, tv: either alone; ce: cross-entropy to the "
+        "tokens themselves; e2e: total variation of the whole chain, for drafters that are good already",
+    )
     vocab: int = Field(8192, ge=16, description="draft vocabulary: the tokens most frequent in the training rollouts")
     layers: list[int] | None = Field(
         None, description="eagle3: hidden states that are fused (inputs of these layers); model: layers that are kept"

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from contract import Forced
+from torch import Tensor
 
 from forerun.config import DraftConfig
-from forerun.draft.eagle3 import Eagle3Drafter
+from forerun.draft.base import Rows
+from forerun.draft.eagle3 import Eagle3Drafter, Eagle3Head, rotary
 from forerun.draft.training import Validation, new_head, teach, train_head, unroll, validate
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.schedule import request_seed
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.models.taps import default_taps
+from forerun.records import Draft
 from tiny_models import random_drafter, random_head
 
 
@@ -26,7 +31,7 @@ def test_saved_and_loaded_head_is_the_same(policy: Policy, tmp_path: Path) -> No
     drafter.save(tmp_path, {"rollouts": 3})
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["draft_vocab_size"] == 5
-    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 3]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [0, 1, 3]
     again = Eagle3Drafter.load(tmp_path, policy)
     assert again.taps == (0, 1, 3) and again.head.vocabulary.tolist() == [0, 3, 4, 9, 17]
     for name, tensor in drafter.state_dict().items():
@@ -51,11 +56,11 @@ def test_a_head_for_another_policy_is_refused(policy: Policy, tiny: Callable[...
     with pytest.raises(UserError, match=r"layers \[0, 1, 3\], but the policy has layers 0 to 1"):
         Eagle3Drafter.load(tmp_path, load_policy(str(tiny("llama", num_hidden_layers=2)), "float32", "cpu"))
     config = json.loads((tmp_path / "config.json").read_text())
-    layers = config.pop("eagle_config")
+    layers = {key: config.pop(key) for key in ("eagle_config", "eagle_aux_hidden_state_layer_ids")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not say which layers"):
         Eagle3Drafter.load(tmp_path, policy)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "eagle_config": layers}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, **layers}))
     (tmp_path / "model.safetensors").write_bytes(b"not tensors")
     with pytest.raises(UserError, match="cannot be read"):
         Eagle3Drafter.load(tmp_path, policy)
@@ -129,3 +134,40 @@ def test_training_raises_acceptance_and_leaves_the_policy_alone(policy: Policy) 
     work.generate([[i, i + 2, i + 1] for i in range(1, 41)], max_new_tokens=32, n=8, seed=10)
     measured = work.metrics()["acceptance_per_position"][0]
     assert measured == pytest.approx(validate(head, policy, pairs, config, 1.0).per_position[0], abs=0.05)
+
+
+def test_a_text_beyond_the_heads_context_drafts_nothing(policy: Policy) -> None:
+    """The greedy text is the policy's, drafts come exactly from positions that the head has, and cut rounds count."""
+    short, wide = (Eagle3Head(replace(random_head(policy).config, max_position_embeddings=m)) for m in (16, 4096))
+    for head in (short, wide):
+        head.load_state_dict(random_head(policy).state_dict())
+    prompts = [[5, 6, 7], [9, 8, 7, 6], [30] * 25]
+    plain = LocalEngine(policy, slots=3).generate(prompts, max_new_tokens=40, temperature=0.0)
+    drafted = {}
+    for name, head in (("short", short), ("wide", wide)):
+        drafter = Eagle3Drafter(head, policy)
+        seen: list[tuple[list[int], list[int]]] = []
+        original = drafter.propose
+
+        def propose(rows: Rows, budget: Tensor, original: Any = original, seen: Any = seen) -> Draft:
+            draft = original(rows, budget)
+            seen.append((rows.lengths.tolist(), draft.lengths.tolist()))
+            return draft
+
+        drafter.propose = propose  # type: ignore[method-assign]
+        engine = LocalEngine(policy, drafter, k=3, slots=3)
+        rollouts = engine.generate(prompts, max_new_tokens=40, temperature=0.0)
+        assert [r.tokens for r in rollouts] == [r.tokens for r in plain]
+        drafted[name] = [pair for lengths, counts in seen for pair in zip(lengths, counts, strict=True)]
+        beyond = engine.metrics()["drafter"].get("rows_beyond_drafter_context", 0)
+        assert (beyond > 20) == (name == "short")
+    assert all(count <= max(0, 17 - length) for length, count in drafted["short"])
+    assert any(count == 17 - length for length, count in drafted["short"] if length > 14)  # the last position is used
+    assert any(length > 24 and count == 3 for length, count in drafted["wide"])
+
+
+def test_frequencies_stay_exact_in_half_precision(policy: Policy) -> None:
+    head = random_head(policy)
+    expected, _ = rotary(head.config)
+    cos, _ = head.to(torch.bfloat16).angles(torch.tensor([[1000]]))
+    torch.testing.assert_close(cos[0, 0, :4], (1000 * expected).cos(), atol=1e-4, rtol=0)

@@ -252,7 +252,7 @@ def learn_everything(drafter: GraftDrafter, policy: Policy) -> None:
     with torch.no_grad():
         every = torch.arange(policy.model.config.vocab_size)
         rows = policy.model(every[:, None]).logits[:, 0]
-    drafter.learn(every, rows.topk(drafter.successors).indices)
+    drafter.adjacency.update(every, rows.topk(drafter.successors).indices)
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------
@@ -262,8 +262,10 @@ def test_all_verified_nodes_are_learnt_from(policy: Policy) -> None:
     """Root, accepted and rejected nodes alike: the policy's likeliest successors after each of their paths."""
     drafter, lessons = make(policy), []
     learn_everything(drafter, policy)
-    original = drafter.learn
-    drafter.learn = lambda tokens, likeliest: lessons.append((tokens, likeliest)) or original(tokens, likeliest)  # type: ignore
+    original = drafter.adjacency.update
+    drafter.adjacency.update = lambda tokens, likeliest: (  # type: ignore
+        lessons.append((tokens, likeliest)) or original(tokens, likeliest)
+    )
     assert isinstance(drafter, Learning) and isinstance(drafter, Counting)
     draft = first_tree(drafter, policy, TEXTS, 6, 1.0)
     tokens, likeliest = lessons[0]

@@ -15,7 +15,7 @@ import torch
 from forerun.config import DraftConfig, SpeculationConfig
 from forerun.draft import load_drafter
 from forerun.draft.base import Rows
-from forerun.draft.distill import PATIENCE, distill, pruned_copy, validate
+from forerun.draft.distill import distill, pruned_copy, validate
 from forerun.draft.model import ModelDrafter
 from forerun.draft.training import Validation
 from forerun.engine.base import Sampling, Weights
@@ -304,12 +304,12 @@ def test_distillation_raises_acceptance_and_leaves_the_policy_alone(policy: Poli
 
 
 def test_distillation_stops_when_it_no_longer_helps(policy: Policy) -> None:
-    """A learning rate that ruins the copy: the start is kept, and training ends after `PATIENCE` worse epochs."""
+    """A learning rate that ruins the copy: the start is kept, and training ends after `patience` worse epochs."""
     pairs = [([i, i + 1], [i + 2, i + 3, i + 4]) for i in range(1, 30)]
-    config = DraftConfig(epochs=20, learning_rate=3.0, batch_tokens=64, depth=2)
+    config = DraftConfig(epochs=20, patience=2, learning_rate=3.0, batch_tokens=64, depth=2)
     model, epochs = pruned_copy(policy, [0, 1, 2, 3]), []
     before = {k: v.clone() for k, v in model.state_dict().items()}
     best = distill(model, policy, pairs, config, 1.0, 0, lambda *_: None, lambda e, r: epochs.append(e))
-    assert epochs == list(range(PATIENCE + 1))
+    assert epochs == [0, 1, 2]
     assert best.per_position == pytest.approx([1.0, 1.0], abs=1e-5) and best.length == pytest.approx(3.0, abs=1e-4)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy, load_policy
 from forerun.verify import broken
+from forerun.verify.truncate import EVERYTHING, Truncation, reference_truncate
 from tiny_models import random_drafter
 
 VOCABULARY, SAMPLES, PROMPT = 12, 20_000, [3, 7, 5]
@@ -28,17 +30,17 @@ def small(tiny: Callable[..., Path]) -> Policy:
     return load_policy(str(tiny("llama", vocab_size=VOCABULARY, initializer_range=0.25)), "float32", "cpu")
 
 
-def exact_law(policy: Policy, temperature: float) -> dict[tuple[int, ...], float]:
+def exact_law(policy: Policy, temperature: float, cuts: Truncation = EVERYTHING) -> dict[tuple[int, ...], float]:
     """Probability of every text of up to three tokens; the end token (0) ends it."""
     law: dict[tuple[int, ...], float] = {}
     frontier = {(): 1.0}
     for step in range(3):
         texts = list(frontier)
         with torch.no_grad():
-            rows = policy.model(torch.tensor([PROMPT + list(t) for t in texts])).logits[:, -1] / temperature
+            rows = policy.model(torch.tensor([PROMPT + list(t) for t in texts])).logits[:, -1]
         following: dict[tuple[int, ...], float] = {}
-        for text, row in zip(texts, rows.double().softmax(-1).tolist(), strict=True):
-            for token, p in enumerate(row):
+        for text, row in zip(texts, rows.tolist(), strict=True):
+            for token, p in enumerate(reference_truncate(row, temperature, cuts)):
                 ended = token == 0 or step == 2
                 (law if ended else following)[(*text, token)] = frontier[text] * p
         frontier = following
@@ -70,6 +72,25 @@ def test_engine_samples_the_policy(small: Policy, rule: str, temperature: float)
     counts = sample(small, engine, temperature, seed=1)
     assert engine.metrics()["acceptance_per_position"][1] > 0.05, "nothing was speculated: the test would be idle"
     assert chi_square_p(counts, exact_law(small, temperature), SAMPLES) > 1e-6
+
+
+@pytest.mark.parametrize("rule", ["block", "token"])
+@pytest.mark.parametrize(
+    "cuts", [Truncation(top_k=4), Truncation(top_p=0.7), Truncation(min_p=0.3), Truncation(6, 0.9, 0.1)]
+)
+def test_truncated_samples_follow_the_processed_law(small: Policy, rule: str, cuts: Truncation) -> None:
+    """Speculative samples at T = 0.7. Negative control: the law without cuts."""
+    drafter = random_drafter(small, vocabulary=[0, 1, 2, 3, 5, 7, 8, 11])
+    engine = LocalEngine(small, drafter, k=2, rule=rule, slots=1000)
+    rollouts = list(engine.stream([PROMPT], Sampling(3, 0.7, 4, truncation=cuts), SAMPLES))
+    counts, law = Counter(tuple(r.tokens) for r in rollouts), exact_law(small, 0.7, cuts)
+    assert engine.metrics()["acceptance_per_position"][1] > 0.02, "nothing was speculated: the test would be idle"
+    possible = {text: p for text, p in law.items() if p > 0}
+    assert chi_square_p(counts, possible, SAMPLES) > 1e-6
+    assert chi_square_p(counts, exact_law(small, 0.7), SAMPLES) < 1e-6
+    for r in rollouts[:50]:
+        shares = [math.exp(x) for x in r.logprobs]
+        assert math.isclose(math.prod(shares), law[tuple(r.tokens)], rel_tol=1e-3)
 
 
 def test_plain_engine_samples_the_policy(small: Policy) -> None:

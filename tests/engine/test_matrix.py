@@ -15,21 +15,28 @@ import numpy as np
 import pytest
 import torch
 
-from forerun.config import NgramConfig, TrieConfig
+from forerun.config import GraftConfig, NgramConfig, TrieConfig
 from forerun.draft.base import Drafter
+from forerun.draft.graft import GraftDrafter
 from forerun.draft.model import ModelDrafter
+from forerun.draft.mtp import MtpDrafter, MtpHead
 from forerun.draft.ngram import NgramDrafter
 from forerun.draft.trie import TrieDrafter
-from forerun.engine.local.engine import LocalEngine, Verify
+from forerun.engine.local.engine import LocalEngine, Verify, VerifyTree
 from forerun.lossless.statistics import chi_square_tail, pooled_chi_square
 from forerun.models import Policy, load_policy
 from forerun.records import Draft, Rollout, Verdict
 from forerun.verify.chain import verify
-from tiny_models import random_drafter
+from forerun.verify.tree import TreeVerdict, verify_tree
+from tiny_models import random_drafter, random_head
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11], [20, 21, 20, 22, 21, 20], [30] * 14]
 SAMPLES, TOKENS, CELLS, LEVEL = 16, 20, 10, 1e-6
-DRAFTERS = ("eagle3", "ngram", "trie", "model")
+TREES = GraftConfig(
+    nodes=7, depth=2, width=2, checkpoints=(1,), thresholds=(0.3,), keep=(3,), template=(3, 2), successors=3
+)
+DRAFTERS = ("eagle3", "ngram", "trie", "model", "mtp", "graft")
+CASES = [(name, rule) for name in DRAFTERS for rule in (("walk",) if name == "graft" else ("block", "token"))]
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +52,22 @@ def make(unsure: Policy, tiny: Callable[..., Path]) -> Callable[[str], Drafter]:
         "ngram": lambda: NgramDrafter(NgramConfig(prompt_lookup_max=3, prompt_lookup_min=1)),
         "trie": lambda: TrieDrafter(TrieConfig(match_min=1, match_max=4, floor=0.0)),
         "model": lambda: ModelDrafter(smaller, unsure),
+        "mtp": lambda: MtpDrafter(MtpHead(unsure, 2), unsure),
+        "graft": lambda: GraftDrafter(random_head(unsure), unsure, TREES),
     }
     return lambda name: makers[name]()
 
 
 def rollouts_of(
-    policy: Policy, drafter: Drafter | None, k: int, heat: float, rule: str, judge: Verify
+    policy: Policy,
+    drafter: Drafter | None,
+    k: int,
+    heat: float,
+    rule: str,
+    judge: Verify = verify,
+    judge_tree: VerifyTree = verify_tree,
 ) -> list[Rollout]:
-    engine = LocalEngine(policy, drafter, k=k, rule=rule, slots=32, verifier=judge)
+    engine = LocalEngine(policy, drafter, k=k, rule=rule, slots=32, verifier=judge, tree_verifier=judge_tree)
     rollouts = engine.generate(PROMPTS, max_new_tokens=TOKENS, temperature=heat, n=SAMPLES if heat else 1, seed=3)
     assert k == 0 or engine.metrics()["drafted"] > 0, "nothing was drafted: the test would be idle"
     return rollouts
@@ -87,20 +102,19 @@ def p_value(policy: Policy, rollouts: list[Rollout], heat: float) -> float:
 
 @pytest.mark.parametrize("heat", [0.0, 0.7, 1.0, 1.3])
 def test_plain(unsure: Policy, heat: float) -> None:
-    rollouts = rollouts_of(unsure, None, 0, heat, "block", verify)
+    rollouts = rollouts_of(unsure, None, 0, heat, "block")
     check_logprobs(unsure, rollouts, heat)
     assert heat == 0 or p_value(unsure, rollouts, heat) > LEVEL
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
 @pytest.mark.parametrize("heat", [0.0, 0.7, 1.0, 1.3])
-@pytest.mark.parametrize("rule", ["block", "token"])
-@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize(("name", "rule"), CASES)
 def test_speculative(unsure: Policy, make: Callable[[str], Drafter], name: str, rule: str, heat: float, k: int) -> None:
-    rollouts = rollouts_of(unsure, make(name), k, heat, rule, verify)
+    rollouts = rollouts_of(unsure, make(name), k, heat, rule)
     check_logprobs(unsure, rollouts, heat)
     if heat == 0:
-        plain = rollouts_of(unsure, None, 0, heat, rule, verify)
+        plain = rollouts_of(unsure, None, 0, heat, rule)
         assert [r.tokens for r in rollouts] == [r.tokens for r in plain]
     else:
         assert p_value(unsure, rollouts, heat) > LEVEL
@@ -113,6 +127,14 @@ def no_coin(
     return verify(rule, logits, draft, heat, torch.full_like(coins, 1e-12), picks)
 
 
+def no_tree_coin(
+    rule: str, logits: torch.Tensor, draft: Draft, heat: torch.Tensor, coins: torch.Tensor, picks: torch.Tensor
+) -> TreeVerdict:
+    """The same of trees: the eldest child is believed."""
+    return verify_tree(rule, logits, draft, heat, torch.full_like(coins, 1e-12), picks)
+
+
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_believing_the_drafts_is_found(unsure: Policy, make: Callable[[str], Drafter], name: str) -> None:
-    assert p_value(unsure, rollouts_of(unsure, make(name), 3, 1.0, "token", no_coin), 1.0) < LEVEL
+    rollouts = rollouts_of(unsure, make(name), 3, 1.0, "walk" if name == "graft" else "token", no_coin, no_tree_coin)
+    assert p_value(unsure, rollouts, 1.0) < LEVEL

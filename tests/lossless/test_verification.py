@@ -22,7 +22,7 @@ from forerun.models import load_policy
 from forerun.report.console import Console
 from tiny_models import random_drafter
 
-SMALL = Effort(8, 6, 6, 800, 8, 16, 0, 12)
+SMALL = Effort(8, 6, 6, 800, 8, 16, 0, 12, 4096)
 LAW, TWO_SAMPLES, LOGPROBS, VERSIONS = "joint law", "two samples", "log-probabilities", "weight versions"
 CAUGHT_BY = {"draft_logprobs": LOGPROBS, "neighbour_logprobs": LOGPROBS, "silent_load": VERSIONS}
 

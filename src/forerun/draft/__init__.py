@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from forerun.config import SpeculationConfig
 from forerun.draft.base import Drafter, Rows
 from forerun.errors import UserError
 from forerun.models import Policy
+
+if TYPE_CHECKING:  # an engine with a drafter needs no recipe, and so no pydantic
+    from forerun.config import SpeculationConfig
 
 __all__ = ["DRAFTERS", "TRAINED", "Drafter", "Rows", "load_drafter"]
 
@@ -79,7 +82,10 @@ def _graft(policy: Policy, speculation: SpeculationConfig) -> Drafter:
         raise UserError(
             "speculation.method=graft needs speculation.draft, the folder or artifact of an EAGLE-3 drafter"
         )
-    return GraftDrafter.load(artifact(speculation.draft), policy, speculation.graft, heat=speculation.draft_temperature)
+    heat = speculation.draft_temperature
+    if heat == "auto":
+        raise UserError("speculation.draft_temperature=auto needs sampled drafts, but a graft tree samples none")
+    return GraftDrafter.load(artifact(speculation.draft), policy, speculation.graft, heat=heat)
 
 
 DRAFTERS: dict[str, Callable[[Policy, SpeculationConfig], Drafter]] = {
@@ -90,9 +96,7 @@ DRAFTERS: dict[str, Callable[[Policy, SpeculationConfig], Drafter]] = {
     "model": _model,
     "graft": _graft,
 }
-TRAINED = frozenset(
-    {"eagle3", "mtp", "model", "graft"}
-)  # those whose weights must exist or be trained before the first round
+TRAINED = frozenset({"eagle3", "mtp", "model", "graft"})  # their weights must exist or be trained first
 
 
 def load_drafter(policy: Policy, speculation: SpeculationConfig) -> Drafter | None:

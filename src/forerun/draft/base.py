@@ -84,20 +84,23 @@ class Drafter(Protocol):
 class Counting(Protocol):
     """A drafter that counts something of its own, such as what it threw away to stay within its memory."""
 
-    def metrics(self) -> dict[str, int]:
-        """Names and counts, since the drafter was made."""
+    def metrics(self) -> Mapping[str, float]:
+        """Names and counts, since the drafter was made, and settings that it finds by itself as they are now."""
 
 
 @runtime_checkable
 class Learning(Protocol):
-    """A drafter that learns from the policy's rows at every token it verified, accepted or not."""
+    """A drafter that learns from the policy's rows at the tokens it verified, accepted or not."""
 
-    successors: int  # how many of the likeliest next tokens it wants to see
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+        """A round was judged. What is learnt from it may change how later rounds are drafted.
 
-    def learn(self, tokens: Tensor, likeliest: Tensor) -> None:
-        """After each of tokens [m] the policy finds likeliest [m, successors] likeliest, best first; order is by row.
+        Called once per round, plain ones too, after the verdict and before `observe`.
 
-        Called once per round, after the verdict and before `observe`.
+        Args:
+            logits: [B, k+1, V] of the policy as they were judged by, not divided by the temperature: row 0 after the
+                newest token, row j + 1 after slot j. Not to be kept or copied whole: nothing in a round is larger.
+            verdict: as verification gave it, also where a sample ends inside its accepted run.
         """
 
 

@@ -12,23 +12,23 @@ Axes: M completion tokens, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from forerun.config import DraftConfig
-from forerun.draft.losses import LOSSES, acceptance
-from forerun.draft.training import Pair, Report, Validation, autocast_of, split_pairs
+from forerun.draft.fit import Report, StateFile, Validated, Validation, fit
+from forerun.draft.losses import acceptance, row_loss
+from forerun.draft.training import Pair, autocast_of, split_pairs
 from forerun.errors import UserError
-from forerun.learner.cold_start import learning_rate_factor
 from forerun.learner.forward import completion_logits, microbatches, token_batch
 from forerun.models import Policy
 from forerun.models.taps import decoder_layers
 
-PATIENCE = 2  # epochs without a better validation after which training stops
 ROW_BYTES = 2**28  # of one [M, V] float32 tensor in a pass; larger batches accumulate their gradient
 
 
@@ -64,43 +64,29 @@ def distill(
     temperature: float,
     seed: int,
     report: Report,
-    validated: Callable[[int, Validation], None],
+    validated: Validated,
+    file: StateFile | None = None,
 ) -> Validation:
-    """Train `model` in place; keeps the weights of the epoch that validates best, stops when `PATIENCE` ones did not.
+    """Train `model` in place; keeps the weights of the epoch that validates best, stops when `patience` ones did not.
 
     Args:
         model: a causal language model with the policy's vocabulary, e.g. from `pruned_copy`.
         pairs: prompts and completions that the policy sampled.
-        config: epochs, learning_rate, batch_tokens, loss, validation and depth (reported positions) are read.
+        config: epochs, patience, learning_rate, batch_tokens, loss, validation and depth (positions that are reported
+            and that loss e2e counts) are read.
         temperature: at which the policy will be sampled; 0 counts as 1.
         report: called after every optimizer step. validated: called with (epoch, result); epoch 0 is before training.
+        file: see `fit`.
     """
     rng = random.Random(seed)
     held, training = split_pairs(pairs, config.validation, rng)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     batches = microbatches([len(p) + len(c) for p, c in training], config.batch_tokens)
-    steps, step, best_epoch = config.epochs * len(batches), 0, 0
-    best = validate(model, policy, held, config, temperature)
-    validated(0, best)
-    kept = {k: v.clone() for k, v in model.state_dict().items()}
-    for epoch in range(1, config.epochs + 1):
-        for rows in rng.sample(batches, len(batches)):
-            factor = learning_rate_factor(step, steps, min(20, steps // 10 + 1))
-            optimizer.param_groups[0]["lr"] = config.learning_rate * factor
-            loss = _backward(model, policy, [training[i] for i in rows], config, temperature)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            report(step, steps, loss)
-        result = validate(model, policy, held, config, temperature)
-        validated(epoch, result)
-        if result.length > best.length:
-            best, best_epoch, kept = result, epoch, {k: v.clone() for k, v in model.state_dict().items()}
-        if epoch - best_epoch >= PATIENCE:
-            break
-    model.load_state_dict(kept)
-    return best
+
+    def backward(rows: list[int]) -> float:
+        return _backward(model, policy, [training[i] for i in rows], config, temperature)
+
+    validation = partial(validate, model, policy, held, config, temperature)
+    return fit(model, batches, config, rng, backward, validation, report, validated, file)
 
 
 @torch.no_grad()
@@ -112,7 +98,7 @@ def validate(model: Any, policy: Policy, pairs: Sequence[Pair], config: DraftCon
     """
     sums, counts = [0.0] * config.depth, [0] * config.depth
     for part in _passes(pairs, policy):
-        log_p, log_q = _rows(model, policy, part, temperature)
+        log_p, log_q, _ = _rows(model, policy, part, temperature)
         place = torch.cat([torch.arange(len(completion)) for _, completion in part]).to(log_p.device)  # [M]
         kept = acceptance(log_p, log_q)
         for j in range(config.depth):
@@ -127,24 +113,46 @@ def validate(model: Any, policy: Policy, pairs: Sequence[Pair], config: DraftCon
 
 
 def _backward(model: Any, policy: Policy, pairs: Sequence[Pair], config: DraftConfig, temperature: float) -> float:
-    """Add the gradient of the mean loss per completion token, in passes that fit; returns that loss."""
-    total, mean = sum(len(completion) for _, completion in pairs), 0.0
+    """Add the gradient of the batch's loss, in passes that fit; returns that loss.
+
+    It is the mean over all completion tokens; of loss e2e the mean over draft positions of that over all chains.
+    """
+    counts = [sum(max(0, len(completion) - j) for _, completion in pairs) for j in range(config.depth)]
+    counts, mean = [count for count in counts if count], 0.0
     for part in _passes(pairs, policy):
-        log_p, log_q = _rows(model, policy, part, temperature)
-        loss = LOSSES[config.loss](log_p, log_q).sum() / total
+        log_p, log_q, tokens = _rows(model, policy, part, temperature)
+        if config.loss == "e2e":
+            left = torch.cat([torch.arange(len(completion), 0, -1) for _, completion in part]).to(log_p.device)
+            sums = chain_losses(acceptance(log_p, log_q), left, len(counts))
+            loss = torch.stack([s / n for s, n in zip(sums, counts, strict=True)]).mean()
+        else:
+            loss = row_loss(config.loss, log_p, log_q, tokens).sum() / counts[0]
         loss.backward()
         mean += float(loss.detach())
     return mean
 
 
-def _rows(model: Any, policy: Policy, pairs: Sequence[Pair], temperature: float) -> tuple[Tensor, Tensor]:
-    """log p of the policy, detached, and log q of the model for every completion token: [M, V] float32 each."""
+def chain_losses(overlap: Tensor, left: Tensor, depth: int) -> list[Tensor]:
+    """End-to-end total variation (`losses.position_loss`): per draft position j the sum over all chains of j + 1.
+
+    Args:
+        overlap: [M], Σ min(p, q) of every completion token. left: [M], tokens of its completion from it on.
+    """
+    alive, sums = torch.ones_like(overlap), []
+    for j in range(depth):
+        alive = alive * overlap.roll(-j)  # what comes round the end belongs to no chain
+        sums.append((1 - alive)[left > j].sum())
+    return sums
+
+
+def _rows(model: Any, policy: Policy, pairs: Sequence[Pair], temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every completion token: log p of the policy, detached, log q of the model, [M, V] float32, and its id [M]."""
     batch = token_batch(pairs, policy.device)
     with torch.no_grad():
         log_p = torch.log_softmax(completion_logits(policy.model, batch).float() / (temperature or 1.0), dim=-1)
     with autocast_of(policy):
         logits = completion_logits(model, batch)
-    return log_p, torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    return log_p, torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1), batch.targets
 
 
 def _passes(pairs: Sequence[Pair], policy: Policy) -> list[list[Pair]]:

@@ -3,14 +3,14 @@
 At position t it reads the fused hidden states g_t of three policy layers and the embedding of the *next* token x_{t+1},
 and predicts x_{t+2}. Where no g exists yet, because the policy has not run there, its own output takes g's place.
 The head knows a reduced vocabulary of D tokens (d2t); outside of it q is 0, which rejection sampling repairs.
-Files are in the layout that vLLM and SpecForge read. Axes: R rows, B live rows, n tokens, H hidden size.
+A row whose text has outgrown the head's own context drafts nothing. Files are read and written by eagle3_files.py.
+Axes: R rows, B live rows, n tokens, H hidden size.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forerun.draft.base import Rows, heat_of_round, sample_draft
+from forerun.draft.eagle3_files import Eagle3Config as Eagle3Config
+from forerun.draft.eagle3_files import head_files, read_head
+from forerun.draft.heat import HeatSetting, make_heat
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.cache import SlotCache, SlotPass
@@ -26,23 +29,6 @@ from forerun.models.lean import rotate_sign, swap_halves
 from forerun.models.load import load_exactly
 from forerun.models.taps import check_taps, decoder_layers
 from forerun.records import Draft, Verdict
-
-
-@dataclass(frozen=True, slots=True)
-class Eagle3Config:
-    """Shape of the head. `layers` is the one source of truth for what it reads (numbered as in models/taps.py)."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int  # the policy's
-    draft_vocab_size: int
-    layers: tuple[int, ...]
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    max_position_embeddings: int = 8192
 
 
 class RMSNorm(nn.RMSNorm):
@@ -58,42 +44,26 @@ class Eagle3Head(nn.Module):
 
     d2t: Tensor  # [D] int64, offsets: target id = draft id + d2t
     t2d: Tensor  # [V] bool
-    inverse_frequency: Tensor  # [head_dim / 2]
     midlayer: Any
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
         self.config = config
-        hidden, size, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        self.fc = nn.Linear(hidden * len(config.layers), hidden, bias=False)
-        self.midlayer = nn.ModuleDict(
-            {
-                "input_layernorm": RMSNorm(hidden, eps),  # on the embedding
-                "hidden_norm": RMSNorm(hidden, eps),  # on the fused or fed-back hidden state
-                "self_attn": nn.ModuleDict(
-                    {
-                        "q_proj": nn.Linear(2 * hidden, config.num_attention_heads * size, bias=False),
-                        "k_proj": nn.Linear(2 * hidden, config.num_key_value_heads * size, bias=False),
-                        "v_proj": nn.Linear(2 * hidden, config.num_key_value_heads * size, bias=False),
-                        "o_proj": nn.Linear(config.num_attention_heads * size, hidden, bias=False),
-                    }
-                ),
-                "post_attention_layernorm": RMSNorm(hidden, eps),
-                "mlp": nn.ModuleDict(
-                    {
-                        "gate_proj": nn.Linear(hidden, config.intermediate_size, bias=False),
-                        "up_proj": nn.Linear(hidden, config.intermediate_size, bias=False),
-                        "down_proj": nn.Linear(config.intermediate_size, hidden, bias=False),
-                    }
-                ),
-            }
-        )
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        if config.norm_before_fc:
+            self.input_norm = RMSNorm(config.tap_width * len(config.layers), eps)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(config.tap_width, eps) for _ in config.layers)
+        self.fc = nn.Linear(config.tap_width * len(config.layers), hidden, bias=False)
+        self.midlayer = _midlayer(config)
         self.norm = RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        if config.own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
-        inverse = config.rope_theta ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
-        self.register_buffer("inverse_frequency", inverse, persistent=False)
+        # no buffer: frequencies stay float32 in a head of bfloat16, or far positions turn by other angles
+        self._frequencies, self._rotary_scale = rotary(config)
 
     @property
     def vocabulary(self) -> Tensor:
@@ -107,7 +77,20 @@ class Eagle3Head(nn.Module):
 
     def fuse(self, features: Tensor) -> Tensor:
         """Hidden states at the taps [..., T·H] -> the head's hidden state [..., H]."""
-        return self.fc(features.to(self.fc.weight.dtype))
+        features = features.to(self.fc.weight.dtype)
+        if self.config.norm_before_fc:
+            features = self.input_norm(features)
+        if self.config.fc_norm:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(features)
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, n, head_dim] float32 of the rotary embedding at positions [B, n]."""
+        self._frequencies = self._frequencies.to(positions.device)
+        angle = positions[..., None].float() * self._frequencies
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos() * self._rotary_scale, angle.sin() * self._rotary_scale
 
     def query_key_value(self, embedded: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """embedded, hidden [B, n, H], positions [B, n] -> rotated q [B, heads, n, D], k and v [B, kv, n, D]."""
@@ -115,21 +98,69 @@ class Eagle3Head(nn.Module):
         x = torch.cat([layer["input_layernorm"](embedded.to(hidden.dtype)), layer["hidden_norm"](hidden)], dim=-1)
         shape = (*x.shape[:2], -1, size)
         query, key, value = (attention[f"{name}_proj"](x).view(shape) for name in "qkv")
-        angle = positions[..., None].float() * self.inverse_frequency
-        cos, sin = (torch.cat([t, t], dim=-1)[:, :, None].to(x.dtype) for t in (angle.cos(), angle.sin()))
+        if self.config.qk_norm:
+            query, key = attention["q_norm"](query), attention["k_norm"](key)
+        cos, sin = (t[:, :, None].to(x.dtype) for t in self.angles(positions))
         query, key = (t * cos + swap_halves(t) * rotate_sign(sin) for t in (query, key))
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Rest of the layer: hidden [B, n, H] before it, attended [B, n, heads, D] -> hidden [B, n, H] after it."""
         layer, mlp = self.midlayer, self.midlayer["mlp"]
-        hidden = hidden + layer["self_attn"]["o_proj"](attended.reshape(*hidden.shape[:2], -1))
+        around = layer["hidden_norm"](hidden) if self.config.norm_before_residual else hidden
+        hidden = around + layer["self_attn"]["o_proj"](attended.reshape(*hidden.shape[:2], -1))
         x = layer["post_attention_layernorm"](hidden)
-        return hidden + mlp["down_proj"](F.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
+        hidden = hidden + mlp["down_proj"](F.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
+        return self.norm(hidden) if self.config.norm_output else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., D]"""
-        return self.lm_head(self.norm(hidden))
+        """Of the states that `finish` returns: [..., H] -> [..., D]"""
+        return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
+
+
+def _midlayer(config: Eagle3Config) -> nn.ModuleDict:
+    hidden, size, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    attention: dict[str, nn.Module] = {
+        "q_proj": nn.Linear(2 * hidden, queries, bias=config.attention_bias),
+        "k_proj": nn.Linear(2 * hidden, keys, bias=config.attention_bias),
+        "v_proj": nn.Linear(2 * hidden, keys, bias=config.attention_bias),
+        "o_proj": nn.Linear(queries, hidden, bias=config.attention_bias),
+    }
+    if config.qk_norm:
+        attention |= {"q_norm": RMSNorm(size, eps), "k_norm": RMSNorm(size, eps)}
+    mlp = {
+        "gate_proj": nn.Linear(hidden, config.intermediate_size, bias=config.mlp_bias),
+        "up_proj": nn.Linear(hidden, config.intermediate_size, bias=config.mlp_bias),
+        "down_proj": nn.Linear(config.intermediate_size, hidden, bias=config.mlp_bias),
+    }
+    return nn.ModuleDict(
+        {
+            "input_layernorm": RMSNorm(hidden, eps),  # on the embedding
+            "hidden_norm": RMSNorm(hidden, eps),  # on the fused or fed-back hidden state
+            "self_attn": nn.ModuleDict(attention),
+            "post_attention_layernorm": RMSNorm(hidden, eps),
+            "mlp": nn.ModuleDict(mlp),
+        }
+    )
+
+
+def rotary(config: Eagle3Config) -> tuple[Tensor, float]:
+    """Inverse frequencies [head_dim / 2] float32 of the rotary embedding, and what scales its cos and sin."""
+    if config.rope_scaling is None:
+        return config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim), 1.0
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    shape = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters={**config.rope_scaling, "rope_theta": config.rope_theta},
+    )
+    inverse, scale = ROPE_INIT_FUNCTIONS[config.rope_scaling["rope_type"]](shape, torch.device("cpu"))
+    return inverse.float(), float(scale)
 
 
 class Eagle3Drafter:
@@ -141,19 +172,31 @@ class Eagle3Drafter:
 
     method = "eagle3"
 
-    def __init__(self, head: Eagle3Head, policy: Policy, *, proposal: str = "sampled", heat: float = 1.0) -> None:
-        """`proposal` "argmax" drafts deterministically; `heat` is the drafts' temperature over the rollouts'."""
+    def __init__(self, head: Eagle3Head, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> None:
+        """A head at work for `policy`.
+
+        Args:
+            proposal: "argmax" drafts deterministically.
+            heat: the drafts' temperature over the rollouts', or "auto", see heat.py.
+
+        Raises:
+            UserError: the head was made for another policy.
+        """
         check_taps(head.config.layers, len(decoder_layers(policy.model)))
         _check_fit(head.config, policy)
         self.head = head.to(policy.device).eval()
         self.taps = head.config.layers
-        self.proposal, self.heat = proposal, heat
-        self._embed = policy.model.get_input_embeddings()
+        self.proposal, self.heat = proposal, make_heat(heat, proposal)
+        self.dialect = "forerun"
         self.vocabulary = head.vocabulary
+        self._embed = head.embed_tokens if head.config.own_embedding else policy.model.get_input_embeddings()
+        self._verifier = {"name_or_path": policy.name, "architectures": [type(policy.model).__name__]}
+        self._beyond, self._outgrown = 0, False
 
     def open(self, rows: int, positions: int, k: int) -> None:
         device, width = self.head.fc.weight.device, self.head.fc.in_features
         self.cache = SlotCache(rows, positions)
+        self._outgrown = positions > self.head.config.max_position_embeddings  # whether a row could be
         self._tokens = torch.zeros(rows, k + 1, dtype=torch.int64, device=device)
         self._features = torch.zeros(rows, k + 1, width, dtype=self.head.fc.weight.dtype, device=device)
         self.pending = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -183,12 +226,12 @@ class Eagle3Drafter:
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
         """Read what is pending, then draft token by token; a row with nothing to read from drafts nothing."""
         count = self.pending[: rows.count]
-        lengths = torch.where(count > 0, budget, 0)
+        lengths = torch.where(count > 0, self.within(rows, budget), 0)
         k, n = int(lengths.max()), int(count.max())
         if k == 0:
             return Draft(torch.zeros(rows.count, 0, dtype=torch.int64, device=rows.last.device), lengths)
         hidden = self.read(rows, count, n)
-        heat = heat_of_round(self.proposal, rows, self.heat)
+        heat = heat_of_round(self.proposal, rows, self.heat.value)
         tokens, log_q = [], []
         for slot in range(k):
             token, row = sample_draft(self.head.logits(hidden), rows, slot, heat)
@@ -207,6 +250,26 @@ class Eagle3Drafter:
         self._tokens[: rows.count, :n] = verdict.tokens
         self._features[: rows.count, :n] = features.to(self._features.dtype)
         self.pending[: rows.count] = verdict.accepted + 1
+
+    def within(self, rows: Rows, budget: Tensor) -> Tensor:
+        """`budget` [B] as far as the head's positions reach; the rows that are cut are counted.
+
+        The newest token is read at the position before its own, and every further draft needs one position more.
+        """
+        if not self._outgrown:
+            return budget
+        reach = (self.head.config.max_position_embeddings - rows.lengths + 1).clamp(min=0)
+        self._beyond += int((reach < budget).sum())
+        return torch.minimum(budget, reach)
+
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+        """See `Learning.learn`: the heat, where it is learnt."""
+        self.heat.learn(rows, draft, logits, verdict)
+
+    def metrics(self) -> dict[str, float]:
+        """Rounds of a row that the head's own context cut short, where there were any, and the heat that is learnt."""
+        beyond = {"rows_beyond_drafter_context": self._beyond} if self._beyond else {}
+        return {**beyond, **self.heat.metrics()}
 
     def read(self, rows: Rows, count: Tensor, n: int) -> Tensor:
         """Read what is pending, count [B] pairs of at most n per row; the states [B, H] after the newest tokens."""
@@ -229,67 +292,48 @@ class Eagle3Drafter:
         load_exactly(self.head, state, "the drafter")
         self.vocabulary = self.head.vocabulary
 
-    def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write config.json and model.safetensors; `about` records how it was made."""
+    def save(self, folder: Path, about: dict[str, Any], layout: str = "specforge") -> None:
+        """Write config.json and model.safetensors; `about` records how it was made.
+
+        Args:
+            layout: of the files, "specforge" or "speculators"; vLLM reads both.
+        """
         from safetensors.torch import save_file
 
+        data, tensors = head_files(self.head.config, self.head.state_dict(), layout)
+        if layout == "speculators":
+            data["speculators_config"] = {
+                "algorithm": "eagle3",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+                "verifier": self._verifier,
+            }
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(_to_published(self.head.config, about), indent=2) + "\n")
-        save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({**data, "forerun": about}, indent=2) + "\n")
+        save_file(tensors, folder / "model.safetensors")
 
     @classmethod
-    def load(cls, folder: Path, policy: Policy, *, proposal: str = "sampled", heat: float = 1.0) -> Eagle3Drafter:
-        """Read a head in the published layout and check that it fits the policy; keywords as for the constructor.
+    def load(cls, folder: Path, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> Eagle3Drafter:
+        """Read a head in any published layout (`dialect` says which it was) and check that it fits the policy.
+
+        Keywords as for the constructor.
 
         Raises:
             UserError: files are missing or broken, or the head was made for another policy.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            config = _from_published(
-                json.loads((folder / "config.json").read_text()), len(decoder_layers(policy.model))
-            )
-            state = load_file(folder / "model.safetensors")
-        except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
-            raise UserError(f"The drafter in {folder} cannot be read: {type(error).__name__}: {error}") from error
-        head = Eagle3Head(config).to(policy.dtype)
-        load_exactly(head, state, f"the drafter in {folder}")
-        return cls(head, policy, proposal=proposal, heat=heat)
+        layers, embedding = len(decoder_layers(policy.model)), policy.model.get_input_embeddings().weight
+        found = read_head(folder, layers, embedding)
+        head = Eagle3Head(found.config).to(policy.dtype)
+        load_exactly(head, found.state, f"the drafter in {folder}")
+        drafter = cls(head, policy, proposal=proposal, heat=heat)
+        drafter.dialect = found.dialect
+        return drafter
 
 
 def _check_fit(config: Eagle3Config, policy: Policy) -> None:
     target = policy.model.config.get_text_config()
-    for name, ours in (("hidden_size", config.hidden_size), ("vocab_size", config.vocab_size)):
+    for name, ours in (("hidden_size", config.tap_width), ("vocab_size", config.vocab_size)):
         if ours != getattr(target, name):
             raise UserError(
                 f"The drafter was made for a policy with {name} {ours}, and this one has {getattr(target, name)}"
             )
-
-
-def _to_published(config: Eagle3Config, about: dict[str, Any]) -> dict[str, Any]:
-    shape = {k: v for k, v in asdict(config).items() if k != "layers"}
-    return {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        **shape,
-        "target_hidden_size": config.hidden_size,
-        "num_hidden_layers": 1,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": list(config.layers)},
-        "forerun": about,
-    }
-
-
-def _from_published(data: dict[str, Any], policy_layers: int) -> Eagle3Config:
-    layers = data.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids")
-    if layers is None:
-        raise UserError(
-            "The drafter's config.json does not say which layers it reads (eagle_aux_hidden_state_layer_ids)"
-        )
-    names = Eagle3Config.__dataclass_fields__.keys() - {"layers"}
-    given = {name: data[name] for name in names if name in data}
-    given.setdefault("head_dim", data["hidden_size"] // data["num_attention_heads"])
-    return Eagle3Config(**given, layers=tuple(layers))

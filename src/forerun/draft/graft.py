@@ -37,6 +37,7 @@ from forerun.models import Policy
 from forerun.models.cache import SlotPass, TreePlaces
 from forerun.models.forward import check_trees
 from forerun.records import Draft, Verdict
+from forerun.verify.chain import drafted
 
 TABLE = "adjacency.safetensors"
 
@@ -266,9 +267,11 @@ class GraftDrafter:
     def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
         self._reader.observe(rows, verdict, features)
 
-    def learn(self, tokens: Tensor, likeliest: Tensor) -> None:
-        """See `Learning.learn`."""
-        self.adjacency.update(tokens, likeliest)
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+        """The policy's likeliest successors of every verified token; see `Learning.learn`."""
+        tokens = torch.cat([rows.last[:, None], draft.tokens], dim=1)
+        ran = torch.nn.functional.pad(drafted(draft), (1, 0), value=True)  # [B, k+1]
+        self.adjacency.update(tokens[ran], logits.topk(self.successors).indices[ran])
 
     def metrics(self) -> dict[str, int]:
         """Nodes by origin, and rows by the checkpoint at which the head stopped."""
@@ -283,6 +286,7 @@ class GraftDrafter:
             none = rows.last.new_zeros(rows.count, 0)
             return Nodes(none, none, none, none.bool())
         hidden = self._reader.read(rows, count, int(count.max()))
+        room = self._reader.within(rows, room)
         candidates = self._grow(rows, hidden, room.where(count > 0, 0))
         for stage in candidates.stage[(count > 0) & (room > 0)].tolist():
             where = self.settings.checkpoints[stage] if stage < len(self.settings.checkpoints) else "never"

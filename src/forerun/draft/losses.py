@@ -1,5 +1,7 @@
 """What a drafter learns from: the policy's own distribution, detached. Losses and the acceptance they buy, by position.
 
+Most losses look at one draft position alone. Cross-entropy also reads the token that the policy sampled there, and the
+end-to-end loss how likely the drafts before it all stood.
 Axes: M positions, D draft vocabulary. `log_p` is the policy's log-probability of the draft vocabulary's tokens, *not*
 renormalised: what lies outside the draft vocabulary is lost acceptance, and the numbers here say so.
 """
@@ -36,4 +38,41 @@ def lk_hybrid(log_p: Tensor, log_q: Tensor) -> Tensor:
     return weight * forward_kl(log_p, log_q) + (1 - weight) * total_variation(log_p, log_q)
 
 
+def cross_entropy(log_q: Tensor, tokens: Tensor) -> Tensor:
+    """-log q of the sampled token; 0 where the draft vocabulary lacks it. [M, D], [M] -> [M]
+
+    Its mean over the policy's samples is -Σ p log q over the draft vocabulary: forward KL's gradient where p lies all
+    inside, with the noise of one sample.
+
+    Args:
+        tokens: index into the draft vocabulary, -1: outside of it.
+    """
+    chosen = log_q.gather(-1, tokens.clamp(min=0)[:, None])[:, 0]
+    return torch.where(tokens >= 0, -chosen, 0.0)
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"lk": lk_hybrid, "kl": forward_kl, "tv": total_variation}
+
+
+def row_loss(name: str, log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
+    """A loss that looks at one position alone: lk, kl, tv or ce. [M, D], [M, D], [M] (see `cross_entropy`) -> [M]"""
+    return cross_entropy(log_q, tokens) if name == "ce" else LOSSES[name](log_p, log_q)
+
+
+def position_loss(
+    name: str, log_p: Tensor, log_q: Tensor, tokens: Tensor, reached: Tensor
+) -> tuple[Tensor, Tensor]:  # [M], [M]
+    """Loss of every row of one draft position, and the probability that the row's draft survives.
+
+    "e2e" is the end-to-end total variation of 2606.12370: 1 - Π_{i <= j} Σ min(p_i, q_i) at position j, so that one
+    minus the loss, summed over a base's positions, is its expected number of accepted drafts, as far as the policy's
+    own tokens are what was drafted. Only there does the survival carry a gradient.
+
+    Args:
+        name: lk, kl, tv, ce or e2e. log_p, log_q: [M, D]. tokens: [M], see `cross_entropy`.
+        reached: [M], probability that all earlier drafts of the row's base stood; read by "e2e".
+    """
+    if name == "e2e":
+        overlap = acceptance(log_p, log_q)
+        return 1 - reached * overlap, overlap
+    return row_loss(name, log_p, log_q, tokens), acceptance(log_p, log_q.detach())

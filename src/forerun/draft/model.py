@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from forerun.draft.base import Rows, heat_of_round, sample_draft
+from forerun.draft.heat import HeatSetting, make_heat
 from forerun.errors import UserError
 from forerun.learner.forward import head_sees
 from forerun.models import Policy, load_policy, save_policy
@@ -34,19 +35,19 @@ class ModelDrafter:
     method = "model"
     taps: tuple[int, ...] = ()
 
-    def __init__(self, model: Policy, policy: Policy, *, proposal: str = "sampled", heat: float = 1.0) -> None:
+    def __init__(self, model: Policy, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> None:
         """`model` drafts for `policy`.
 
         Args:
             proposal: "argmax" drafts deterministically, with a one-hot q.
-            heat: temperature of sampled drafts over that of the rollouts.
+            heat: temperature of sampled drafts over that of the rollouts, or "auto", see heat.py.
 
         Raises:
             UserError: their vocabularies differ.
         """
         _check_vocabulary(model, policy)
         model.model.eval()
-        self.model, self.proposal, self.heat = model, proposal, heat
+        self.model, self.proposal, self.heat = model, proposal, make_heat(heat, proposal)
         self._forward = PolicyForward(model, ())
 
     def open(self, rows: int, positions: int, k: int) -> None:
@@ -75,7 +76,7 @@ class ModelDrafter:
         """Read what is new, then draft token by token; a row beyond the model's own context drafts nothing."""
         lengths = torch.minimum(budget, (self.model.context - rows.lengths).clamp(min=0))
         k = int(lengths.max())
-        heat = heat_of_round(self.proposal, rows, self.heat)
+        heat = heat_of_round(self.proposal, rows, self.heat.value)
         logits = self._read(rows) if k > 0 else rows.temperature.new_zeros(rows.count, 0)
         tokens, log_q = [], []
         for slot in range(k):
@@ -98,6 +99,13 @@ class ModelDrafter:
         if self._fed is not None:
             self._known[:count] = rows.lengths + 1 + verdict.accepted.clamp(max=self._fed)
         self._fed = None
+
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+        """See `Learning.learn`: the heat, where it is learnt."""
+        self.heat.learn(rows, draft, logits, verdict)
+
+    def metrics(self) -> dict[str, float]:
+        return self.heat.metrics()
 
     def _read(self, rows: Rows) -> Tensor:
         """Run each row's tokens from the oldest that any row lacks to its newest; logits [B, V] after that one.
@@ -134,7 +142,7 @@ class ModelDrafter:
         (folder / "config.json").write_text(json.dumps({**config, "forerun": about}, indent=2) + "\n")
 
     @classmethod
-    def load(cls, source: str, policy: Policy, *, proposal: str = "sampled", heat: float = 1.0) -> ModelDrafter:
+    def load(cls, source: str, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> ModelDrafter:
         """Load a draft model in the policy's number format and on its device.
 
         Args:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forerun.draft.base import Rows, heat_of_round, sample_draft
+from forerun.draft.heat import HeatSetting, make_heat
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.cache import SlotCache, SlotPass
@@ -242,11 +243,11 @@ class MtpDrafter:
 
     method = "mtp"
 
-    def __init__(self, head: MtpHead, policy: Policy, *, proposal: str = "sampled", heat: float = 1.0) -> None:
+    def __init__(self, head: MtpHead, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> None:
         """`proposal` "argmax" drafts deterministically; `heat` is the drafts' temperature over the rollouts'."""
         self.head = head.to(policy.device).eval()
         self.taps = head.config.layers
-        self.proposal, self.heat = proposal, heat
+        self.proposal, self.heat = proposal, make_heat(heat, proposal)
 
     def open(self, rows: int, positions: int, k: int) -> None:
         weight, layers = self.head.layers[0].eh_proj.weight, len(self.head.layers)
@@ -290,7 +291,7 @@ class MtpDrafter:
         k, width, layers = int(lengths.max()), int(count.max()), len(self.head.layers)
         if k == 0:
             return Draft(torch.zeros(rows.count, 0, dtype=torch.int64, device=rows.last.device), lengths)
-        heat = heat_of_round(self.proposal, rows, self.heat)
+        heat = heat_of_round(self.proposal, rows, self.heat.value)
         batch = torch.arange(rows.count, device=count.device)
         text = torch.cat([self._tokens[: rows.count, :width], count.new_zeros(rows.count, k)], dim=1)
         starts = (rows.lengths - count).clamp(min=0)
@@ -323,6 +324,13 @@ class MtpDrafter:
         states = torch.cat([self._features[: rows.count], features.to(self._features.dtype)], dim=1)
         self._tokens[: rows.count], self._features[: rows.count] = tokens[batch, take], states[batch, take]
         self._count[: rows.count] = kept + new
+
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+        """See `Learning.learn`: the heat, where it is learnt."""
+        self.heat.learn(rows, draft, logits, verdict)
+
+    def metrics(self) -> dict[str, float]:
+        return self.heat.metrics()
 
     def _again(self, rows: Rows, token: Tensor, hidden: Tensor, step: int) -> Tensor:  # [B, H]
         """The last layer on its own output [B, H], `step` places behind the newest token."""
@@ -357,7 +365,7 @@ class MtpDrafter:
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
 
     @classmethod
-    def load(cls, folder: Path, policy: Policy, *, proposal: str = "sampled", heat: float = 1.0) -> MtpDrafter:
+    def load(cls, folder: Path, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> MtpDrafter:
         """Read heads saved by `save`, or those that a checkpoint of the policy carries; see `read_heads`.
 
         Raises:

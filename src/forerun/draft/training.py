@@ -25,29 +25,16 @@ from torch.utils.checkpoint import checkpoint
 
 from forerun.config import DraftConfig
 from forerun.draft.eagle3 import Eagle3Config, Eagle3Head
-from forerun.draft.losses import LOSSES, acceptance
+from forerun.draft.fit import Report, StateFile, Validated, Validation, fit
+from forerun.draft.losses import position_loss
 from forerun.draft.mtp import MtpHead, unroll_mtp
-from forerun.learner.cold_start import learning_rate_factor
 from forerun.learner.forward import TokenBatch, completion_logits, microbatches, token_batch
 from forerun.models import Policy
 from forerun.models.taps import Taps, decoder_layers, default_taps
 
 Pair = tuple[list[int], list[int]]  # prompt ids, completion ids
-Report = Callable[[int, int, float], None]  # step, steps, loss
 Head = Eagle3Head | MtpHead
 ROWS = 512  # full-vocabulary distributions that are held at once
-
-
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """Acceptance on held-out rollouts, exact in p and q (no coins): per draft position, given the ones before."""
-
-    per_position: list[float]
-    length: float  # expected tokens per round with J drafts
-
-    def __str__(self) -> str:
-        rates = " ".join(f"{a:.2f}" for a in self.per_position)
-        return f"acceptance by position {rates}, {self.length:.2f} tokens per round"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,42 +114,33 @@ def train_head(
     temperature: float,
     seed: int,
     report: Report,
-    validated: Callable[[int, Validation], None],
+    validated: Validated,
+    file: StateFile | None = None,
 ) -> Validation:
-    """Train `head` in place; keeps the weights of the epoch that validates best.
+    """Train `head` in place; keeps the weights of the epoch that validates best, stops when `patience` ones did not.
 
     Args:
-        pairs: prompts and completions that the policy sampled.
+        pairs: prompts and completions that the policy sampled, or other texts.
         temperature: at which the policy will be sampled; 0 counts as 1.
         report: called after every optimizer step. validated: called with (epoch, result); epoch 0 is before training.
+        file: see `fit`.
     """
     rng = random.Random(seed)
     held, training = split_pairs(pairs, config.validation, rng)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    batches = microbatches([len(p) + len(c) for p, c in training], config.batch_tokens)
-    steps, step = config.epochs * len(batches), 0
     lessons = Lessons(config.cache_gib)
-    best = validate(head, policy, held, config, temperature)
-    validated(0, best)
-    kept = {k: v.clone() for k, v in head.state_dict().items()}
-    for epoch in range(1, config.epochs + 1):
-        for rows in rng.sample(batches, len(batches)):
-            factor = learning_rate_factor(step, steps, min(20, steps // 10 + 1))
-            optimizer.param_groups[0]["lr"] = config.learning_rate * factor
-            teacher = lessons(tuple(rows), partial(teach, head, policy, [training[i] for i in rows], temperature))
-            loss = weighted_loss(judge(head, policy, teacher, config, temperature), config.decay)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(head.parameters(), 0.5)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            report(step, steps, float(loss.detach()))
-        result = validate(head, policy, held, config, temperature)
-        validated(epoch, result)
-        if result.length > best.length:
-            best, kept = result, {k: v.clone() for k, v in head.state_dict().items()}
-    head.load_state_dict(kept)
-    return best
+
+    def backward(rows: list[int]) -> float:
+        teacher = lessons(tuple(rows), partial(teach, head, policy, [training[i] for i in rows], temperature))
+        passes = judge(head, policy, teacher, config, temperature)
+        if not passes:  # only texts too short to be drafted in
+            return 0.0
+        loss = weighted_loss(passes, config.decay)
+        loss.backward()
+        return float(loss.detach())
+
+    batches = microbatches([len(p) + len(c) for p, c in training], config.batch_tokens)
+    validation = partial(validate, head, policy, held, config, temperature)
+    return fit(head, batches, config, rng, backward, validation, report, validated, file)
 
 
 @torch.no_grad()
@@ -191,32 +169,59 @@ def lesson(head: Head, model: Any, batch: TokenBatch, temperature: float) -> tup
 
 
 def judge(head: Head, policy: Policy, teacher: TeacherBatch, config: DraftConfig, temperature: float) -> list[Pass]:
-    """Loss and acceptance of every draft position on one batch; positions without rows are left out."""
+    """Loss and acceptance of every draft position on one batch; positions without rows are left out.
+
+    The rows of a position are the bases that reach it, so each position's are among those of the one before.
+    """
+    passes: list[Pass] = []
+    alive, before = torch.empty(0), teacher.scored  # of the position before: survival of its rows [M], its bases
     with autocast_of(policy):
         if isinstance(head, MtpHead):
-            pairs = unroll_mtp(head, teacher.tokens, teacher.features, teacher.scored, config.depth)
-            return [_in_parts(head, p, q, config.loss, temperature) for p, q in pairs if len(p)]
-        rows = unroll(head, policy.model.get_input_embeddings(), teacher, config.depth, temperature)
-    return [
-        Pass(LOSSES[config.loss](log_p, log_q).mean(), float(acceptance(log_p, log_q.detach()).sum()), len(log_p))
-        for log_p, log_q in rows
-        if len(log_p)
-    ]
+            rows = unroll_mtp(head, teacher.tokens, teacher.features, teacher.scored, config.depth)
+        else:
+            embed = head.embed_tokens if head.config.own_embedding else policy.model.get_input_embeddings()
+            rows = unroll(head, embed, teacher, config.depth, temperature)
+        for j, (p, q) in enumerate(rows):
+            if not len(q):
+                break
+            bases = _bases(teacher.scored, j)
+            tokens = _draft_ids(head, F.pad(teacher.tokens[:, j + 2 :], (0, j + 2))[bases])
+            reached = alive[bases[before]] if passes else torch.ones(len(q), device=q.device)
+            losses, overlap = _judge_rows(head, p, q, tokens, reached, config.loss, temperature)
+            alive, before = reached * overlap, bases
+            passes.append(Pass(losses.mean(), float(overlap.detach().sum()), len(q)))
+    return passes
 
 
-def _in_parts(head: MtpHead, policy_states: Tensor, states: Tensor, loss: str, temperature: float) -> Pass:
-    """`ROWS` full-vocabulary rows at a time; the backward pass computes them again."""
+def _bases(scored: Tensor, j: int) -> Tensor:
+    """Where rounds can start whose draft j is taught: bases t with the scored entries t+1 and t+1+j. [N, L] bool"""
+    return F.pad(scored[:, 1:], (0, 1)) & F.pad(scored[:, 1 + j :], (0, 1 + j))
 
-    def part(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+
+def _draft_ids(head: Head, tokens: Tensor) -> Tensor:
+    """Token ids [M] as the head counts them; -1: not in its vocabulary."""
+    if isinstance(head, MtpHead):
+        return tokens
+    return torch.where(head.t2d[tokens], torch.searchsorted(head.vocabulary, tokens), -1)
+
+
+def _judge_rows(
+    head: Head, p: Tensor, q: Tensor, tokens: Tensor, reached: Tensor, loss: str, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Loss and survival [M] of one position's rows. p, q [M, D]: log-probabilities; MTP: hidden states [M, H].
+
+    An MTP head's full-vocabulary distributions are made `ROWS` at a time; the backward pass makes them again.
+    """
+    if not isinstance(head, MtpHead):
+        return position_loss(loss, p, q, tokens, reached)
+
+    def part(p: Tensor, q: Tensor, tokens: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
         log_p, log_q = (torch.log_softmax(head.shared.logits(x).float() / (temperature or 1.0), dim=-1) for x in (p, q))
-        return LOSSES[loss](log_p.detach(), log_q).sum(), acceptance(log_p, log_q).sum().detach()
+        return position_loss(loss, log_p.detach(), log_q, tokens, reached)
 
-    parts = [
-        checkpoint(part, p, q, use_reentrant=False, preserve_rng_state=False)
-        for p, q in zip(policy_states.split(ROWS), states.split(ROWS), strict=True)
-    ]
-    count = len(states)
-    return Pass(torch.stack([x for x, _ in parts]).sum() / count, float(sum(float(a) for _, a in parts)), count)
+    rows = zip(*(x.split(ROWS) for x in (p, q, tokens, reached)), strict=True)
+    parts = [checkpoint(part, *x, use_reentrant=False, preserve_rng_state=False) for x in rows]
+    return torch.cat([x for x, _ in parts]), torch.cat([x for _, x in parts])
 
 
 def weighted_loss(passes: list[Pass], decay: float) -> Tensor:
@@ -312,11 +317,15 @@ def autocast_of(policy: Policy) -> torch.autocast:
 
 
 def split_pairs(pairs: Sequence[Pair], share: float, rng: random.Random) -> tuple[list[Pair], list[Pair]]:
-    """Validation and training pairs; samples of one prompt stay on one side."""
-    prompts = sorted({tuple(p) for p, _ in pairs})
-    held = set(rng.sample(prompts, max(1, round(share * len(prompts)))))
-    validation = [pair for pair in pairs if tuple(pair[0]) in held]
-    return validation, [pair for pair in pairs if tuple(pair[0]) not in held] or validation
+    """Validation and training pairs; samples of one prompt stay on one side.
+
+    A prompt of a single token is no prompt (a text that begins with the tokenizer's first token): each stands alone.
+    """
+    groups = [tuple(p) if len(p) > 1 else (*p, *c) for p, c in pairs]
+    names = sorted(set(groups))
+    held = set(rng.sample(names, max(1, round(share * len(names)))))
+    validation = [pair for pair, name in zip(pairs, groups, strict=True) if name in held]
+    return validation, [pair for pair, name in zip(pairs, groups, strict=True) if name not in held] or validation
 
 
 @torch.no_grad()

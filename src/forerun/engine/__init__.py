@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import ValidationError
-
-from forerun.config import SpeculationConfig
 from forerun.engine.base import Counters, RolloutEngine, Sampling, Weights
 from forerun.errors import UserError
 
@@ -15,6 +12,9 @@ __all__ = ["Counters", "RolloutEngine", "Sampling", "Weights", "load"]
 
 def load(engine: str, *, policy: str, dtype: str, speculation: dict[str, Any] | None, slots: int) -> RolloutEngine:
     """See `forerun.load_engine`."""
+    from pydantic import ValidationError
+
+    from forerun.config import SpeculationConfig
     from forerun.draft import load_drafter
     from forerun.engine.local.engine import LocalEngine
     from forerun.models import load_policy

@@ -13,17 +13,19 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from forerun.records import Rollout
+from forerun.verify.truncate import EVERYTHING, Truncation
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample. Truncation (top-k, top-p) is left out: a learner would have to replay it."""
+    """How to sample. Truncated samples are not for training: a learner would have to replay the cuts."""
 
     max_new_tokens: int = 256
     temperature: float = 1.0  # 0 is greedy
     seed: int = 0
     stop: tuple[str, ...] = ()  # strings that end a completion and stay in it
     ignore_eos: bool = False  # go on to max_new_tokens: for benchmarks
+    truncation: Truncation = EVERYTHING
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from forerun.errors import UserError
 from forerun.lossless.verdict import Check
 from forerun.models.checksum import checksum
 
-ALARM_PROMPTS = 8
+ALARM_PROMPTS, ALARM_TOKENS = 8, 32
 _MARGIN = 0.15  # the engine looks at the first rounds only
 
 
@@ -26,18 +26,29 @@ def contract_checks(
 ) -> list[Check]:
     """Load right and wrong versions; afterwards the engine holds the right one again."""
     right = weights(1)
-    held = engine.load(right)
-    agrees = held.version == right.version and dict(held.checksums) == dict(right.checksums)
     without = Weights(2, {g: c for g, c in right.checksums.items() if g != "draft"})
     stale = Weights(3, {**right.checksums, "draft": "0" * len(right.checksums["draft"])})
     checks = [
-        Check("right version", agrees, f"version {held.version} held with the published checksums", {}),
+        _accepted_load(engine, right),
         _refused(engine, without, "missing drafter"),
         _refused(engine, stale, "stale drafter"),
         _alarm(engine, drafter, weights, prompts),
     ]
     engine.load(weights(9))
     return checks
+
+
+def _accepted_load(engine: RolloutEngine, right: Weights) -> Check:
+    try:
+        held = engine.load(right)
+    except UserError as error:
+        return Check("right version", False, f"refused: {error}", {})
+    agrees = held.version == right.version and dict(held.checksums) == dict(right.checksums)
+    return Check("right version", agrees, f"version {held.version} held, its checksums {_agree(agrees)}", {})
+
+
+def _agree(agrees: bool) -> str:
+    return "are the published ones" if agrees else "are not the published ones"
 
 
 def _refused(engine: RolloutEngine, weights: Weights, name: str) -> Check:
@@ -53,7 +64,7 @@ def _alarm(
 ) -> Check:
     """Replace the drafter's weights by noise under a correct checksum: the next rounds must warn."""
     chosen = (prompts * ALARM_PROMPTS)[: max(ALARM_PROMPTS, len(prompts))]
-    sampling = Sampling(48, 1.0, 5, ignore_eos=True)
+    sampling = Sampling(ALARM_TOKENS, 1.0, 5, ignore_eos=True)
     good = {name: tensor.clone() for name, tensor in drafter.state_dict().items()}
     if not good:
         return Check("alarm", True, f"'{drafter.method}' has no weights that could go stale", {})

@@ -56,9 +56,10 @@ def silent_load(engine: LocalEngine) -> None:
 TREE_FAULTS = {"no_residual": "walk_no_residual", "misaligned_row": "parent_row_off_by_one"}
 _VERIFIERS: dict[str, Verify] = {"draft_logprobs": draft_logprobs, "neighbour_logprobs": neighbour_logprobs}
 _SPOILERS: dict[str, Callable[[LocalEngine], None]] = {"silent_load": silent_load}
-# A residual that forgets the weight p_tau is wrong only behind accepted drafts that the drafter overrates: too rare for
-# a sample that anybody waits for. The oracle and 700,000 draws over four tokens catch it (tests/verify).
-_TOO_MILD = ("block_residual_unweighted",)
+# Too mild for a sample that anybody waits for: a residual that forgets the weight p_tau, products that are not clipped
+# and a coin shared by all slots move the law only behind accepted drafts. On the quickstart's policy 512 texts gave the
+# latter two p = 0.22 to 0.79, where a missing residual has 1e-41. Oracle and 700,000 draws catch them (tests/verify).
+_TOO_MILD = ("block_residual_unweighted", "block_without_clip", "shared_coin")
 FAULTS = (*(name for name in BROKEN if name not in _TOO_MILD), *_VERIFIERS, *_SPOILERS)
 
 

@@ -10,7 +10,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from forerun.loop.setup import encode, prepare_drafter, prepare_policy
 from forerun.loop.weights import publish
 from forerun.lossless.contract import contract_checks
 from forerun.lossless.faults import spoil, tree_verifier_of, verifier_of
-from forerun.lossless.law import law_checks, unsure_contexts
+from forerun.lossless.law import law_checks
 from forerun.lossless.parity import greedy_checks, parity_checks
 from forerun.lossless.samples import sample_checks
+from forerun.lossless.teacher import disputed_contexts
 from forerun.lossless.verdict import Check, Claim, Kind, Verification
 from forerun.models import Policy
 from forerun.report.console import Console
@@ -36,7 +37,7 @@ from forerun.report.environment import describe_environment, machine_line
 from forerun.tasks import Task, load_task
 
 SEED = 77
-LAW_SLOTS = 32  # short texts are cheap in a crowd, and their law does not depend on it
+CROWD = 32  # slots of plain decoding and of short texts: cheap in a crowd, and the law does not depend on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +51,12 @@ class Effort:
     greedy_prompts: int
     greedy_tokens: int
     greedy_prompts_float32: int
-    parity: int  # rollouts whose log-probabilities are compared
+    parity: int  # rollouts whose log-probabilities are compared,
+    parity_tokens: int  # over their first tokens
 
 
-QUICK = Effort(12, 4, 6, 256, 12, 48, 4, 8)
-FULL = Effort(48, 16, 24, 2048, 64, 64, 64, 64)
+QUICK = Effort(12, 3, 4, 256, 8, 48, 4, 8, 64)
+FULL = Effort(48, 16, 24, 2048, 64, 64, 64, 64, 4096)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ def _subject(recipe: Recipe, inject: str | None, scratch: Path, console: Console
     assert drafter is not None
     engine = _speculative(recipe, policy, drafter, inject, recipe.rollout.slots)
     spoil(engine, inject)
-    plain = LocalEngine(policy, slots=recipe.rollout.slots)
+    plain = LocalEngine(policy, slots=max(recipe.rollout.slots, CROWD))
     return Subject(recipe, policy, drafter, task, engine, plain, inject, console)
 
 
@@ -160,7 +162,10 @@ def _greedy(subject: Subject, effort: Effort, scratch: Path) -> list[Check]:
         drafter = load_drafter(exact, speculation)
         assert drafter is not None
         slots = recipe.rollout.slots
-        engines = LocalEngine(exact, slots=slots), _speculative(recipe, exact, drafter, subject.inject, slots)
+        engines = (
+            LocalEngine(exact, slots=max(slots, CROWD)),
+            _speculative(recipe, exact, drafter, subject.inject, slots),
+        )
         few = prompts[: effort.greedy_prompts_float32]
         checks += greedy_checks(*engines, exact, few, effort.greedy_tokens, k)
     return checks
@@ -176,10 +181,10 @@ def _two_samples(subject: Subject, effort: Effort, against: int, made: dict[str,
 
 def _law(subject: Subject, effort: Effort, plain: Generated) -> list[Check]:
     """Texts long enough to hold a whole round of k drafts and the token after it; thousands of them, side by side."""
-    contexts = unsure_contexts(subject.policy, plain.rollouts, effort.contexts, subject.heat)
+    contexts = disputed_contexts(subject.policy, subject.drafter, plain.rollouts, effort.contexts, subject.heat)
     length = max(3, subject.recipe.speculation.tokens + 2)
     sampling = Sampling(length, subject.heat, SEED + 2)
-    slots = max(subject.recipe.rollout.slots, LAW_SLOTS)
+    slots = max(subject.recipe.rollout.slots, CROWD)
     engine = _speculative(subject.recipe, subject.policy, subject.drafter, subject.inject, slots)
     return law_checks(engine, subject.policy, subject.drafter, contexts, effort.texts, length, sampling)
 
@@ -187,7 +192,9 @@ def _law(subject: Subject, effort: Effort, plain: Generated) -> list[Check]:
 def _parity(subject: Subject, effort: Effort, speculative: Generated) -> list[Check]:
     k, slots = subject.recipe.speculation.tokens, subject.recipe.rollout.slots
     stride = max(1, len(speculative.rollouts) // effort.parity)
-    return parity_checks(subject.policy, speculative.rollouts[::stride][: effort.parity], k, slots, subject.heat)
+    some, most = speculative.rollouts[::stride][: effort.parity], effort.parity_tokens
+    some = [replace(r, tokens=r.tokens[:most], logprobs=r.logprobs[:most]) for r in some]
+    return parity_checks(subject.policy, some, k, slots, subject.heat)
 
 
 def _contract(subject: Subject) -> list[Check]:

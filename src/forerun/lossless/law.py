@@ -1,12 +1,13 @@
 """Claim: short continuations have the joint law that the policy gives them.
 
-From contexts where the policy is unsure, many continuations are sampled through the engine. The policy then reads every
-one of them without a drafter. Three tests, each exact at any vocabulary size because tokens are grouped by the
-policy's own probabilities:
+From contexts where a wrong rule would move the law most, many continuations are sampled through the engine. The policy
+then reads every one of them without a drafter. Four tests, each exact at any vocabulary size because tokens are grouped
+by the policy's own probabilities:
 
 - cells: among texts that share a prefix, how often the next token falls into each cell, against the exact
   probabilities, added up over all prefixes that occur often enough. A cell is a range of ranks under the policy,
   halved into tokens that the drafter over- and underrates: faults of acceptance rules live along that line;
+- lean: the same cells, observed minus expected added up over all prefixes, for faults too small to show after one;
 - joint: u_t = (mass above) + v p, v uniform, is independent and uniform along a text whatever the context, so that the
   triple (u_1, u_2, u_3) fills a 4 x 4 x 4 grid evenly (the Rosenblatt transform, 1952);
 - sharpness: the sum of -log p - H is a martingale of known variance; a rule that prefers likely tokens shifts it.
@@ -14,14 +15,13 @@ policy's own probabilities:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from forerun.draft import Drafter
 from forerun.engine import RolloutEngine, Sampling
-from forerun.learner.forward import completion_logits, token_batch, token_entropy
 from forerun.lossless.statistics import (
     LEVEL,
     chi_square_tail,
@@ -30,28 +30,15 @@ from forerun.lossless.statistics import (
     normal_tail,
     pooled_chi_square,
 )
-from forerun.lossless.teacher import Exact, draft_rows, exact_rows, next_rows
+from forerun.lossless.teacher import Exact, exact_rows, next_rows
 from forerun.lossless.verdict import Check
 from forerun.models import Policy
-from forerun.records import Rollout
 
 GRID = 4  # cells per axis of the joint test
 DEPTH = 3  # tokens of the joint test
-OFTEN = 50  # texts that must share a prefix before its next token is tested
+OFTEN = 50  # texts that must share a prefix before its next token is tested by itself,
+SHARED = 8  # and before it is looked at at all
 RANKS = (1, 2, 3, 8)  # ends of the rank cells: likeliest, second, third, 4th to 8th, the rest
-
-
-def unsure_contexts(policy: Policy, rollouts: Sequence[Rollout], count: int, temperature: float) -> list[list[int]]:
-    """Up to `count` contexts, one per prompt: each cut from a plain rollout where its next token is least certain."""
-    best: dict[int, tuple[float, list[int]]] = {}
-    for rollout in rollouts:
-        batch = token_batch([(rollout.prompt_ids, rollout.tokens)], policy.device)
-        with torch.no_grad():
-            entropy = token_entropy(completion_logits(policy.model, batch), temperature)
-        at = int(entropy.argmax())
-        found = (float(entropy[at]), rollout.prompt_ids + rollout.tokens[:at])
-        best[rollout.prompt_index] = max(best.get(rollout.prompt_index, (-1.0, [])), found)
-    return [context for _, context in sorted(best.values(), reverse=True)[:count]]
 
 
 def law_checks(
@@ -71,7 +58,7 @@ def law_checks(
         rows = exact_rows(policy, context, unique, sampling.temperature)
         exact.append(Exact(*(getattr(rows, name)[where.numpy()] for name in Exact.__slots__)))
         groups += _next_tokens(policy, drafter, context, some, sampling.temperature)
-    return [_cells(groups), _joint(exact, sampling.seed), _sharpness(exact)]
+    return [_cells(groups), _lean(groups), _joint(exact, sampling.seed), _sharpness(exact)]
 
 
 def _sample(
@@ -91,8 +78,7 @@ def _next_tokens(
     """(observed, expected) counts of the next token's cell after every prefix that is shared often."""
     shared = list(_shared_prefixes(texts.numpy()))
     prefixes = [texts[members[0], :depth].tolist() for depth, members in shared]
-    log_p = next_rows(policy, context, prefixes, temperature)
-    q = draft_rows(policy, drafter, [context + prefix for prefix in prefixes], temperature)
+    log_p, q = next_rows(policy, drafter, context, prefixes, temperature)
     counts = []
     for (depth, members), row, drafted in zip(shared, log_p, q, strict=True):
         p = row.double().exp()
@@ -107,6 +93,7 @@ def _next_tokens(
 
 def _cells(groups: list[tuple[np.ndarray, np.ndarray]]) -> Check:
     """Chi-square of the cells, prefix by prefix, added up."""
+    groups = [(observed, expected) for observed, expected in groups if observed.sum() >= OFTEN]
     parts = [pooled_chi_square(observed, expected) for observed, expected in groups]
     statistic, freedom = sum(value for value, _ in parts), sum(degrees for _, degrees in parts)
     draws = int(sum(observed.sum() for observed, _ in groups))
@@ -123,11 +110,36 @@ def _cells(groups: list[tuple[np.ndarray, np.ndarray]]) -> Check:
     )
 
 
+def _lean(groups: list[tuple[np.ndarray, np.ndarray]]) -> Check:
+    """Observed minus expected by cell, added up over prefixes: a martingale with the multinomials' covariance.
+
+    A fault that leans the same way after every prefix adds up here, at few degrees of freedom.
+    """
+    difference = sum(observed - expected for observed, expected in groups)
+    covariance = sum(np.diag(e) - np.outer(e, e) / e.sum() for _, e in groups)
+    likely = np.diag(covariance) >= 5
+    difference, covariance = difference[likely], covariance[np.ix_(likely, likely)]
+    freedom = int(np.linalg.matrix_rank(covariance, tol=1e-6 * covariance.max(initial=1.0)))
+    statistic = float(difference @ np.linalg.pinv(covariance, rcond=1e-6, hermitian=True) @ difference)
+    p_value = chi_square_tail(statistic, freedom)
+    draws = int(sum(observed.sum() for observed, _ in groups))
+    distance = detectable_distance(draws, freedom) if freedom else float("nan")
+    return Check(
+        "lean towards the draft",
+        p_value > LEVEL and freedom > 0,
+        f"{draws} tokens after {len(groups)} prefixes, added up by rank and draft: chi-square {statistic:.1f} at "
+        f"{freedom} degrees, p = {p_value:.3g}",
+        {"chi_square": statistic, "freedom": freedom, "draws": draws, "prefixes": len(groups)},
+        p_value,
+        f"a law that is {distance:.1%} of total variation away, the same way everywhere",
+    )
+
+
 def _shared_prefixes(texts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(depth, indices of the texts) for every prefix that OFTEN texts share; the empty one is the first."""
+    """(depth, indices of the texts) for every prefix that SHARED texts have; the empty one is the first."""
     for depth in range(texts.shape[1]):
         _, where, counts = np.unique(texts[:, :depth], axis=0, return_inverse=True, return_counts=True)
-        for group in np.flatnonzero(counts >= OFTEN):
+        for group in np.flatnonzero(counts >= SHARED):
             yield depth, np.flatnonzero(where.reshape(-1) == group)
 
 

@@ -50,7 +50,8 @@ def parity_checks(policy: Policy, rollouts: Sequence[Rollout], k: int, slots: in
     """Log-probabilities of speculative rollouts: replayed plainly, as verified rows, by the learner, as reported."""
     reported = [np.array(r.logprobs) for r in rollouts]
     plain = replay(policy, rollouts, 1, slots, temperature)
-    nulls = [gap(plain, replay(policy, rollouts, 1, other, temperature)) for other in (max(1, slots // 2), 2 * slots)]
+    others = (max(1, slots // 2), 2 * slots)[: 1 if len(rollouts) <= slots else 2]  # batches that come out otherwise
+    nulls = [gap(plain, replay(policy, rollouts, 1, other, temperature)) for other in others]
     null = max(nulls, key=lambda g: g.kl)
     verified = replay(policy, rollouts, k + 1, slots, temperature)
     bound = SLACK * null.kl + FLOOR.get(policy.dtype, 1e-5)
@@ -87,8 +88,8 @@ def greedy_checks(
     """Greedy text of both engines; where they part, the margin of the policy's two likeliest tokens."""
     sampling = Sampling(tokens, 0.0, 0)
     ours, theirs = (sorted(e.stream(prompts, sampling), key=lambda r: r.prompt_index) for e in (speculative, plain))
-    noise = _row_noise(policy, theirs, k)
     margins = [m for a, b in zip(ours, theirs, strict=True) if (m := parting_margin(policy, a, b)) is not None]
+    noise = _row_noise(policy, theirs, k) if margins else 0.0  # identical texts need no excuse
     same = len(prompts) - len(margins)
     worst = max(margins, default=0.0)
     sentence = f"{same} of {len(prompts)} texts identical over {tokens} tokens in {str(policy.dtype)[6:]}"

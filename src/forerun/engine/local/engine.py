@@ -31,9 +31,10 @@ from forerun.models.checksum import checksum
 from forerun.models.forward import PolicyForward, check_trees
 from forerun.models.load import load_exactly
 from forerun.records import Draft, Rollout, Verdict
-from forerun.verify.chain import drafted, verify
+from forerun.verify.chain import verify
 from forerun.verify.random import Purpose, round_keys, uniforms
 from forerun.verify.tree import TREE_RULES, TreeVerdict, verify_tree
+from forerun.verify.truncate import truncate
 
 Verify = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], Verdict]
 VerifyTree = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], TreeVerdict]
@@ -214,8 +215,9 @@ class LocalEngine:
         tree = None if draft.parents is None else tree_places(draft, rows.lengths)
         logits, features = self._forward(tokens, SlotPass(self._cache, 0, rows.lengths, n, end, tree=tree))
         assert logits is not None
+        logits = truncate(logits, rows.temperature, sampling.truncation)
         verdict, features = self._judge(rows, draft, logits, features)
-        self._teach(tokens, draft, logits)
+        self._teach(rows, draft, logits, verdict)
         before = [len(s.tokens) for s in live]
         finished = self._commit(live, verdict, draft, sampling)
         if self.drafter is not None:  # it sees what the samples keep: nothing behind an end inside an accepted run
@@ -231,16 +233,16 @@ class LocalEngine:
         coins = uniforms(rows.seeds, keys[:, :-1], Purpose.COIN)
         picks = uniforms(rows.seeds, keys[:, :1], Purpose.PICK)[:, 0]
         if draft.parents is None:
-            return self._verify(self.rule, logits, draft, rows.temperature, coins, picks), features
+            rule = self.rule if draft.tokens.shape[1] > 0 else "token"  # without drafts all rules are one
+            return self._verify(rule, logits, draft, rows.temperature, coins, picks), features
         judged = self._verify_tree(self._tree_rule, logits, draft, rows.temperature, coins, picks)
         keep_path(self._cache, rows.lengths, judged.path)
         return judged.verdict, None if features is None else along_path(features, judged.path)
 
-    def _teach(self, tokens: Tensor, draft: Draft, logits: Tensor) -> None:
-        """Show the policy's likeliest successors of every verified token to a drafter that asks for them."""
+    def _teach(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+        """Show what was judged to a drafter that learns from it."""
         if isinstance(self.drafter, Learning):
-            ran = torch.nn.functional.pad(drafted(draft), (1, 0), value=True)  # [B, n]
-            self.drafter.learn(tokens[ran], logits.topk(self.drafter.successors).indices[ran])
+            self.drafter.learn(rows, draft, logits, verdict)
 
     def _rows(self, live: list[Live], temperature: float) -> Rows:
         device = self.policy.device
