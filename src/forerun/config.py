@@ -263,6 +263,9 @@ class EvalConfig(Block):
     prompts: int = Field(64, ge=0, description="held-out problems; 0: no evaluation")
     samples: int = Field(1, ge=1, description="completions per problem")
     temperature: float | None = Field(None, ge=0, description="null: as in rollouts")
+    slots: int | None = Field(
+        None, ge=1, description="decode plainly, so many at once (a full machine needs no drafts); null: as in rollouts"
+    )
 
 
 class LoopConfig(Block):

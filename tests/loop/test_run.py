@@ -113,6 +113,14 @@ def test_the_policy_moves_and_the_versions_say_so(recipe: Path) -> None:
     assert summary["weights"]["draft_checksum"] == still["weights"]["draft_checksum"]
 
 
+def test_an_evaluation_in_a_crowd_is_the_same_evaluation(recipe: Path) -> None:
+    """Greedy, so that it is the text that is compared; plain decoding of three at once, and of the untrained policy."""
+    changes = {"train.steps": 1, "compare.steps": 0, "eval.temperature": 0.0, "eval.prompts": 8}
+    runs = [forerun.train(str(recipe), {**changes, "eval.slots": slots}) for slots in (None, 3)]
+    own, crowd = ([row for row in without_times(lines(r["run"])) if "eval/reward" in row] for r in runs)
+    assert len(own) == 2 and own == crowd and own[0]["eval/length"] > 1
+
+
 def test_a_resumed_run_gives_the_same_metrics(recipe: Path) -> None:
     whole = forerun.train(str(recipe))
     half = forerun.train(str(recipe), {"train.steps": 2})

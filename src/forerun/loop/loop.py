@@ -91,6 +91,7 @@ class Training:
         slots, speculation = recipe.rollout.slots, recipe.speculation
         self.engine = LocalEngine(policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots)
         self.plain = LocalEngine(policy, slots=slots)
+        self.evaluator = self.engine if recipe.eval.slots is None else LocalEngine(policy, slots=recipe.eval.slots)
         self.learner = Learner(policy, recipe.train, recipe.rollout.temperature)
         self.cotrainer = None
         if drafter is not None and speculation.train != "off":
@@ -256,14 +257,14 @@ class Training:
         if not self.held_out:
             return
         recipe = self.recipe
-        self.engine.load(publish(step, self.policy, self.drafter))
+        self.evaluator.load(publish(step, self.policy, self.drafter if self.evaluator is self.engine else None))
         prompts = [encode(p, recipe, self.policy) for p in self.held_out]
         temperature = recipe.rollout.temperature if recipe.eval.temperature is None else recipe.eval.temperature
         sampling = self._sampling(request_seed(recipe.seed, EVAL_SEED, step), temperature)
         with self.console.stage("evaluation"):
             result = evaluation(
                 generate(
-                    self.engine,
+                    self.evaluator,
                     self.policy,
                     self.task,
                     self.held_out,
