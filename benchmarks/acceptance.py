@@ -1,6 +1,6 @@
 """Tokens per round of the quickstart's drafter by acceptance rule and proposal, on the same prompts at T = 1.
 
-    python -m benchmarks.acceptance [--prompts 64] [--samples 2] [--heats 0.6,0.8,1.0,1.25] [--out FILE]
+    python -m benchmarks.acceptance [--prompts 64] [--samples 2] [--heats 0.4,0.6,0.8,1.25,auto] [--out FILE]
 
 Argmax drafts (one-hot q), token rejection and block verification of sampled drafts, and block verification at each
 draft temperature. The standard error is over prompts. Acceptance does not depend on the machine.
@@ -98,11 +98,15 @@ def paired(
     }  # fmt: skip
 
 
-def variants(speculation: SpeculationConfig, heats: list[float]) -> list[SpeculationConfig]:
+def variants(speculation: SpeculationConfig, heats: list[float | str]) -> list[SpeculationConfig]:
     """Argmax, token and block at heat 1, and block at every other heat."""
-    changes: list[dict[str, Any]] = [{"proposal": "argmax", "verify": "token"}, {"verify": "token"}, {}]
-    changes += [{"draft_temperature": heat} for heat in heats if heat != 1.0]
-    return [speculation.model_copy(update=change) for change in changes]
+    changes: list[dict[str, Any]] = [
+        {"proposal": "argmax", "verify": "token"},
+        {"verify": "token"},
+        {"verify": "block"},
+    ]
+    changes += [{"verify": "block", "draft_temperature": heat} for heat in heats]
+    return [speculation.model_copy(update={"draft_temperature": 1.0, **change}) for change in changes]
 
 
 def main() -> None:
@@ -110,7 +114,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=2)
-    parser.add_argument("--heats", default="0.6,0.8,1.0,1.25")
+    parser.add_argument("--heats", default="0.4,0.6,0.8,1.25,auto")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     setting = load_setting(arguments.recipe)
@@ -119,18 +123,24 @@ def main() -> None:
     machine = machine_line(describe_environment())
     print(f"{recipe.name}: k = {recipe.speculation.tokens}, {len(prompts)} prompts; {machine}")
     rows = []
-    for speculation in variants(recipe.speculation, [float(h) for h in arguments.heats.split(",")]):
+    for speculation in variants(
+        recipe.speculation, [h if h == "auto" else float(h) for h in arguments.heats.split(",")]
+    ):
         row = measure(policy, speculation, prompts, sampling, arguments.samples, recipe.rollout.slots)
         rows.append(row)
         positions = " ".join(f"{a:.2f}" for a in row["per_position"])
-        name = f"{row['proposal']:8} {row['rule']:6} heat {row['heat']:.2f}"
+        name = f"{row['proposal']:8} {row['rule']:6} heat {row['heat']!s:4}"
         print(f"{name}  {row['tokens_per_round']:.3f} ± {row['stderr']:.3f}  {positions}", flush=True)
-    pair = paired(policy, recipe.speculation, prompts, sampling, arguments.samples, recipe.rollout.slots)
-    print(
-        f"same drafts, {pair['rounds']} rounds: token accepts {pair['token']:.4f}, block {pair['block']:.4f}, "
-        f"difference {pair['block_minus_token']:+.5f} ± {pair['stderr']:.5f}"
-    )
-    write_result(arguments.out, "acceptance", recipe, {"rows": rows, "same_drafts": pair})
+    pairs = []
+    for heat in (1.0, recipe.speculation.draft_temperature):
+        speculation = recipe.speculation.model_copy(update={"draft_temperature": heat})
+        pair = paired(policy, speculation, prompts, sampling, arguments.samples, recipe.rollout.slots)
+        pairs.append({"heat": heat, **pair})
+        print(
+            f"same drafts at heat {heat}, {pair['rounds']} rounds: token accepts {pair['token']:.4f}, block "
+            f"{pair['block']:.4f}, difference {pair['block_minus_token']:+.5f} ± {pair['stderr']:.5f}"
+        )
+    write_result(arguments.out, "acceptance", recipe, {"rows": rows, "same_drafts": pairs})
 
 
 if __name__ == "__main__":

@@ -156,7 +156,9 @@ def plan(
     overrides: Overrides = None,
     paper: Annotated[bool, typer.Option("--paper", help="the papers' published numbers beside ours")] = False,
     validate: Annotated[bool, typer.Option("--validate", help="errors on measured serving rows")] = False,
-    data: Annotated[Path | None, typer.Option(help="CSV of measured rows for --validate")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="CSV of measured serving rows for --validate; without it round costs alone")
+    ] = None,
     costs: Annotated[Path | None, typer.Option(help="cost table of forerun bench, in place of nominal costs")] = None,
     html: Annotated[Path | None, typer.Option(help="also write the plan as an offline page")] = None,
     json: Json = False,
@@ -174,8 +176,6 @@ def plan(
     if validate:
         from forerun.simulate.validate import validate as validated
 
-        if data is None:
-            raise UserError("--validate needs the measured rows: --data FILE.csv")
         result, text = validated(data), render.validation_text
     elif paper:
         result, text = planning.plan_paper(), render.paper_text

@@ -128,9 +128,18 @@ def test_the_command_plans_recipes_keys_and_runs(tmp_path: Path) -> None:
         (["model=Qwen3-8B", "--costs", "x.json"], "--costs belongs to a recipe"),
         (["quickstart", "--costs", "x.json"], "Cannot read the cost table"),
         (["--paper", "--html", "x.html"], "--html draws a plan"),
-        (["--validate"], "needs the measured rows"),
+        (["--validate", "--data", "none.csv"], "none.csv"),
     ],
 )
 def test_the_command_s_mistakes_are_one_sentence(words: list[str], sentence: str) -> None:
     error = run(*words).exception
     assert isinstance(error, UserError) and sentence in str(error) and "\n" not in str(error)
+
+
+def test_validation_without_rows_is_that_of_round_costs() -> None:
+    shown = run("--validate", "--json")
+    found = json.loads(shown.stdout)
+    assert shown.exit_code == 0 and found["rows"] == 0 and not found["families"]
+    errors = [abs(row["error"]) for row in found["rounds"] if row["role"] == "test"]
+    assert len(errors) >= 15 and max(errors) < 0.15
+    assert "round costs alone" in run("--validate").stdout

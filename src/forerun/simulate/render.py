@@ -141,7 +141,9 @@ def paper_text(result: Data) -> str:
 def validation_text(result: Data) -> str:
     """Errors by family, operator and group, and the table of round costs."""
     parts = [f"{result['rows']} rows, {len(result['skipped'])} not covered; {result['rule']}"]
-    for name in ("families", "operators", "groups"):
+    if result["rows"] == 0:
+        parts = ["No serving rows were given (--data FILE.csv): round costs alone, against the published points."]
+    for name in ("families", "operators", "groups") if result["rows"] else ():
         rows = [_error_row(entry) for entry in result[name]]
         parts.append(table((name, "fit rows", "median", "test rows", "median", "mean", "worst"), rows))
     rounds = [
