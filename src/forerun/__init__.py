@@ -41,7 +41,7 @@ def load_engine(
     """Load a rollout engine for a policy.
 
     Args:
-        engine: "local".
+        engine: "local" or "vllm".
         policy: folder or hub name of a Hugging Face causal language model, or a known alias.
         dtype: "float32", "bfloat16" or "auto" (bfloat16 where the hardware multiplies it natively).
         speculation: the `speculation` block of a recipe as a dict; None generates plainly.

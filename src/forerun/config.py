@@ -230,7 +230,7 @@ class SpeculationConfig(Block):
 
 
 class RolloutConfig(Block):
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "vllm"] = "local"
     slots: int = Field(32, ge=1, description="sequences decoded side by side")
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, ge=0)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forerun.engine.base import Counters, RolloutEngine, Sampling, Weights
 from forerun.errors import UserError
 
-__all__ = ["Counters", "RolloutEngine", "Sampling", "Weights", "load"]
+if TYPE_CHECKING:
+    from forerun.config import SpeculationConfig
+    from forerun.draft import Drafter
+    from forerun.models import Policy
+
+ENGINES = ("local", "vllm")
+__all__ = ["Counters", "RolloutEngine", "Sampling", "Weights", "around", "load"]
 
 
 def load(engine: str, *, policy: str, dtype: str, speculation: dict[str, Any] | None, slots: int) -> RolloutEngine:
@@ -16,15 +22,32 @@ def load(engine: str, *, policy: str, dtype: str, speculation: dict[str, Any] | 
 
     from forerun.config import SpeculationConfig
     from forerun.draft import load_drafter
-    from forerun.engine.local.engine import LocalEngine
     from forerun.models import load_policy
 
-    if engine != "local":
-        raise UserError(f"There is no engine '{engine}'; this version has 'local'")
+    if engine not in ENGINES:
+        raise UserError(f"There is no engine '{engine}'; this version has {' and '.join(ENGINES)}")
     try:
         settings = SpeculationConfig.model_validate(speculation or {"method": "none"})
     except ValidationError as error:
         raise UserError(f"speculation: {error.errors()[0]['msg']} ({error.errors()[0]['loc']})") from None
+    if engine == "vllm":
+        from forerun.engine.vllm.engine import Limits, VllmEngine
+
+        return VllmEngine(policy, settings, dtype=dtype, limits=Limits(slots=slots))
     loaded = load_policy(policy, dtype)
-    drafter = load_drafter(loaded, settings)
-    return LocalEngine(loaded, drafter, k=settings.tokens, rule=settings.verify, slots=slots)
+    return around(engine, loaded, load_drafter(loaded, settings), settings, slots)
+
+
+def around(
+    engine: str, policy: Policy, drafter: Drafter | None, speculation: SpeculationConfig, slots: int
+) -> RolloutEngine:
+    """An engine for a live policy and drafter; plain without a drafter."""
+    if engine == "vllm":
+        from forerun.engine.vllm.engine import Limits, VllmEngine
+
+        block = speculation if drafter is not None else None
+        return VllmEngine.around(policy, drafter, block, limits=Limits(slots=slots))
+    from forerun.engine.local.engine import LocalEngine
+
+    k = speculation.tokens if drafter is not None else 0
+    return LocalEngine(policy, drafter, k=k, rule=speculation.verify, slots=slots)

@@ -100,6 +100,10 @@ class Counters:
 class RolloutEngine(Protocol):
     """The contract."""
 
+    counters: Counters  # since the engine was made
+    timeline: list[tuple[float, int]]  # of the latest stream: (seconds, live sequences) per round
+    warnings: list[str]
+
     def stream(self, prompts: Sequence[list[int]], sampling: Sampling, n: int = 1) -> Iterator[Rollout]:
         """Yield n samples of every prompt as they finish.
 

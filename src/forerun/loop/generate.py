@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from forerun.engine import Counters, Sampling
-from forerun.engine.local.engine import LocalEngine
+from forerun.engine import Counters, RolloutEngine, Sampling
 from forerun.errors import Interrupted
 from forerun.models import Policy
 from forerun.records import Prompt, Rollout
@@ -36,7 +35,7 @@ class Generated:
 
 
 def generate(
-    engine: LocalEngine,
+    engine: RolloutEngine,
     policy: Policy,
     task: Task,
     problems: Sequence[Problem],

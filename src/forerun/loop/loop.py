@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +25,7 @@ import torch
 
 from forerun.config import Recipe, load_recipe
 from forerun.draft import Drafter, load_drafter
-from forerun.engine import Sampling
+from forerun.engine import RolloutEngine, Sampling, Weights, around
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.schedule import request_seed
 from forerun.errors import Interrupted, UserError
@@ -88,10 +89,9 @@ class Training:
         self.task = load_task(recipe.task, recipe.seed)
         self.problems = self.task.problems("train")
         self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
-        slots, speculation = recipe.rollout.slots, recipe.speculation
-        self.engine = LocalEngine(policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots)
-        self.plain = LocalEngine(policy, slots=slots)
-        self.evaluator = self.engine if recipe.eval.slots is None else LocalEngine(policy, slots=recipe.eval.slots)
+        speculation, eval_slots = recipe.speculation, recipe.eval.slots
+        self.engine = around(recipe.rollout.engine, policy, drafter, speculation, recipe.rollout.slots)
+        self.evaluator = self.engine if eval_slots is None else LocalEngine(policy, slots=eval_slots)
         self.learner = Learner(policy, recipe.train, recipe.rollout.temperature)
         self.cotrainer = None
         if drafter is not None and speculation.train != "off":
@@ -177,7 +177,7 @@ class Training:
             problems = prompts_of_step(self.problems, step, recipe.train.prompts_per_step, recipe.seed)
             prompts = [encode(p, recipe, self.policy) for p in problems]
         with timer.stage("prepare"):
-            self.engine.load(publish(step, self.policy, self.drafter))
+            self.engine.load(self._publish(step, self.drafter))
         sampling = self._sampling(request_seed(recipe.seed, step, 0))
         with timer.stage("generation"), console.stage("generation"):
             generated = generate(
@@ -240,6 +240,15 @@ class Training:
                 "token_texts": [decode([t]) for t in rollout.tokens],
             }
 
+    @cached_property
+    def plain(self) -> RolloutEngine:
+        """The same engine without speculation."""
+        rollout = self.recipe.rollout
+        return around(rollout.engine, self.policy, None, self.recipe.speculation, rollout.slots)
+
+    def _publish(self, step: int, drafter: Drafter | None) -> Weights:
+        return publish(step, self.policy, drafter, shared=self.recipe.rollout.engine == "local")
+
     def _compare(
         self, step: int, problems: list[Problem], prompts: list[Prompt], sampling: Sampling, speculative: Generated
     ) -> None:
@@ -248,7 +257,7 @@ class Training:
             return
         n = self.recipe.train.samples_per_prompt
         with self.console.stage("plain generation, to compare"):
-            self.plain.load(publish(step, self.policy, None))
+            self.plain.load(self._publish(step, None))
             plain = generate(self.plain, self.policy, self.task, problems, prompts, sampling, n, self.console)
         self.history.comparisons.append(comparison(step + 1, plain, speculative))
         self.history.timeline = {"speculative": _thin(speculative.timeline), "plain": _thin(plain.timeline)}
@@ -257,7 +266,7 @@ class Training:
         if not self.held_out:
             return
         recipe = self.recipe
-        self.evaluator.load(publish(step, self.policy, self.drafter if self.evaluator is self.engine else None))
+        self.evaluator.load(self._publish(step, self.drafter if self.evaluator is self.engine else None))
         prompts = [encode(p, recipe, self.policy) for p in self.held_out]
         temperature = recipe.rollout.temperature if recipe.eval.temperature is None else recipe.eval.temperature
         sampling = self._sampling(request_seed(recipe.seed, EVAL_SEED, step), temperature)

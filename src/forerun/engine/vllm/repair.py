@@ -1,0 +1,90 @@
+"""Two faults of vLLM's CPU build, mended where they show: a wrong kernel, and a start that fails beside numba.
+
+The kernel: without its repair speculation at a temperature above 0 is not exact. `expand_kernel` repeats each request's
+temperature (and top-k, top-p) over its draft rows; the CPU stand-in converts its output to int64 first and so writes
+into a copy: the rows keep whatever the memory held (vLLM issue 55005; greedy rows are not touched). The replacement
+goes through vLLM's own register of kernels, only where a call shows the fault, and only in versions in which it was
+studied. Any other version that shows it is refused.
+
+The start: the register scans every loaded module and calls `vars(x).get` on what it finds. A part of llvmlite, which
+numba and with it vLLM's n-gram drafter load, answers `vars` with something that is no dictionary. So no second engine
+can start, and no kernel be replaced, once numba is there. `let_scan_pass` gives that module another `vars`.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forerun.errors import UserError
+
+KERNEL = "vllm.v1.sample.rejection_sampler.expand_kernel"
+STUDIED = ("0.32.",)
+
+
+def expand(
+    output: Tensor,  # [N]
+    input_val: Tensor,  # [B]
+    cu_num_tokens: Tensor,  # [B], ends of the requests' rows
+    replace_from: float,
+    replace_to: float,
+    MAX_NUM_TOKENS: int | None = None,  # the kernel's own name
+) -> None:
+    """output = each of input_val as often as its request has rows, `replace_from` read as `replace_to`."""
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    values = torch.where(input_val == replace_from, torch.full_like(input_val, replace_to), input_val)
+    output[: int(cu_num_tokens[-1])] = values.repeat_interleave(counts)
+
+
+def works(kernel: Callable[..., Any]) -> bool:
+    """Whether an expand kernel writes what it should; called with positional arguments, as `expand`."""
+    output = torch.full((5,), -77.0)
+    kernel(output, torch.tensor([0.5, 0.0]), torch.tensor([2, 5], dtype=torch.int32), 0, 1)
+    return output.tolist() == [0.5, 0.5, 1.0, 1.0, 1.0]
+
+
+def ensure_exact(cpu: bool) -> bool:
+    """Make sure that rows get their own temperature; True where the kernel had to be replaced.
+
+    Every engine that vLLM makes registers its kernels anew, so this belongs before each use.
+
+    Raises:
+        UserError: the kernel is wrong in a version for which the replacement was not studied.
+    """
+    if not cpu:
+        return False
+    import vllm
+    from vllm.triton_utils.dispatcher import register_kernels
+    from vllm.v1.sample import rejection_sampler
+
+    if works(rejection_sampler._expand):
+        return False
+    if not vllm.__version__.startswith(STUDIED):
+        raise UserError(
+            f"vLLM {vllm.__version__} on this CPU verifies drafts at a wrong temperature, and the known repair is for "
+            f"versions {', '.join(v + 'x' for v in STUDIED)}; sample at temperature 0, or without speculation"
+        )
+    let_scan_pass()
+    register_kernels({KERNEL: expand})
+    if not works(rejection_sampler._expand):
+        raise UserError(
+            f"vLLM {vllm.__version__} still verifies drafts at a wrong temperature after the repair; sample at "
+            "temperature 0, or without speculation"
+        )
+    return True
+
+
+def let_scan_pass() -> None:
+    """Make vLLM's scan for kernels pass over objects whose `vars` is no dictionary. Has no effect on any other."""
+    from vllm.triton_utils import dispatcher
+
+    dispatcher.vars = _dictionary  # type: ignore[attr-defined]
+
+
+def _dictionary(value: Any) -> dict[str, Any]:
+    found = builtins.vars(value)
+    return found if isinstance(found, dict) else {}

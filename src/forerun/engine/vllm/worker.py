@@ -1,0 +1,119 @@
+"""What vLLM's worker process can do for us: its extension class, reached by `collective_rpc`.
+
+A version arrives in pieces and is put in use by vLLM's own layer-wise reload, policy and drafter one after the other.
+vLLM fuses and packs most matrices, so what it holds cannot be read back byte by byte; parameters that it keeps under
+the checkpoint's name and shape are compared after the load. Left out: tensor parallelism across machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forerun.engine.vllm.transfer import Piece, Shapes, Staging, heated
+from forerun.errors import UserError
+
+DRAFT_NAMES = (("midlayer.", "model.layers.0."), ("fc.", "model.fc."), ("norm.", "model.norm."))
+
+
+class WeightReceiver:
+    """Mixed into vLLM's worker, whose `model_runner`, `vllm_config` and `reload_weights` it uses."""
+
+    model_runner: Any
+    vllm_config: Any
+    reload_weights: Any
+    forerun_staging: Staging | None = None
+
+    def forerun_begin(self, groups: dict[str, Shapes]) -> None:
+        """Make room for a version. An unfinished one is thrown away."""
+        self.forerun_staging = Staging.of(groups)
+
+    def forerun_receive(self, pieces: list[Piece]) -> None:
+        """Take pieces of it."""
+        assert self.forerun_staging is not None
+        self.forerun_staging.add(pieces)
+
+    def forerun_commit(self, expected: dict[str, str], heat: float) -> int:
+        """Check the version and put it in use; the number of parameters that were read back and agreed.
+
+        Args:
+            expected: checksums per group. heat: the drafter's temperature over that of the rollouts.
+
+        Raises:
+            UserError: it is partial or damaged, or may not be loaded; the old weights stay.
+            RuntimeError: vLLM did not take it over as it was given.
+        """
+        staging, self.forerun_staging = self.forerun_staging, None
+        assert staging is not None
+        for group, arrived in staging.checksums().items():
+            if arrived != expected[group]:
+                raise UserError(
+                    f"The {group} weights have checksum {expected[group]}, but {arrived} arrived: the transfer was "
+                    "damaged, or the version was changed while it was sent"
+                )
+        agreed = 0
+        if staging.tensors.get("draft"):
+            _check_own_head(self.model_runner, staging.tensors["draft"])
+        if "policy" in staging.tensors:
+            policy = staging.tensors["policy"]
+            self.reload_weights(weights_iterator=iter(policy.items()))
+            agreed += _read_back(self.model_runner.get_model(), policy, "policy")
+        if staging.tensors.get("draft"):
+            agreed += self._forerun_drafter(staging.tensors["draft"], heat)
+        return agreed
+
+    def _forerun_drafter(self, state: dict[str, Tensor], heat: float) -> int:
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload.layerwise import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
+
+        model = self.model_runner.drafter.model
+        taken = {n: t for n, t in state.items() if n != "t2d" and (n != "d2t" or _has_map(model))}
+        if heat != 1.0:
+            taken["lm_head.weight"] = heated(taken["lm_head.weight"], heat)
+        with set_current_vllm_config(self.vllm_config), torch.no_grad():
+            initialize_layerwise_reload(model)
+            model.load_weights(iter(taken.items()))
+            finalize_layerwise_reload(model, self.vllm_config.speculative_config.draft_model_config)
+        return _read_back(model, _renamed(taken), "draft")
+
+
+def _has_map(model: Any) -> bool:
+    return getattr(model, "draft_id_to_target_id", None) is not None
+
+
+def _check_own_head(runner: Any, state: Mapping[str, Tensor]) -> None:
+    """vLLM shares an output head that was equal at the start: a load of the drafter would overwrite the policy's."""
+    drafter, policy = runner.drafter.model, runner.get_model()
+    if "lm_head.weight" in state and getattr(drafter, "lm_head", None) is getattr(policy, "lm_head", drafter):
+        raise UserError(
+            "The drafter's output head was equal to the policy's when the engine started, and vLLM shares it since; "
+            "start the engine with the drafter's own head"
+        )
+
+
+def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An EAGLE-3 head's tensors under vLLM's names where only a prefix differs."""
+    found = {}
+    for name, tensor in state.items():
+        new = next((theirs + name.removeprefix(ours) for ours, theirs in DRAFT_NAMES if name.startswith(ours)), name)
+        found["draft_id_to_target_id" if name == "d2t" else new] = tensor
+    return found
+
+
+def _read_back(model: Any, state: Mapping[str, Tensor], what: str) -> int:
+    """Compare the parameters that vLLM kept as they came (it pads vocabularies); how many agreed."""
+    agreed = 0
+    for name, parameter in model.named_parameters():
+        sent = state.get(name)
+        if sent is None or parameter.shape[1:] != sent.shape[1:] or parameter.shape[0] < sent.shape[0]:
+            continue
+        if not torch.equal(parameter[: sent.shape[0]].cpu(), sent.to(parameter.dtype).cpu()):
+            raise RuntimeError(f"it holds another {name} than the {what} that it was given: the load did not take")
+        agreed += 1
+    return agreed
