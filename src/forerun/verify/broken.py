@@ -98,10 +98,10 @@ def misaligned_row(target_logits: Tensor, draft: Draft, temperature: Tensor, coi
 def peeking_admission(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
 ) -> Verdict:
-    """Token rule on the draft cut before its first token that q finds less likely than one over D: anticipation."""
+    """Token rule on the draft cut before its first token that q finds half as likely as its best: anticipation."""
     if draft.log_q is None:
         return verify_token(target_logits, draft, temperature, coins, picks)
-    keeps = (log_q_of_tokens(draft) >= -log(draft.log_q.shape[2])) & drafted(draft)
+    keeps = (log_q_of_tokens(draft) >= draft.log_q.amax(2).double() - log(2)) & drafted(draft)
     shorter = replace(draft, lengths=keeps.cumprod(1).sum(1))
     return verify_token(target_logits, shorter, temperature, coins, picks)
 
