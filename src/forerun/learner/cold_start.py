@@ -73,6 +73,8 @@ def merge(policy: Policy, adapter: Any, folder: Path) -> None:
     formats = [p.dtype for p in weights]
     for parameter in weights:
         parameter.data = parameter.data.bfloat16()
+    for settings in adapter.peft_config.values():
+        settings.base_model_name_or_path = policy.name  # not the folder that this machine keeps it in
     adapter.eval().save_pretrained(folder)
     for parameter, dtype in zip(weights, formats, strict=True):
         parameter.data = parameter.data.to(dtype)
