@@ -169,7 +169,7 @@ def reward_words(summary: Mapping[str, Any]) -> str | None:
     errors = [summary.get("reward_start_stderr"), summary.get("reward_end_stderr")]
     prompts = summary.get("eval_prompts")
     words = f"{_with_error(start, errors[0])} to {_with_error(end, errors[1])}"
-    words += f" on {prompts} held-out prompts" if prompts else ""
+    words += f" on {prompts:.0f} held-out prompts" if prompts else ""
     if None in errors or not any(errors):
         return words
     sigmas = (end - start) / math.hypot(*(error or 0.0 for error in errors))
