@@ -114,14 +114,15 @@ def verify(
     recipe: RecipeName,
     overrides: Overrides = None,
     quick: Annotated[bool, typer.Option("--quick", help="small samples: minutes on a laptop")] = False,
-    engine: Annotated[str, typer.Option(help="local")] = "local",
+    engine: Annotated[str | None, typer.Option(help="local or vllm; default: the recipe's")] = None,
     against: Annotated[int | None, typer.Option(help="plain rollouts per prompt to compare with")] = None,
     inject: Annotated[str | None, typer.Option(help="break the engine on purpose: the verdict must fail")] = None,
     out: Path = Path("verification"),
     json: Json = False,
 ) -> None:
     """Test that speculative rollouts are the policy's own; exit code 1 when a claim fails."""
-    settings = load_recipe(recipe, parse_overrides([*(overrides or []), f"rollout.engine={engine}"]))
+    chosen = [] if engine is None else [f"rollout.engine={engine}"]
+    settings = load_recipe(recipe, parse_overrides([*(overrides or []), *chosen]))
     from forerun.lossless.harness import FULL, QUICK, verify_recipe
     from forerun.report.console import Console
     from forerun.report.verification import write_verification

@@ -18,7 +18,7 @@ import torch
 
 from forerun.config import Recipe
 from forerun.draft import Drafter, load_drafter
-from forerun.engine import Sampling
+from forerun.engine import RolloutEngine, Sampling, around
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.loop.generate import Generated, generate
@@ -67,8 +67,8 @@ class Subject:
     policy: Policy
     drafter: Drafter
     task: Task
-    engine: LocalEngine
-    plain: LocalEngine
+    engine: RolloutEngine
+    plain: LocalEngine  # of whichever engine: the policy's own word
     inject: str | None
     console: Console
 
@@ -77,7 +77,7 @@ class Subject:
         """Temperature of the sampled claims: the recipe's, or 1 where it is greedy (greedy text has its own claim)."""
         return self.recipe.rollout.temperature or 1.0
 
-    def rollouts(self, engine: LocalEngine, effort: Effort, samples: int, seed: int) -> Generated:
+    def rollouts(self, engine: RolloutEngine, effort: Effort, samples: int, seed: int) -> Generated:
         """`samples` whole rollouts of each prompt."""
         problems = self.task.problems("eval")[: effort.prompts]
         prompts = [encode(p, self.recipe, self.policy) for p in problems]
@@ -92,16 +92,18 @@ class Subject:
 def verify_recipe(
     recipe: Recipe, console: Console, *, effort: Effort = FULL, against: int | None = None, inject: str | None = None
 ) -> Verification:
-    """Verify a recipe's policy, drafter and speculation block on the local engine.
+    """Verify a recipe's policy, drafter, engine and speculation block.
 
     Args:
         effort: sample sizes; QUICK takes minutes on two cores for a model of 135M parameters.
         against: plain rollouts per prompt to compare the speculative ones with; None: as many as those.
-        inject: a fault of `faults.FAULTS`; the verification has to fail.
+        inject: a fault of `faults.FAULTS`; the verification has to fail. Of the local engine alone.
 
     Raises:
         UserError: the recipe does not speculate, or names something that cannot be loaded.
     """
+    if inject is not None and recipe.rollout.engine != "local":
+        raise UserError(f"Faults are injected into the local engine, not into '{recipe.rollout.engine}'")
     if recipe.speculation.tokens == 0:
         raise UserError(
             f"The recipe '{recipe.name}' does not speculate (method {recipe.speculation.method}, k "
@@ -119,13 +121,16 @@ def _subject(recipe: Recipe, inject: str | None, scratch: Path, console: Console
     drafter = prepare_drafter(recipe, policy, task, scratch / "drafter", console)
     assert drafter is not None
     engine = _speculative(recipe, policy, drafter, inject, recipe.rollout.slots)
-    spoil(engine, inject)
+    if isinstance(engine, LocalEngine):
+        spoil(engine, inject)
     plain = LocalEngine(policy, slots=max(recipe.rollout.slots, CROWD))
     return Subject(recipe, policy, drafter, task, engine, plain, inject, console)
 
 
-def _speculative(recipe: Recipe, policy: Policy, drafter: Drafter, inject: str | None, slots: int) -> LocalEngine:
+def _speculative(recipe: Recipe, policy: Policy, drafter: Drafter, inject: str | None, slots: int) -> RolloutEngine:
     speculation = recipe.speculation
+    if recipe.rollout.engine != "local":
+        return around(recipe.rollout.engine, policy, drafter, speculation, slots)
     return LocalEngine(
         policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots, verifier=verifier_of(inject),
         tree_verifier=tree_verifier_of(inject if speculation.method == "graft" else None),
@@ -199,17 +204,17 @@ def _parity(subject: Subject, effort: Effort, speculative: Generated) -> list[Ch
 
 def _contract(subject: Subject) -> list[Check]:
     def weights(version: int) -> Any:
-        return publish(version, subject.policy, subject.drafter)
+        return publish(version, subject.policy, subject.drafter, shared=subject.recipe.rollout.engine == "local")
 
     return contract_checks(subject.engine, subject.drafter, weights, subject.prompts(4))
 
 
 def _about(subject: Subject, effort: Effort) -> dict[str, Any]:
     recipe, speculation = subject.recipe, subject.recipe.speculation
-    rule = "walk" if speculation.method == "graft" else speculation.verify
+    rule = subject.engine.metrics().get("rule", "walk" if speculation.method == "graft" else speculation.verify)
     return {
         "recipe": recipe.name,
-        "engine": "local",
+        "engine": recipe.rollout.engine,
         "policy": subject.policy.name,
         "dtype": str(subject.policy.dtype)[6:],
         "speculation": f"{speculation.method}, k = {speculation.tokens}, rule {rule}",
