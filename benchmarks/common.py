@@ -5,6 +5,7 @@ The steps are made of the loop's own pieces, without its console, run folder, ch
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import statistics
@@ -66,6 +67,20 @@ def load_setting(name: str, overrides: dict[str, Any] | None = None) -> Setting:
     settings = recipe.policy
     policy = load_policy(settings.model, settings.dtype, settings.device, settings.adapter)
     return Setting(recipe, policy, load_task(recipe.task, recipe.seed))
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """A command line with what every benchmark of a recipe takes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="quickstart")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the recipe's")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    return parser
+
+
+def plain_data(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The command line as the JSON file records it."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
 
 
 class Trajectory:

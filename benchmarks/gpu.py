@@ -316,7 +316,7 @@ class Quickstart:
 
     def _train(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
         """Samples of the policy and training on them; raises OutOfTime."""
-        from forerun.loop.setup import train_drafter
+        from forerun.loop.drafter import train_drafter
         from forerun.report.console import Console
 
         self.clock.check()

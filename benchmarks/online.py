@@ -37,6 +37,8 @@ from benchmarks.common import (
     difference,
     load_setting,
     mean_of,
+    options,
+    plain_data,
     tokens_per_round,
     write_result,
 )
@@ -269,8 +271,7 @@ def contrasts(names: Sequence[str]) -> list[tuple[str, str]]:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="quickstart")
+    parser = options(__doc__)
     parser.add_argument("--steps", type=int, default=20, help="0: only train the out-of-domain drafter")
     parser.add_argument("--prompts", type=int, default=4, help="of a step")
     parser.add_argument("--samples", type=int, default=8, help="of a prompt")
@@ -285,10 +286,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab-out", type=int, default=1024, help="draft vocabulary of the out-of-domain drafter")
     parser.add_argument("--learning-rate", type=float, help="of the policy; default: the recipe's")
     parser.add_argument("--draft-learning-rate", type=float, help="of the online updates; default: the recipe's")
-    parser.add_argument("--max-new-tokens", type=int, help="default: the recipe's")
     parser.add_argument("--window", type=int, default=5, help="steps that first and last are the means of")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
@@ -318,7 +317,7 @@ def main() -> None:
     table = windows(rows, min(arguments.window, arguments.steps))
     show(table)
     result = {
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "arguments": plain_data(arguments),
         "out_of_domain": "measured" if outside else "left out: no drafter and no texts",
         "engine_start": start, "engine_end": end, "windows": table, "rows": rows,
     }  # fmt: skip

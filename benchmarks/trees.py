@@ -18,10 +18,19 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Mean, Setting, difference, load_setting, mean_of, tokens_per_round, write_result
+from benchmarks.common import (
+    Mean,
+    Setting,
+    difference,
+    load_setting,
+    mean_of,
+    options,
+    plain_data,
+    tokens_per_round,
+    write_result,
+)
 from forerun.config import GRAFT_PRESETS, GraftConfig, SpeculationConfig
 from forerun.draft import load_drafter
 from forerun.engine import Sampling
@@ -130,8 +139,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="quickstart")
+    parser = options(__doc__)
     parser.add_argument("--draft", help="EAGLE-3 head, folder or shipped artifact; default: the recipe's")
     parser.add_argument("--nodes", type=int, default=12)
     parser.add_argument("--chains", default="3,4", help="draft lengths of the chains")
@@ -140,8 +148,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--samples", type=int, default=1, help="of a prompt in a turn")
     parser.add_argument("--repeats", type=int, default=3, help="turns that count")
-    parser.add_argument("--max-new-tokens", type=int, help="default: the recipe's")
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
@@ -159,7 +165,7 @@ def main() -> None:
         show(found)
         rows += found
     result = {
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "arguments": plain_data(arguments),
         "blocks": {name: block.model_dump(mode="json") for name, block in blocks.items()}, "rows": rows,
     }  # fmt: skip
     write_result(arguments.out, "trees", setting.recipe, result)

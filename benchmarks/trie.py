@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from benchmarks.common import (
@@ -27,6 +26,8 @@ from benchmarks.common import (
     difference,
     load_setting,
     mean_of,
+    options,
+    plain_data,
     tokens_per_round,
     write_result,
 )
@@ -139,8 +140,7 @@ def show(epochs: Sequence[dict[str, Epoch]], differences: dict[str, dict[str, fl
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="quickstart")
+    parser = options(__doc__)
     parser.add_argument("--steps", type=int, default=5, help="of an epoch")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=4, help="of a step")
@@ -149,10 +149,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--match-min", type=int, help="default: the recipe's")
     parser.add_argument("--max-tokens", type=int, help="bound of what each trie holds; default: the recipe's")
     parser.add_argument("--learning-rate", type=float, help="of the policy; default: the recipe's")
-    parser.add_argument("--max-new-tokens", type=int, help="default: the recipe's")
     parser.add_argument("--frozen", action="store_true", help="the policy does not learn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 
@@ -178,7 +176,7 @@ def main() -> None:
     show(epochs, differences)
     corpora = {name: engine.metrics()["drafter"] for name, engine in run.engines.items()}
     result = {
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "arguments": plain_data(arguments),
         "epochs": [{name: epoch.row() for name, epoch in found.items()} for found in epochs],
         "differences": differences, "corpora": corpora, "rows": rows,
     }  # fmt: skip

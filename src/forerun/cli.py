@@ -69,7 +69,7 @@ def draft(
 ) -> None:
     """Train a drafter on the policy's own rollouts and save it in the layout that vLLM reads."""
     settings = load_recipe(recipe, parse_overrides(overrides or []))
-    from forerun.loop.setup import make_drafter
+    from forerun.loop.drafter import make_drafter
     from forerun.report.console import Console
 
     with Console(0, json=json) as console:

@@ -20,7 +20,8 @@ from forerun.config import Recipe, SpeculationConfig, load_recipe
 from forerun.draft import load_drafter
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
-from forerun.loop.setup import encode, make_drafter, read_texts, text_pairs
+from forerun.loop.drafter import make_drafter, read_texts, text_pairs
+from forerun.loop.setup import encode
 from forerun.models import Policy, load_policy
 from forerun.report.console import Console
 from forerun.tasks import Problem
@@ -106,7 +107,7 @@ def test_a_cold_start_is_not_made_again(recipe: Path, tmp_path: Path, monkeypatc
         raise AssertionError
 
     monkeypatch.setattr("forerun.learner.cold_start.cold_start", never)
-    monkeypatch.setattr("forerun.loop.setup.sample_policy", never)
+    monkeypatch.setattr("forerun.loop.drafter.sample_policy", never)
     assert made(settings, out, resume=True) == about
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 

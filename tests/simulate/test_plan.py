@@ -64,7 +64,8 @@ def test_texts_render(table: dict[str, object]) -> None:
     json.dumps(table, allow_nan=False)
     assert "RL-Zero" in paper_text(table)
     empty = {"rows": 0, "skipped": [], "rule": "", "families": [], "operators": [], "groups": [], "rounds": []}
-    assert "fit rows" in validation_text(empty)
+    assert "No serving rows" in validation_text(empty)
+    assert "fit rows" in validation_text(empty | {"rows": 4})
 
 
 def test_a_plan_is_complete_and_plain_data() -> None:

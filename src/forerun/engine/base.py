@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from forerun.errors import UserError
 from forerun.records import Rollout
 from forerun.verify.truncate import EVERYTHING, Truncation
 
@@ -138,3 +139,46 @@ class RolloutEngine(Protocol):
 
     def metrics(self) -> dict[str, Any]:
         """Version, checksums, counters and acceptance since the engine was made."""
+
+    def close(self) -> None:
+        """Give back what the engine holds outside Python. It cannot be used afterwards."""
+
+
+def engine_metrics(
+    held: Weights, counters: Counters, warnings: Sequence[str], drafter: Mapping[str, float]
+) -> dict[str, Any]:
+    """`RolloutEngine.metrics` of an engine that holds `held`; `drafter`: what the drafter counts by itself."""
+    return {
+        "version": held.version,
+        "checksums": dict(held.checksums),
+        "tokens": counters.tokens,
+        "rounds": counters.rounds,
+        "drafted": counters.drafted,
+        "acceptance_length": counters.acceptance_length,
+        "acceptance_per_position": counters.acceptance_per_position,
+        "k_mean": counters.k_mean,
+        "seconds": counters.seconds,
+        "warnings": list(warnings),
+        "drafter": dict(drafter),
+    }
+
+
+def check_request(prompts: Sequence[list[int]], sampling: Sampling, n: int, vocabulary: int, context: int) -> None:
+    """Refuse what no engine can sample.
+
+    Raises:
+        UserError: nothing is asked for; or a prompt is empty, fills the context, or is of another tokenizer.
+    """
+    if not prompts or n < 1 or sampling.max_new_tokens < 1:
+        raise UserError(
+            f"Nothing to generate: {len(prompts)} prompts, n = {n}, max_new_tokens = {sampling.max_new_tokens}"
+        )
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"Prompt {index} is empty; a policy needs at least one token to start from")
+        if len(prompt) >= context:
+            raise UserError(f"Prompt {index} has {len(prompt)} tokens, the engine's context is {context}; shorten it")
+        if not 0 <= min(prompt) <= max(prompt) < vocabulary:
+            raise UserError(
+                f"Prompt {index} holds a token id outside 0 .. {vocabulary - 1}: it is for another tokenizer"
+            )

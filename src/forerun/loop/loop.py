@@ -34,9 +34,10 @@ from forerun.learner.checkpoint import newest_checkpoint, read_history, restore,
 from forerun.learner.cotrain import CoTrainer
 from forerun.learner.forward import TokenBatch, completion_logits
 from forerun.learner.policy import Learner, mismatch
+from forerun.loop.drafter import prepare_drafter
 from forerun.loop.generate import Generated, comparison, evaluation, generate, rollout_metrics
 from forerun.loop.history import STAGES, History
-from forerun.loop.setup import encode, prepare_drafter, prepare_policy, prompts_of_step
+from forerun.loop.setup import encode, prepare_policy, prompts_of_step
 from forerun.loop.weights import publish
 from forerun.models import Policy, load_policy, save_policy
 from forerun.records import Prompt

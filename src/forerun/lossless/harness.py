@@ -10,6 +10,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from forerun.draft import Drafter, load_drafter
 from forerun.engine import RolloutEngine, Sampling, around
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
+from forerun.loop.drafter import prepare_drafter
 from forerun.loop.generate import Generated, generate
-from forerun.loop.setup import encode, prepare_drafter, prepare_policy
+from forerun.loop.setup import encode, prepare_policy
 from forerun.loop.weights import publish
 from forerun.lossless.contract import contract_checks
 from forerun.lossless.faults import spoil, tree_verifier_of, verifier_of
@@ -111,7 +113,10 @@ def verify_recipe(
         )
     with tempfile.TemporaryDirectory() as scratch:
         subject = _subject(recipe, inject, Path(scratch), console)
-        return Verification(_about(subject, effort), _claims(subject, effort, against, Path(scratch)))
+        try:
+            return Verification(_about(subject, effort), _claims(subject, effort, against, Path(scratch)))
+        finally:
+            subject.engine.close()
 
 
 def _subject(recipe: Recipe, inject: str | None, scratch: Path, console: Console) -> Subject:
@@ -120,16 +125,20 @@ def _subject(recipe: Recipe, inject: str | None, scratch: Path, console: Console
     policy = prepare_policy(recipe, task, scratch, console)
     drafter = prepare_drafter(recipe, policy, task, scratch / "drafter", console)
     assert drafter is not None
-    engine = _speculative(recipe, policy, drafter, inject, recipe.rollout.slots)
+    engine = _speculative(recipe, policy, drafter, inject)
     if isinstance(engine, LocalEngine):
         spoil(engine, inject)
     plain = LocalEngine(policy, slots=max(recipe.rollout.slots, CROWD))
     return Subject(recipe, policy, drafter, task, engine, plain, inject, console)
 
 
-def _speculative(recipe: Recipe, policy: Policy, drafter: Drafter, inject: str | None, slots: int) -> RolloutEngine:
-    speculation = recipe.speculation
-    if recipe.rollout.engine != "local":
+def _speculative(
+    recipe: Recipe, policy: Policy, drafter: Drafter, inject: str | None, crowd: bool = False
+) -> RolloutEngine:
+    """The engine under test. One with a server of its own is started once, with room for a crowd."""
+    speculation, local = recipe.speculation, recipe.rollout.engine == "local"
+    slots = max(recipe.rollout.slots, CROWD if crowd or not local else 1)
+    if not local:
         return around(recipe.rollout.engine, policy, drafter, speculation, slots)
     return LocalEngine(
         policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots, verifier=verifier_of(inject),
@@ -166,13 +175,10 @@ def _greedy(subject: Subject, effort: Effort, scratch: Path) -> list[Check]:
         speculation = recipe.speculation.model_copy(update={"draft": str(scratch / "float32")})
         drafter = load_drafter(exact, speculation)
         assert drafter is not None
-        slots = recipe.rollout.slots
-        engines = (
-            LocalEngine(exact, slots=max(slots, CROWD)),
-            _speculative(recipe, exact, drafter, subject.inject, slots),
-        )
+        plain = LocalEngine(exact, slots=max(recipe.rollout.slots, CROWD))
         few = prompts[: effort.greedy_prompts_float32]
-        checks += greedy_checks(*engines, exact, few, effort.greedy_tokens, k)
+        with closing(_speculative(recipe, exact, drafter, subject.inject)) as engine:
+            checks += greedy_checks(plain, engine, exact, few, effort.greedy_tokens, k)
     return checks
 
 
@@ -189,8 +195,9 @@ def _law(subject: Subject, effort: Effort, plain: Generated) -> list[Check]:
     contexts = disputed_contexts(subject.policy, subject.drafter, plain.rollouts, effort.contexts, subject.heat)
     length = max(3, subject.recipe.speculation.tokens + 2)
     sampling = Sampling(length, subject.heat, SEED + 2)
-    slots = max(subject.recipe.rollout.slots, CROWD)
-    engine = _speculative(subject.recipe, subject.policy, subject.drafter, subject.inject, slots)
+    engine = subject.engine
+    if isinstance(engine, LocalEngine):  # a larger one of these costs nothing
+        engine = _speculative(subject.recipe, subject.policy, subject.drafter, subject.inject, crowd=True)
     return law_checks(engine, subject.policy, subject.drafter, contexts, effort.texts, length, sampling)
 
 

@@ -97,17 +97,8 @@ def _cells(groups: list[tuple[np.ndarray, np.ndarray]]) -> Check:
     parts = [pooled_chi_square(observed, expected) for observed, expected in groups]
     statistic, freedom = sum(value for value, _ in parts), sum(degrees for _, degrees in parts)
     draws = int(sum(observed.sum() for observed, _ in groups))
-    p_value = chi_square_tail(statistic, freedom)
-    distance = detectable_distance(draws, freedom) if freedom else float("nan")
-    return Check(
-        "next token by rank and draft",
-        p_value > LEVEL and freedom > 0,
-        f"{draws} tokens after {len(groups)} prefixes, chi-square {statistic:.1f} at {freedom} degrees, "
-        f"p = {p_value:.3g}",
-        {"chi_square": statistic, "freedom": freedom, "draws": draws, "prefixes": len(groups)},
-        p_value,
-        f"a law that is {distance:.1%} of total variation away",
-    )
+    words = f"{draws} tokens after {len(groups)} prefixes"
+    return _verdict("next token by rank and draft", words, "", statistic, freedom, draws, len(groups))
 
 
 def _lean(groups: list[tuple[np.ndarray, np.ndarray]]) -> Check:
@@ -121,17 +112,24 @@ def _lean(groups: list[tuple[np.ndarray, np.ndarray]]) -> Check:
     difference, covariance = difference[likely], covariance[np.ix_(likely, likely)]
     freedom = int(np.linalg.matrix_rank(covariance, tol=1e-6 * covariance.max(initial=1.0)))
     statistic = float(difference @ np.linalg.pinv(covariance, rcond=1e-6, hermitian=True) @ difference)
-    p_value = chi_square_tail(statistic, freedom)
     draws = int(sum(observed.sum() for observed, _ in groups))
+    words = f"{draws} tokens after {len(groups)} prefixes, added up by rank and draft"
+    return _verdict(
+        "lean towards the draft", words, ", the same way everywhere", statistic, freedom, draws, len(groups)
+    )
+
+
+def _verdict(name: str, words: str, where: str, statistic: float, freedom: int, draws: int, prefixes: int) -> Check:
+    """A chi-square test of next tokens, with the distance from the law that it could have seen."""
+    p_value = chi_square_tail(statistic, freedom)
     distance = detectable_distance(draws, freedom) if freedom else float("nan")
     return Check(
-        "lean towards the draft",
+        name,
         p_value > LEVEL and freedom > 0,
-        f"{draws} tokens after {len(groups)} prefixes, added up by rank and draft: chi-square {statistic:.1f} at "
-        f"{freedom} degrees, p = {p_value:.3g}",
-        {"chi_square": statistic, "freedom": freedom, "draws": draws, "prefixes": len(groups)},
+        f"{words}, chi-square {statistic:.1f} at {freedom} degrees, p = {p_value:.3g}",
+        {"chi_square": statistic, "freedom": freedom, "draws": draws, "prefixes": prefixes},
         p_value,
-        f"a law that is {distance:.1%} of total variation away, the same way everywhere",
+        f"a law that is {distance:.1%} of total variation away{where}",
     )
 
 

@@ -1,6 +1,6 @@
 """What a verification concludes: checks with numbers, gathered into claims, gathered into one verdict.
 
-Left out: how a check is made (`greedy.py`, `law.py`, `samples.py`, `parity.py`, `contract.py`).
+Left out: how a check is made (`law.py`, `samples.py`, `parity.py`, `contract.py`).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from forerun.draft.base import Counting, Drafter, Learning, Rows
-from forerun.engine.base import Counters, Sampling, Weights
+from forerun.engine.base import Counters, Sampling, Weights, check_request, engine_metrics
 from forerun.engine.local.schedule import Schedule
 from forerun.engine.local.schedule import Sequence as Live
 from forerun.engine.local.tree import along_path, depths, keep_path, tree_places
@@ -145,20 +145,11 @@ class LocalEngine:
 
     def metrics(self) -> dict[str, Any]:
         """See `RolloutEngine.metrics`."""
-        c = self.counters
-        return {
-            "version": self._held.version,
-            "checksums": dict(self._held.checksums),
-            "tokens": c.tokens,
-            "rounds": c.rounds,
-            "drafted": c.drafted,
-            "acceptance_length": c.acceptance_length,
-            "acceptance_per_position": c.acceptance_per_position,
-            "k_mean": c.k_mean,
-            "seconds": c.seconds,
-            "warnings": list(self.warnings),
-            "drafter": self.drafter.metrics() if isinstance(self.drafter, Counting) else {},
-        }
+        counted: dict[str, float] = self.drafter.metrics() if isinstance(self.drafter, Counting) else {}
+        return engine_metrics(self._held, self.counters, self.warnings, counted)
+
+    def close(self) -> None:
+        """Nothing to give back: weights and cache are the process's own."""
 
     # ---- one stream ----
 
@@ -333,21 +324,7 @@ class LocalEngine:
 
     def _check(self, prompts: Sequence[list[int]], sampling: Sampling, n: int) -> None:
         vocabulary = self.policy.model.config.get_text_config().vocab_size
-        if not prompts or n < 1 or sampling.max_new_tokens < 1:
-            raise UserError(
-                f"Nothing to generate: {len(prompts)} prompts, n = {n}, max_new_tokens = {sampling.max_new_tokens}"
-            )
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise UserError(f"Prompt {index} is empty; a policy needs at least one token to start from")
-            if len(prompt) >= self.policy.context:
-                raise UserError(
-                    f"Prompt {index} has {len(prompt)} tokens, the model's context is {self.policy.context}; shorten it"
-                )
-            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-                raise UserError(
-                    f"Prompt {index} holds a token id outside 0 .. {vocabulary - 1}: it is for another tokenizer"
-                )
+        check_request(prompts, sampling, n, vocabulary, self.policy.context)
 
     def _checksums(self) -> dict[str, str]:
         sums = {"policy": checksum(self.policy.model.state_dict())}

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from forerun.config import SpeculationConfig
 from forerun.draft import Drafter
-from forerun.engine.base import Counters, Sampling, Weights
+from forerun.engine.base import Counters, Sampling, Weights, check_request, engine_metrics
 from forerun.engine.local.schedule import Sequence as Sample
 from forerun.engine.local.schedule import request_seed
 from forerun.engine.probe import AcceptanceProbe
@@ -220,21 +220,7 @@ class VllmEngine:
 
     def metrics(self) -> dict[str, Any]:
         """See `RolloutEngine.metrics`."""
-        c = self.counters
-        return {
-            "version": self._held.version,
-            "checksums": dict(self._held.checksums),
-            "tokens": c.tokens,
-            "rounds": c.rounds,
-            "drafted": c.drafted,
-            "acceptance_length": c.acceptance_length,
-            "acceptance_per_position": c.acceptance_per_position,
-            "k_mean": c.k_mean,
-            "seconds": c.seconds,
-            "warnings": list(self.warnings),
-            "drafter": {},
-            "rule": self.rule,
-        }
+        return {**engine_metrics(self._held, self.counters, self.warnings, {}), "rule": self.rule}
 
     def close(self) -> None:
         """Give vLLM's memory back. Its process groups are shared, so the last engine of the process takes them down."""
@@ -408,10 +394,6 @@ class VllmEngine:
     def _check(self, prompts: Sequence[list[int]], sampling: Sampling, n: int) -> None:
         if not self._defined:
             raise UserError("The engine's weights are neither the old nor the new ones; load a version again")
-        if not prompts or n < 1 or sampling.max_new_tokens < 1:
-            raise UserError(
-                f"Nothing to generate: {len(prompts)} prompts, n = {n}, max_new_tokens = {sampling.max_new_tokens}"
-            )
         if 0 < sampling.temperature < COOLEST:
             raise UserError(
                 f"Temperature {sampling.temperature}: vLLM samples at 0 or at {COOLEST} and above, not between"
@@ -419,17 +401,7 @@ class VllmEngine:
         if sampling.truncation:
             raise UserError(f"{sampling.truncation}: the vLLM engine samples from the whole distribution")
         vocabulary = self.policy.model.config.get_text_config().vocab_size
-        for index, prompt in enumerate(prompts):
-            if not prompt:
-                raise UserError(f"Prompt {index} is empty; a policy needs at least one token to start from")
-            if len(prompt) >= self.context:
-                raise UserError(
-                    f"Prompt {index} has {len(prompt)} tokens, the engine's context is {self.context}; shorten it"
-                )
-            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-                raise UserError(
-                    f"Prompt {index} holds a token id outside 0 .. {vocabulary - 1}: it is for another tokenizer"
-                )
+        check_request(prompts, sampling, n, vocabulary, self.context)
 
 
 def _reason(sample: Sample, said: str | None, sampling: Sampling) -> str:
