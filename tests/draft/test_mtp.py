@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from forerun.config import DraftConfig
 from forerun.draft.mtp import MtpDrafter, MtpHead, read_heads
-from forerun.draft.training import Validation, judge, summarise, teach, train_head, validate
+from forerun.draft.training import Validation, judge, summarise, teach, train_head, validate, weighted_loss
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.schedule import request_seed
 from forerun.errors import UserError
@@ -27,13 +28,13 @@ def policy(tiny: Callable[..., Path]) -> Policy:
     return load_policy(str(tiny("llama", mlp_bias=True)), "float32", "cpu")
 
 
-def head_of(policy: Policy, layers: int = 1, seed: int = 0) -> MtpHead:
+def head_of(policy: Policy, layers: int = 1, seed: int = 0, ids: list[int] | None = None) -> MtpHead:
     torch.manual_seed(seed)
-    return MtpHead(policy, layers)
+    return MtpHead(policy, layers, None if ids is None else torch.tensor(ids))
 
 
-def drafter_of(policy: Policy, layers: int = 1) -> MtpDrafter:
-    return MtpDrafter(head_of(policy, layers), policy)
+def drafter_of(policy: Policy, layers: int = 1, ids: list[int] | None = None) -> MtpDrafter:
+    return MtpDrafter(head_of(policy, layers, ids=ids), policy)
 
 
 def test_the_last_tap_is_what_the_output_head_reads(policy: Policy) -> None:
@@ -64,6 +65,38 @@ def test_the_law_is_the_policys(tiny: Callable[..., Path]) -> None:
     small = load_policy(str(tiny("llama", vocab_size=8, mlp_bias=True)), "float32", "cpu")
     assert law_p_value(small, lambda: drafter_of(small), faulty=False) > 1e-3
     assert law_p_value(small, lambda: drafter_of(small), faulty=True) < 1e-6
+    assert law_p_value(small, lambda: drafter_of(small, ids=[0, 2, 5, 7]), faulty=False) > 1e-3
+    assert law_p_value(small, lambda: drafter_of(small, ids=[0, 2, 5, 7]), faulty=True) < 1e-6
+
+
+def test_a_draft_vocabulary_keeps_its_rows_of_the_output_head(policy: Policy, tmp_path: Path) -> None:
+    ids = [3, 4, 5, 8, 13, 21, 34]
+    whole, some = head_of(policy), head_of(policy, ids=ids)
+    states = torch.randn(5, 48)
+    torch.testing.assert_close(some.logits(states), whole.logits(states)[:, ids])
+    check_greedy_identity(policy, lambda: MtpDrafter(some, policy), 3)
+    MtpDrafter(some, policy).save(tmp_path, {})
+    again = MtpDrafter.load(tmp_path, policy)
+    assert again.head.vocabulary.tolist() == ids and again.state_dict().keys() == some.state_dict().keys()
+    assert whole.vocabulary.tolist() == list(range(policy.model.config.vocab_size))
+
+
+@pytest.mark.parametrize("loss", ["lk", "ce", "e2e"])
+def test_a_draft_vocabulary_of_all_tokens_is_judged_like_none(policy: Policy, loss: Literal["lk", "ce", "e2e"]) -> None:
+    pairs = [([5, 6, 7], list(range(8, 30))), ([4, 5], [6, 7, 8])]
+    config = DraftConfig(depth=3, loss=loss)
+    found = []
+    for ids in (None, list(range(policy.model.config.vocab_size)), [4, 5, 6, 9, 11, 20]):
+        head = head_of(policy, 2, ids=ids)
+        passes = judge(head, policy, teach(head, policy, pairs, 0.8), config, 0.8)
+        weighted_loss(passes, 1.0).backward()
+        found.append((passes, head.layers[0].eh_proj.weight.grad))
+    (whole, slope), (same, same_slope), (some, _) = found
+    torch.testing.assert_close(same_slope, slope, atol=1e-6, rtol=1e-3)
+    for a, b, c in zip(whole, same, some, strict=True):
+        torch.testing.assert_close(b.loss, a.loss, atol=1e-5, rtol=1e-4)
+        assert a.rows == b.rows == c.rows and b.accepted == pytest.approx(a.accepted, rel=1e-4)
+        assert c.accepted < a.accepted  # what it cannot draft is lost
 
 
 @pytest.mark.parametrize(
@@ -214,14 +247,16 @@ def test_names_of_the_published_layouts(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_training_raises_acceptance_and_leaves_the_policy_alone(policy: Policy, layers: int) -> None:
+@pytest.mark.parametrize(("layers", "ids"), [(1, None), (2, None), (1, list(range(0, 55, 2)))])
+def test_training_raises_acceptance_and_leaves_the_policy_alone(
+    policy: Policy, layers: int, ids: list[int] | None
+) -> None:
     engine = LocalEngine(policy, slots=64)
     rollouts = engine.generate([[i, i + 1, i + 2] for i in range(1, 41)], max_new_tokens=32, n=6, seed=9)
     pairs = [(r.prompt_ids, r.tokens) for r in rollouts]
     before = {k: v.clone() for k, v in policy.model.state_dict().items()}
     config = DraftConfig(epochs=6, learning_rate=3e-3, batch_tokens=1024, depth=3)
-    head = head_of(policy, layers)
+    head = head_of(policy, layers, ids=ids)
     results: list[Validation] = []
     best = train_head(head, policy, pairs, config, 1.0, 0, lambda s, n, loss: None, lambda e, r: results.append(r))
     assert best.length == max(r.length for r in results) > results[0].length + 0.1

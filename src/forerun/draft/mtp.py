@@ -6,9 +6,10 @@ the policy's own output head. h is taken *after* the final norm, and what is fed
 norm (`shared_head.norm`), as Transformers, SGLang and vLLM's Qwen3-Next run the published heads.
 With n layers, draft j comes from layer j, which reads layer j - 1's outputs and tokens j places further on; drafts
 beyond n apply the last layer to its own output, as all drafts of a head with one layer do (training-time test).
-Embedding, rotary angles and output head are the policy's, read live and never trained.
+Embedding, rotary angles and output head are the policy's, read live and never trained. Of the output head a drafter may
+read only the rows of a draft vocabulary, its most frequent tokens (2502.14856): beyond them q is 0.
 Left out: layers without plain attention heads (linear attention, MLA), quantised checkpoints.
-Axes: R rows, B live rows, n tokens, W places of a window, L padded length, H hidden size, V vocabulary.
+Axes: R rows, B live rows, n tokens, W places of a window, L padded length, H hidden size, V vocabulary, D drafted ids.
 """
 
 from __future__ import annotations
@@ -65,10 +66,13 @@ class Shared:
         """cos and sin for x [B, n, H] at positions [B, n]."""
         return self.rotary(x, positions) if self.layer_type is None else self.rotary(x, positions, self.layer_type)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., H], normed -> [..., V]; no gradient reaches the head's weight."""
-        bias = getattr(self.head, "bias", None)
-        out = F.linear(hidden, self.head.weight.detach(), None if bias is None else bias.detach())
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """hidden [..., H], normed -> [..., V], or of `tokens` [D] alone; no gradient reaches the head's weight."""
+        weight, bias = self.head.weight.detach(), getattr(self.head, "bias", None)
+        bias = None if bias is None else bias.detach()
+        if tokens is not None:
+            weight, bias = weight[tokens], None if bias is None else bias[tokens]
+        out = F.linear(hidden, weight, bias)
         return out if self.softcap is None else torch.tanh(out / self.softcap) * self.softcap
 
 
@@ -107,9 +111,13 @@ class MtpHead(nn.Module):
     """The trainable part: one `MtpLayer` per depth."""
 
     layers: Any
+    draft_ids: Tensor | None  # [D] int64, ascending; None: all tokens are drafted
 
-    def __init__(self, policy: Policy, layers: int = 1) -> None:
+    def __init__(self, policy: Policy, layers: int = 1, vocabulary: Tensor | None = None) -> None:
         """A head of `layers` layers that starts from the policy's last attention layer and its final norm.
+
+        Args:
+            vocabulary: [D] int64, ascending, the tokens that it drafts; None: all of them.
 
         Raises:
             UserError: the policy has no such layer, no final norm, or no rotary positions.
@@ -120,6 +128,7 @@ class MtpHead(nn.Module):
         self.config = MtpConfig(target.hidden_size, target.vocab_size, len(decoder_layers(policy.model)), layers)
         self.layers = nn.ModuleList(MtpLayer(policy, index, source) for index in range(layers))
         self._shared = (_shared(policy, source),)  # a tuple: its modules are not submodules
+        self.register_buffer("draft_ids", vocabulary)
         with torch.no_grad():
             for layer in self.layers:
                 layer.eh_proj.weight.normal_(0, 0.01)
@@ -130,6 +139,16 @@ class MtpHead(nn.Module):
     def shared(self) -> Shared:
         """What it uses of the policy."""
         return self._shared[0]
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """Target ids that it drafts. [D]"""
+        everything = torch.arange(self.config.vocab_size, device=self.shared.head.weight.device)
+        return everything if self.draft_ids is None else self.draft_ids
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H], normed -> [..., D]"""
+        return self.shared.logits(hidden, self.draft_ids)
 
     def step(self, index: int, tokens: Tensor, hidden: Tensor, positions: Tensor, slots: Any) -> Tensor:
         """Layer `index`: next tokens [B, n] and the state before them [B, n, H] -> the state after it [B, n, H]."""
@@ -201,13 +220,15 @@ class UnrollPass:
 
 
 def unroll_mtp(
-    head: MtpHead, tokens: Tensor, features: Tensor, scored: Tensor, depth: int
+    head: MtpHead, tokens: Tensor, features: Tensor, scored: Tensor, depth: int, taught: Tensor | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """Training-time test. Per draft position: the policy's last hidden states that teach it, and the head's, [M, H].
+    """Training-time test. Per draft position: what teaches it, the policy's last hidden states, and the head's, [M, H].
 
     Args:
         tokens: [N, L]. features: [N, L, H]. scored: [N, L], entry r: token r + 1 belongs to the completion.
+        taught: [N, L, D], rows that teach in the place of `features`.
     """
+    taught = features if taught is None else taught
     length, layers = tokens.shape[1], len(head.layers)
     positions = torch.arange(length, device=tokens.device)[None]
     hidden, slots, begin, results = features, UnrollPass(), 0, []
@@ -230,7 +251,7 @@ def unroll_mtp(
             slots,
         )
         rows = scored[:, begin + 1 : last + 2] & scored[:, begin + 1 + j : last + 2 + j]
-        results.append((features[:, begin + 1 + j : last + 2 + j][rows], hidden[rows]))
+        results.append((taught[:, begin + 1 + j : last + 2 + j][rows], hidden[rows]))
     return results
 
 
@@ -305,11 +326,14 @@ class MtpDrafter:
                 newest = window[batch, (count - 1).clamp(min=0)]
             else:
                 newest = self._again(rows, tokens[-1], newest, slot - layers)
-            token, row = sample_draft(self.head.shared.logits(newest), rows, slot, heat)
+            column, row = sample_draft(self.head.logits(newest), rows, slot, heat)
+            token = column if self.head.draft_ids is None else self.head.draft_ids[column]
             text[batch, count + slot] = token
             tokens.append(token)
             log_q.append(row)
-        return Draft(torch.stack(tokens, dim=1), lengths, None if heat is None else torch.stack(log_q, dim=1))
+        if heat is None:
+            return Draft(torch.stack(tokens, dim=1), lengths)
+        return Draft(torch.stack(tokens, dim=1), lengths, torch.stack(log_q, dim=1), self.head.draft_ids)
 
     def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
         assert features is not None
@@ -382,11 +406,13 @@ class MtpDrafter:
         _check_fit(data, policy)
         if not state:
             raise UserError(f"{folder} holds no tensors of multi-token-prediction heads; train one: forerun draft")
-        head = MtpHead(policy, 1 + max(int(name.split(".")[1]) for name in state)).to(policy.dtype)
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name != IDS)
+        head = MtpHead(policy, depth, state.get(IDS)).to(policy.dtype)
         load_exactly(head, state, f"the drafter in {folder}")
         return cls(head, policy, proposal=proposal, heat=heat)
 
 
+IDS = "draft_ids"  # a tensor of our own: published heads draft every token
 OUTER = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "shared_head.norm": "norm"}  # DeepSeek-V3: ours
 MIMO = {"token_layernorm": "enorm", "hidden_layernorm": "hnorm", "input_proj": "eh_proj", "final_layernorm": "norm"}
 QWEN = {"pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm", "fc": "eh_proj", "norm": "norm"}
@@ -394,6 +420,8 @@ QWEN = {"pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm", "fc": "
 
 def published_name(name: str, policy_layers: int) -> str:
     """Our parameter's name in a file: `layers.0.block.mlp.x` -> `model.layers.{policy_layers}.mlp.x`."""
+    if name == IDS:
+        return name
     _, index, rest = name.split(".", 2)
     prefix = f"model.layers.{policy_layers + int(index)}"
     if rest.startswith("block."):
@@ -420,13 +448,15 @@ def read_heads(folder: Path, policy_layers: int) -> dict[str, Tensor]:
                     tensor = file.get_tensor(name)
                     found[ours] = _embedding_first(tensor) if name.endswith(".input_proj.weight") else tensor
     once = {name: t for name, t in found.items() if name.startswith("layers.*.")}
-    depths = {name.split(".")[1] for name in found} - {"*"}
+    depths = {name.split(".")[1] for name in found if name != IDS} - {"*"}
     apart = {n.replace("*", d, 1): t for n, t in once.items() for d in depths}
     return {n: t for n, t in found.items() if n not in once} | apart
 
 
 def our_name(name: str, policy_layers: int) -> str | None:
     """Our name of a tensor in a file, None where it is not a head's. `layers.*` stands for every layer."""
+    if name == IDS:
+        return name
     if match := re.fullmatch(r"(?:model\.)?layers\.(\d+)\.(.+)", name):
         index = int(match[1]) - policy_layers
         return None if index < 0 else _inner(index, match[2], OUTER)

@@ -4,7 +4,7 @@ In an engine the head's second draft stands on its own first output, not on the 
 that way: J passes over a sequence, pass j fed with pass j-1's outputs and scored against the policy's distribution at
 position t+1+j. In pass j a query at t sees the true context up to t (keys of pass 0) and its own guesses (keys of
 passes 1..j at the same t), as it will in the engine. Teacher and hidden states come from one policy forward, detached.
-An MTP head knows the whole vocabulary and reads what the policy's output head reads: its teacher is that state, and
+An MTP head that drafts the whole vocabulary reads what the policy's output head reads: its teacher is that state, and
 distributions are made a few rows at a time (`draft/mtp.py` has its unroll).
 Axes: N sequences, L padded length, T base positions, J depth, H hidden, D draft vocabulary.
 """
@@ -43,7 +43,7 @@ class TeacherBatch:
 
     tokens: Tensor  # [N, L]
     features: Tensor  # [N, L, T·H]
-    log_p: Tensor  # [N, L, D], entry r: the policy's distribution of token r + 1; D = 0: `features` give it (MTP)
+    log_p: Tensor  # [N, L, D], entry r: the policy's distribution of token r + 1; D = 0: `features` give it
     scored: Tensor  # [N, L] bool, entry r: token r + 1 belongs to the completion
 
 
@@ -79,12 +79,11 @@ class Lessons:
 def new_head(policy: Policy, pairs: Sequence[Pair], config: DraftConfig) -> Eagle3Head:
     """A head for this policy, started from the policy's own last layer and output head.
 
-    The draft vocabulary is the tokens that the rollouts use, at most `config.vocab`, the most frequent first.
+    Its draft vocabulary: see `frequent_tokens`.
     """
     target = policy.model.config.get_text_config()
     layers = tuple(config.layers or default_taps(target.num_hidden_layers))
-    counts = Counter(token for _, completion in pairs for token in completion)
-    vocabulary = torch.tensor(sorted(token for token, _ in counts.most_common(config.vocab)))
+    vocabulary = frequent_tokens(pairs, config.vocab)
     rope = getattr(target, "rope_parameters", None) or {}
     head = Eagle3Head(
         Eagle3Config(
@@ -104,6 +103,12 @@ def new_head(policy: Policy, pairs: Sequence[Pair], config: DraftConfig) -> Eagl
     head.set_vocabulary(vocabulary)
     _start_from(head, policy.model)
     return head.to(policy.device)
+
+
+def frequent_tokens(pairs: Sequence[Pair], most: int) -> Tensor:
+    """The tokens that the completions use, at most `most`, the most frequent first; ascending ids. [D] int64"""
+    counts = Counter(token for _, completion in pairs for token in completion)
+    return torch.tensor(sorted(token for token, _ in counts.most_common(most)))
 
 
 def train_head(
@@ -158,7 +163,7 @@ def lesson(head: Head, model: Any, batch: TokenBatch, temperature: float) -> tup
     assert features is not None
     scored = torch.zeros(batch.input_ids.shape, dtype=torch.bool, device=logits.device)
     scored[batch.rows, batch.columns] = True
-    if isinstance(head, MtpHead):
+    if _whole(head):
         log_p = features.new_zeros(*batch.input_ids.shape, 0)
         return TeacherBatch(batch.input_ids, features, log_p, scored), logits
     scaled = logits.float() / (temperature or 1.0)
@@ -177,7 +182,8 @@ def judge(head: Head, policy: Policy, teacher: TeacherBatch, config: DraftConfig
     alive, before = torch.empty(0), teacher.scored  # of the position before: survival of its rows [M], its bases
     with autocast_of(policy):
         if isinstance(head, MtpHead):
-            rows = unroll_mtp(head, teacher.tokens, teacher.features, teacher.scored, config.depth)
+            taught = None if _whole(head) else teacher.log_p
+            rows = unroll_mtp(head, teacher.tokens, teacher.features, teacher.scored, config.depth, taught)
         else:
             embed = head.embed_tokens if head.config.own_embedding else policy.model.get_input_embeddings()
             rows = unroll(head, embed, teacher, config.depth, temperature)
@@ -200,23 +206,35 @@ def _bases(scored: Tensor, j: int) -> Tensor:
 
 def _draft_ids(head: Head, tokens: Tensor) -> Tensor:
     """Token ids [M] as the head counts them; -1: not in its vocabulary."""
-    if isinstance(head, MtpHead):
+    if _whole(head):
         return tokens
-    return torch.where(head.t2d[tokens], torch.searchsorted(head.vocabulary, tokens), -1)
+    places = torch.searchsorted(head.vocabulary, tokens).clamp(max=len(head.vocabulary) - 1)
+    return torch.where(head.vocabulary[places] == tokens, places, -1)
+
+
+def _whole(head: Head) -> bool:
+    """Whether the head drafts every token of a vocabulary whose rows are too long to be kept."""
+    return isinstance(head, MtpHead) and head.draft_ids is None
 
 
 def _judge_rows(
     head: Head, p: Tensor, q: Tensor, tokens: Tensor, reached: Tensor, loss: str, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss and survival [M] of one position's rows. p, q [M, D]: log-probabilities; MTP: hidden states [M, H].
+    """Loss and survival [M] of one position's rows. p, q: log-probabilities [M, D], of MTP hidden states [M, H].
 
-    An MTP head's full-vocabulary distributions are made `ROWS` at a time; the backward pass makes them again.
+    Distributions over a whole vocabulary are made `ROWS` at a time; the backward pass makes them again.
     """
     if not isinstance(head, MtpHead):
         return position_loss(loss, p, q, tokens, reached)
 
+    def log_softmax(hidden: Tensor) -> Tensor:
+        return torch.log_softmax(head.logits(hidden).float() / (temperature or 1.0), dim=-1)
+
+    if not _whole(head):
+        return position_loss(loss, p, log_softmax(q), tokens, reached)
+
     def part(p: Tensor, q: Tensor, tokens: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
-        log_p, log_q = (torch.log_softmax(head.shared.logits(x).float() / (temperature or 1.0), dim=-1) for x in (p, q))
+        log_p, log_q = log_softmax(p), log_softmax(q)
         return position_loss(loss, log_p.detach(), log_q, tokens, reached)
 
     rows = zip(*(x.split(ROWS) for x in (p, q, tokens, reached)), strict=True)

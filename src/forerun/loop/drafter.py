@@ -23,7 +23,7 @@ from forerun.draft.eagle3 import Eagle3Drafter
 from forerun.draft.fit import Report, StateFile, Validated, Validation
 from forerun.draft.model import ModelDrafter
 from forerun.draft.mtp import MtpDrafter, MtpHead
-from forerun.draft.training import new_head, train_head
+from forerun.draft.training import frequent_tokens, new_head, train_head
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
@@ -263,7 +263,8 @@ def _eagle3_head(
 def _mtp_head(
     recipe: Recipe, policy: Policy, pairs: Pairs, report: Report, validated: Validated, file: StateFile | None
 ) -> tuple[Drafter, Validation]:
-    head, heat = MtpHead(policy, recipe.draft.mtp_layers), recipe.rollout.temperature
+    tokens = frequent_tokens(pairs, recipe.draft.vocab)
+    head, heat = MtpHead(policy, recipe.draft.mtp_layers, tokens), recipe.rollout.temperature
     best = train_head(head, policy, pairs, recipe.draft, heat, recipe.seed, report, validated, file)
     return MtpDrafter(head.to(policy.dtype), policy), best
 
