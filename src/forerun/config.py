@@ -231,7 +231,11 @@ class SpeculationConfig(Block):
 
 class RolloutConfig(Block):
     engine: Literal["local", "vllm"] = "local"
-    slots: int = Field(32, ge=1, description="sequences decoded side by side")
+    slots: int = Field(32, ge=1, description="sequences decoded side by side, by every replica")
+    replicas: int = Field(
+        0, ge=0, description="engines in processes of their own, watched and replaced; 0: one, in this process"
+    )
+    silence_s: float = Field(120.0, gt=0, description="without a word after which a replica is replaced")
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, ge=0)
     stop: list[str] = Field(default_factory=list, description="strings that end a completion (kept in it)")
@@ -251,11 +255,42 @@ class TrainConfig(Block):
     updates_per_step: int = Field(1, ge=1, description="optimizer steps per batch of rollouts")
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.2, gt=0)
+    correction: Literal["token_tis", "sequence_mask", "icepop", "none"] = Field(
+        "token_tis",
+        description="weight of a token by the ratio of its probabilities, learner over engine: token_tis: the ratio, "
+        "at most importance_cap; icepop: the ratio, 0 outside importance_band; sequence_mask: token_tis, 0 in "
+        "sequences whose geometric mean ratio is outside importance_band; none: 1",
+    )
     importance_cap: float = Field(2.0, ge=1, description="bound of the learner/engine probability ratio per token")
+    importance_band: tuple[float, float] | None = Field(
+        None, description="least and largest ratio; null: 0.5 and 5 for icepop, 0.9 and 1.1 for sequence_mask"
+    )
     kl: float = Field(0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
     normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
     microbatch_tokens: int = Field(4096, ge=1, description="padded tokens per forward and backward pass")
+    packing: bool = Field(
+        False, description="several sequences per row of a pass, apart from each other: less padding, wider attention"
+    )
     gradient_checkpointing: bool = False
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Least and largest ratio that the correction lets through."""
+        return self.importance_band or ((0.9, 1.1) if self.correction == "sequence_mask" else (0.5, 5.0))
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        low, high = self.band
+        if not 0 <= low < 1 < high:
+            raise ValueError(
+                f"importance_band {[low, high]} leaves out the ratio 1 of tokens that the policy itself sampled; set "
+                "the first below 1 and the second above"
+            )
+        if self.importance_band is not None and self.correction not in ("icepop", "sequence_mask"):
+            raise ValueError(
+                f"importance_band is for correction: icepop and sequence_mask, not for {self.correction}; leave it out"
+            )
+        return self
 
 
 class EvalConfig(Block):
@@ -302,7 +337,7 @@ class DraftConfig(Block):
         description="lk: forward KL that fades into total variation; kl, tv: either alone; ce: cross-entropy to the "
         "tokens themselves; e2e: total variation of the whole chain, for drafters that are good already",
     )
-    vocab: int = Field(8192, ge=16, description="draft vocabulary: the tokens most frequent in the training rollouts")
+    vocab: int = Field(8192, ge=16, description="eagle3, mtp: how many tokens are drafted, the most frequent first")
     layers: list[int] | None = Field(
         None, description="eagle3: hidden states that are fused (inputs of these layers); model: layers that are kept"
     )

@@ -14,7 +14,7 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
 from forerun.learner.advantages import group_advantages
 from forerun.learner.forward import microbatches
-from forerun.learner.losses import clipped_policy_loss, kl_k3, truncated_importance
+from forerun.learner.losses import clipped_policy_loss, kl_k3
 from forerun.learner.optimizer import MasterOptimizer
 from forerun.learner.policy import Learner, mismatch
 from forerun.models import Policy, load_policy
@@ -123,8 +123,8 @@ def test_losses_by_hand() -> None:
     torch.testing.assert_close(result.loss, torch.tensor([-1.3, 1.5, -0.5, 0.8]))
     assert result.clipped_high.tolist() == [True, False, False, False]
     assert result.clipped_low.tolist() == [False, False, False, True]
-    weights = truncated_importance(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 0.0]), 2.0)
-    assert weights.tolist() == [1.0, 2.0]
+    corrected = clipped_policy_loss(new, old, advantages, 0.2, 0.3, torch.tensor([0.5, 0.0, 2.0, 1.0]))
+    torch.testing.assert_close(corrected.loss, torch.tensor([-0.65, 0.0, -1.0, 0.8]))
 
 
 def test_bfloat16_parameters_learn_through_their_masters() -> None:

@@ -1,6 +1,7 @@
 """Log-probabilities of completions under the live policy: one padded forward, the head only where it is needed.
 
-Rows are right-padded, so a causal model needs no mask: no real token ever attends to padding.
+Rows are right-padded, so a causal model needs no mask: no real token ever attends to padding. Packed rows
+(`learner/packing.py`) hold several sequences, told apart by their positions.
 Axes: N rows, L padded length, M completion tokens of all rows, V vocabulary.
 """
 
@@ -8,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Pair = tuple[list[int], list[int]]  # prompt ids, completion ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,22 +27,34 @@ class TokenBatch:
     rows: Tensor  # [M] int64, row of each completion token
     columns: Tensor  # [M] int64, position whose output predicts it
     targets: Tensor  # [M] int64
+    position_ids: Tensor | None = None  # [N, L] int64, restarting with each packed sequence; None: one sequence per row
 
 
-def token_batch(pairs: Sequence[tuple[list[int], list[int]]], device: torch.device) -> TokenBatch:
+def token_batch(pairs: Sequence[Pair], device: torch.device) -> TokenBatch:
     """Pad (prompt, completion) pairs; completion tokens are listed row by row, in order."""
-    length = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    input_ids = torch.zeros(len(pairs), length, dtype=torch.int64)
-    rows: list[int] = []
-    columns: list[int] = []
-    targets: list[int] = []
-    for n, (prompt, completion) in enumerate(pairs):
-        input_ids[n, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-        rows += [n] * len(completion)
-        columns += range(len(prompt) - 1, len(prompt) + len(completion) - 1)
-        targets += completion
-    index = [torch.tensor(x, dtype=torch.int64, device=device) for x in (rows, columns, targets)]
-    return TokenBatch(input_ids.to(device), *index)
+    return replace(packed_batch([[pair] for pair in pairs], device), position_ids=None)
+
+
+def packed_batch(rows: Sequence[Sequence[Pair]], device: torch.device) -> TokenBatch:
+    """Lay the pairs of each row side by side; completion tokens are listed row by row, pair by pair, in order.
+
+    Padding stands at position 0, each a sequence of its own. See `learner/packing.py`.
+    """
+    length = max(sum(len(prompt) + len(completion) for prompt, completion in row) for row in rows)
+    input_ids, positions = torch.zeros(2, len(rows), length, dtype=torch.int64)
+    index: tuple[list[int], list[int], list[int]] = [], [], []  # rows, columns, targets
+    for n, row in enumerate(rows):
+        start = 0
+        for prompt, completion in row:
+            end = start + len(prompt) + len(completion)
+            input_ids[n, start:end] = torch.tensor(prompt + completion)
+            positions[n, start:end] = torch.arange(end - start)
+            index[0].extend([n] * len(completion))
+            index[1].extend(range(start + len(prompt) - 1, end - 1))
+            index[2].extend(completion)
+            start = end
+    at, columns, targets = (torch.tensor(x, dtype=torch.int64, device=device) for x in index)
+    return TokenBatch(input_ids.to(device), at, columns, targets, positions.to(device))
 
 
 @contextmanager
@@ -61,8 +76,9 @@ def head_sees(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
 
 def completion_logits(model: Any, batch: TokenBatch) -> Tensor:
     """Logits that predict each completion token. [M, V], in the model's dtype."""
+    packed = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
     with head_sees(model, batch.rows, batch.columns):
-        return model(input_ids=batch.input_ids, use_cache=False).logits
+        return model(input_ids=batch.input_ids, use_cache=False, **packed).logits
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:

@@ -28,7 +28,7 @@ def clipped_policy_loss(
 
     Args:
         logprobs: [M] under the policy being trained. old: [M] under the policy before this batch, recomputed by the
-            learner. advantages: [M]. correction: [M], see `truncated_importance`.
+            learner. advantages: [M]. correction: [M], see `learner/correction.py`.
     """
     ratio = (logprobs - old).exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -37,15 +37,6 @@ def clipped_policy_loss(
     low = (active < 1 - clip_low) & (advantages < 0)
     high = (active > 1 + clip_high) & (advantages > 0)
     return PolicyLoss(loss, active, low, high)
-
-
-def truncated_importance(old: Tensor, behaviour: Tensor, cap: float) -> Tensor:
-    """min(π_learner / π_engine, cap) per token: the engine's rows and the learner's differ in rounding, or in version.
-
-    Args:
-        old: [M] log-probabilities by the learner. behaviour: [M] those that the engine returned with the tokens.
-    """
-    return (old - behaviour).exp().clamp(max=cap)
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:

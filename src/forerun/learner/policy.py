@@ -2,13 +2,14 @@
 
 One batch is P prompts with n samples each, flat: sample i belongs to prompt i // n. Micro-batches hold a bounded number
 of padded tokens; their gradients are summed with one normaliser, the completion tokens of the whole batch, so that the
-update does not depend on how the batch was cut. Samples of zero advantage have zero gradient and are not run again.
+update does not depend on how the batch was cut, nor on whether it was packed. Samples of zero advantage, and those that
+the off-policy correction masks whole, have zero gradient and are not run again.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,16 +18,19 @@ from torch import Tensor
 
 from forerun.config import TrainConfig
 from forerun.errors import Interrupted, UserError
+from forerun.learner.correction import correct
 from forerun.learner.forward import (
     TokenBatch,
     completion_logits,
     microbatches,
+    packed_batch,
     token_batch,
     token_entropy,
     token_logprobs,
 )
-from forerun.learner.losses import clipped_policy_loss, kl_k3, truncated_importance
+from forerun.learner.losses import clipped_policy_loss, kl_k3
 from forerun.learner.optimizer import MasterOptimizer
+from forerun.learner.packing import packed_microbatches, require_packing
 from forerun.models import Policy
 from forerun.records import Rollout
 
@@ -41,6 +45,16 @@ class Scored:
     entropies: list[float] = field(default_factory=list)  # the same per rollout
 
 
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the loss reads beside the policy's log-probabilities, one tensor [T_i] per rollout."""
+
+    old: Sequence[Tensor]  # log-probabilities before the update
+    reference: Sequence[Tensor] | None
+    advantages: Sequence[Tensor]
+    correction: Sequence[Tensor]
+
+
 class Learner:
     """Trains the live policy module; the engine sees every update at once because it runs the same parameters."""
 
@@ -49,6 +63,8 @@ class Learner:
         self.temperature = temperature
         self.optimizer = MasterOptimizer(policy.model.parameters(), config)
         self._reference = copy.deepcopy(policy.model).requires_grad_(False) if config.kl > 0 else None
+        if config.packing:
+            require_packing(policy)
         if config.gradient_checkpointing:
             _enable_checkpointing(policy.model)
 
@@ -62,13 +78,14 @@ class Learner:
         """Recompute every token's log-probability under the current policy (and the reference).
 
         Args:
-            forward: runs the policy's own batches, and may keep what else it sees there (`learner/cotrain.py`).
+            forward: runs the policy's own batches, and may keep what else it sees there (`learner/cotrain.py`). Any
+                other than the default is given one sequence per row, also where the recipe packs.
         """
         own, entropies = [torch.empty(0)] * len(rollouts), [torch.empty(0)] * len(rollouts)
         reference = None if self._reference is None else list(own)
         entropy_sum, done = 0.0, 0
-        for rows in self._microbatches(rollouts):
-            batch = _batch(rollouts, rows, self.policy.device)
+        packed = self.config.packing and forward is completion_logits
+        for rows, batch in self._batches(rollouts, range(len(rollouts)), packed):
             logits = forward(self.policy.model, batch)
             _scatter(token_logprobs(logits, batch.targets, self.temperature), rows, rollouts, own)
             entropy = token_entropy(logits, self.temperature)
@@ -97,17 +114,22 @@ class Learner:
             Interrupted: `stop_requested` before the first optimizer step; the policy is as it was.
             UserError: the loss or the gradient is not finite; the policy is as it was before this optimizer step.
         """
-        order = [i for i in range(len(rollouts)) if float(advantages[i]) != 0.0 or scored.reference is not None]
+        lengths = [len(r.tokens) for r in rollouts]
+        correction = correct(self.config, torch.cat(scored.logprobs), _by_the_engine(rollouts), lengths)
+        spread = [a.expand(n) for a, n in zip(advantages.cpu(), lengths, strict=True)]
+        targets = Targets(scored.logprobs, scored.reference, spread, correction.weights.split(lengths))
+        taught = [bool(x.any() and w.any()) for x, w in zip(targets.advantages, targets.correction, strict=True)]
+        order = [i for i in range(len(rollouts)) if taught[i] or scored.reference is not None]
         chunks = [order[u :: self.config.updates_per_step] for u in range(self.config.updates_per_step)]
         totals = dict.fromkeys(("loss", "ratio", "low", "high", "kl", "tokens"), 0.0)
         norms = []
         for number, chunk in enumerate(chunks):
-            size = sum(len(r.tokens) for r in rollouts) / len(chunks)
-            for rows in self._microbatches(rollouts, chunk):
+            size = sum(lengths) / len(chunks)
+            for rows, batch in self._batches(rollouts, chunk, self.config.packing):
                 if number == 0 and stop_requested():
                     self.optimizer.clear()
                     raise Interrupted
-                self._accumulate(rollouts, rows, advantages, scored, size, totals)
+                self._accumulate(batch, rows, targets, size, totals)
                 tick(len(rows))
             if chunk:
                 norms.append(self._step(learning_rate))
@@ -121,30 +143,24 @@ class Learner:
             "policy/clip_high": totals["high"] / tokens,
             "policy/kl": totals["kl"] / tokens,
             "policy/entropy": scored.entropy,
+            **correction.metrics(lengths),
         }
 
     def _accumulate(
-        self,
-        rollouts: Sequence[Rollout],
-        rows: list[int],
-        advantages: Tensor,
-        scored: Scored,
-        size: float,
-        totals: dict[str, float],
+        self, batch: TokenBatch, rows: list[int], targets: Targets, size: float, totals: dict[str, float]
     ) -> None:
         """Forward and backward of one micro-batch; its loss is a sum over tokens divided by `size`."""
-        device, config = self.policy.device, self.config
-        batch = _batch(rollouts, rows, device)
+
+        def of(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat([parts[i] for i in rows]).to(self.policy.device)
+
+        config, old = self.config, of(targets.old)
         logprobs = token_logprobs(completion_logits(self.policy.model, batch), batch.targets, self.temperature)
-        old = torch.cat([scored.logprobs[i] for i in rows]).to(device)
-        behaviour = torch.tensor([x for i in rows for x in rollouts[i].logprobs], device=device)
-        advantage = advantages.to(device)[torch.tensor(rows, device=device)]
-        advantage = advantage.repeat_interleave(torch.tensor([len(rollouts[i].tokens) for i in rows], device=device))
-        correction = truncated_importance(old, behaviour, config.importance_cap)
-        terms = clipped_policy_loss(logprobs, old, advantage, config.clip_low, config.clip_high, correction)
+        correction, advantages = of(targets.correction), of(targets.advantages)
+        terms = clipped_policy_loss(logprobs, old, advantages, config.clip_low, config.clip_high, correction)
         loss = terms.loss.sum() / size
-        if scored.reference is not None:
-            kl = kl_k3(logprobs, torch.cat([scored.reference[i] for i in rows]).to(device))
+        if targets.reference is not None:
+            kl = kl_k3(logprobs, of(targets.reference))
             loss = loss + config.kl * kl.sum() / size
             totals["kl"] += float(kl.detach().sum())
         loss.backward()
@@ -164,16 +180,24 @@ class Learner:
             )
         return self.optimizer.step(learning_rate)
 
-    def _microbatches(self, rollouts: Sequence[Rollout], rows: list[int] | None = None) -> list[list[int]]:
-        rows = list(range(len(rollouts))) if rows is None else rows
-        lengths = [len(rollouts[i].prompt_ids) + len(rollouts[i].tokens) for i in rows]
-        return [[rows[j] for j in group] for group in microbatches(lengths, self.config.microbatch_tokens)]
+    def _batches(
+        self, rollouts: Sequence[Rollout], chosen: Sequence[int], packed: bool
+    ) -> Iterator[tuple[list[int], TokenBatch]]:
+        """Micro-batches of the chosen rollouts, each with their numbers in the order of its completions."""
+        pairs = [(rollouts[i].prompt_ids, rollouts[i].tokens) for i in chosen]
+        lengths, tokens = [len(prompt) + len(completion) for prompt, completion in pairs], self.config.microbatch_tokens
+        if packed:
+            for group in packed_microbatches(lengths, tokens):
+                batch = packed_batch([[pairs[j] for j in row] for row in group], self.policy.device)
+                yield [chosen[j] for row in group for j in row], batch
+        else:
+            for row in microbatches(lengths, tokens):
+                yield [chosen[j] for j in row], token_batch([pairs[j] for j in row], self.policy.device)
 
 
 def mismatch(rollouts: Sequence[Rollout], scored: Scored) -> dict[str, float]:
     """How far the engine's log-probabilities of its own tokens are from the learner's: KL (k3), largest gap, ratio."""
-    engine = torch.tensor([x for r in rollouts for x in r.logprobs])
-    gap = torch.cat([x.cpu() for x in scored.logprobs]) - engine
+    gap = torch.cat([x.cpu() for x in scored.logprobs]) - _by_the_engine(rollouts)
     return {
         "mismatch/kl": float((gap.exp() - 1 - gap).mean()),
         "mismatch/logp_diff_max": float(gap.abs().max()),
@@ -181,8 +205,8 @@ def mismatch(rollouts: Sequence[Rollout], scored: Scored) -> dict[str, float]:
     }
 
 
-def _batch(rollouts: Sequence[Rollout], rows: list[int], device: torch.device) -> Any:
-    return token_batch([(rollouts[i].prompt_ids, rollouts[i].tokens) for i in rows], device)
+def _by_the_engine(rollouts: Sequence[Rollout]) -> Tensor:  # [M] log-probabilities that came with the tokens
+    return torch.tensor([x for r in rollouts for x in r.logprobs])
 
 
 def _scatter(values: Tensor, rows: list[int], rollouts: Sequence[Rollout], into: list[Tensor]) -> None:

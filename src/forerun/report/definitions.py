@@ -28,12 +28,19 @@ DEFINITIONS: dict[str, str] = {
     "data/prompts": "Prompts in this step. Unit: prompts.",
     "data/rollouts": "Rollouts in this step. Unit: rollouts.",
     "data/dropped": "Prompts or rollouts left out on purpose in this step. Unit: count.",
+    # engines in processes of their own
+    "replicas/count": "Engines in processes of their own. Unit: count.",
+    "replicas/lost": "Replicas that died, hung or talked nonsense and were replaced, since the run began. Unit: count.",
+    "replicas/samples_rerun": "Samples that were asked for again after such a loss, since the run began. Unit: count.",
     # agreement between the engine that sampled and the learner that trains
     "mismatch/kl": "Estimated KL divergence from the engine's distribution to the learner's. Unit: nats per token.",
     "mismatch/logp_diff_max": "Largest absolute difference between engine and learner log-probability. Unit: nats.",
     "mismatch/prob_ratio": "Mean of exp(|engine minus learner log-probability|); 1 is perfect. Unit: ratio.",
     "mismatch/is_weight_mean": "Mean truncated importance weight that corrects the mismatch. Unit: ratio.",
     "mismatch/is_weight_capped": "Share of tokens whose importance weight was cut at its cap. Unit: share.",
+    "mismatch/masked_tokens": "Share of tokens that the off-policy correction left out. Unit: share.",
+    "mismatch/masked_sequences": "Share of rollouts whose tokens the off-policy correction all left out. Unit: share.",
+    "mismatch/effective_samples": "Effective sample size of the importance weights, per token. Unit: share.",
     # the policy update
     "policy/loss": "Policy loss, averaged over trained tokens. Unit: loss.",
     "policy/clip_low": "Share of tokens whose probability ratio was clipped from below. Unit: share.",
