@@ -13,7 +13,8 @@ from contract import Forced, check_every_end, check_greedy_identity, check_logpr
 from safetensors.torch import load_file, save_file
 
 from forerun.config import DraftConfig
-from forerun.draft.mtp import MtpDrafter, MtpHead, read_heads
+from forerun.draft.mtp import MtpDrafter, MtpHead
+from forerun.draft.mtp_files import read_heads
 from forerun.draft.training import Validation, judge, summarise, teach, train_head, validate, weighted_loss
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.schedule import request_seed

@@ -8,7 +8,7 @@ With n layers, draft j comes from layer j, which reads layer j - 1's outputs and
 beyond n apply the last layer to its own output, as all drafts of a head with one layer do (training-time test).
 Embedding, rotary angles and output head are the policy's, read live and never trained. Of the output head a drafter may
 read only the rows of a draft vocabulary, its most frequent tokens (2502.14856): beyond them q is 0.
-Left out: layers without plain attention heads (linear attention, MLA), quantised checkpoints.
+Files: mtp_files.py. Left out: layers without plain attention heads (linear attention, MLA), quantised checkpoints.
 Axes: R rows, B live rows, n tokens, W places of a window, L padded length, H hidden size, V vocabulary, D drafted ids.
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from forerun.draft.base import Rows, heat_of_round, sample_draft
 from forerun.draft.heat import HeatSetting, make_heat
+from forerun.draft.mtp_files import IDS, published_name, read_heads
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.cache import SlotCache, SlotPass
@@ -410,76 +410,6 @@ class MtpDrafter:
         head = MtpHead(policy, depth, state.get(IDS)).to(policy.dtype)
         load_exactly(head, state, f"the drafter in {folder}")
         return cls(head, policy, proposal=proposal, heat=heat)
-
-
-IDS = "draft_ids"  # a tensor of our own: published heads draft every token
-OUTER = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "shared_head.norm": "norm"}  # DeepSeek-V3: ours
-MIMO = {"token_layernorm": "enorm", "hidden_layernorm": "hnorm", "input_proj": "eh_proj", "final_layernorm": "norm"}
-QWEN = {"pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm", "fc": "eh_proj", "norm": "norm"}
-
-
-def published_name(name: str, policy_layers: int) -> str:
-    """Our parameter's name in a file: `layers.0.block.mlp.x` -> `model.layers.{policy_layers}.mlp.x`."""
-    if name == IDS:
-        return name
-    _, index, rest = name.split(".", 2)
-    prefix = f"model.layers.{policy_layers + int(index)}"
-    if rest.startswith("block."):
-        return f"{prefix}.{rest.removeprefix('block.')}"
-    part, _, leaf = rest.rpartition(".")
-    return f"{prefix}.{ {ours: theirs for theirs, ours in OUTER.items()}[part] }.{leaf}"
-
-
-def read_heads(folder: Path, policy_layers: int) -> dict[str, Tensor]:
-    """Tensors of multi-token-prediction heads in a folder of safetensors files, under our names; the rest is skipped.
-
-    Read are DeepSeek-V3's names (`model.layers.{policy_layers + d}.eh_proj|enorm|hnorm|shared_head.norm|...`), MiMo's
-    (`model.mtp_layers.{d}.input_proj|...`, hidden state first in its projection) and Qwen3-Next's (`mtp.fc|
-    pre_fc_norm_*|norm`, one for all `mtp.layers.{d}`). Copies of the embedding and of the output head are left out.
-    """
-    from safetensors import safe_open
-
-    found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                ours = our_name(name, policy_layers)
-                if ours is not None:
-                    tensor = file.get_tensor(name)
-                    found[ours] = _embedding_first(tensor) if name.endswith(".input_proj.weight") else tensor
-    once = {name: t for name, t in found.items() if name.startswith("layers.*.")}
-    depths = {name.split(".")[1] for name in found if name != IDS} - {"*"}
-    apart = {n.replace("*", d, 1): t for n, t in once.items() for d in depths}
-    return {n: t for n, t in found.items() if n not in once} | apart
-
-
-def our_name(name: str, policy_layers: int) -> str | None:
-    """Our name of a tensor in a file, None where it is not a head's. `layers.*` stands for every layer."""
-    if name == IDS:
-        return name
-    if match := re.fullmatch(r"(?:model\.)?layers\.(\d+)\.(.+)", name):
-        index = int(match[1]) - policy_layers
-        return None if index < 0 else _inner(index, match[2], OUTER)
-    if match := re.fullmatch(r"model\.mtp_layers\.(\d+)\.(.+)", name):
-        return _inner(int(match[1]), match[2], MIMO)
-    if match := re.fullmatch(r"mtp\.layers\.(\d+)\.(.+)", name):
-        return _inner(int(match[1]), match[2], {})
-    if match := re.fullmatch(r"mtp\.(\w+)\.(weight|bias)", name):
-        return None if match[1] not in QWEN else f"layers.*.{QWEN[match[1]]}.{match[2]}"
-    return None
-
-
-def _inner(index: int, rest: str, outer: Mapping[str, str]) -> str | None:
-    part, _, leaf = rest.rpartition(".")
-    if part in outer:
-        return f"layers.{index}.{outer[part]}.{leaf}"
-    return None if part in ("embed_tokens", "shared_head.head") else f"layers.{index}.block.{rest}"
-
-
-def _embedding_first(weight: Tensor) -> Tensor:
-    """[H, 2H] with the hidden state's columns first -> with the embedding's first."""
-    hidden, embedding = weight.chunk(2, dim=1)
-    return torch.cat([embedding, hidden], dim=1)
 
 
 def _source_layer(policy: Policy) -> int:
