@@ -20,7 +20,7 @@ check: .venv/ready-dev
 	$(BIN)/mypy
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest tests/engine/test_vllm.py
+	.venv-vllm/bin/python -m pytest tests/engine/test_vllm*.py tests/lossless/test_verification_vllm.py
 
 artifacts: .venv/ready
 	$(BIN)/python scripts/make_artifacts.py

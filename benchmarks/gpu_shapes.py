@@ -237,7 +237,7 @@ def synchronize(cuda: bool) -> None:
 def _schedule(case: Case) -> Schedule:
     """Every row live, with `context` tokens in the cache and one newest token."""
     batch, context = case
-    schedule = Schedule(batch, [], 1, 0)
+    schedule = Schedule(batch, [], [], 0)
     prompt = [1] * (context + 1)
     schedule.live = [Live(prompt, row, 0, request_seed(0, row, 0)) for row in range(batch)]
     return schedule

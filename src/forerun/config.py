@@ -304,7 +304,8 @@ class EvalConfig(Block):
 
 
 class LoopConfig(Block):
-    lag: Literal[0] = Field(0, description="weight versions that generation may run ahead; 0: synchronous")
+    lag: int = Field(0, ge=0, description="weight versions that generation may run ahead; 0: synchronous")
+    in_flight: bool = Field(False, description="with lag: a new version takes over between two rounds of its samples")
 
 
 class CompareConfig(Block):
@@ -377,6 +378,18 @@ class Recipe(Block):
     def _check(self) -> Recipe:
         if self.cold_start is not None and self.policy.adapter is not None:
             raise ValueError("cold_start trains an adapter and policy.adapter loads one: keep one of the two")
+        if self.loop.lag and not self.rollout.replicas:
+            raise ValueError(
+                f"loop.lag={self.loop.lag} needs engines with weights of their own, and rollout.replicas is 0; set it "
+                "to 1"
+            )
+        if self.loop.lag and self.compare.steps:
+            raise ValueError(
+                f"loop.lag={self.loop.lag} keeps the engine busy, and compare.steps={self.compare.steps} needs it to "
+                "itself; set compare.steps=0"
+            )
+        if self.loop.in_flight and not self.loop.lag:
+            raise ValueError("loop.in_flight=true changes weights while sampling goes on, which loop.lag=0 never does")
         return self
 
     def to_yaml(self) -> str:

@@ -52,6 +52,10 @@ def lines(run: str | Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
 
 
+def steps_of(run: str | Path) -> list[dict[str, Any]]:
+    return [row for row in lines(run) if "reward/mean" in row]
+
+
 def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     timed = ("time/", "perf/", "compare/")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows]
@@ -134,6 +138,68 @@ def test_a_resumed_run_gives_the_same_metrics(recipe: Path) -> None:
         return [row for row in without_times(lines(folder)) if "reward/mean" in row]
 
     assert of_steps(continued["run"]) == of_steps(whole["run"])
+
+
+@pytest.mark.slow
+def test_a_killed_replica_costs_time_and_nothing_else(recipe: Path) -> None:
+    """The engine in a process of its own is killed after step 1: every step has all its samples, of its version."""
+    words = ["rollout.replicas=1", "rollout.max_new_tokens=40", "compare.steps=0", "rollout.temperature=0"]
+    run = subprocess.Popen(command("train", str(recipe), *words, "--json"), env=environment(), stdout=subprocess.PIPE)
+    runs = recipe.parent / "runs"
+    metrics = runs / "latest" / "metrics.jsonl"
+    wait_for(lambda: run.poll() is not None or (metrics.exists() and steps_of(runs / "latest") != []))
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    replicas = [p for p in children if "forerun.engine.replica" in Path(f"/proc/{p}/cmdline").read_text()]
+    os.kill(int(replicas[0]), signal.SIGKILL)
+    out, _ = run.communicate(timeout=300)
+    assert run.returncode == 0 and json.loads(out)["weights"]["version"] == 4
+    steps = steps_of(runs / "latest")
+    assert [row["step"] for row in steps] == [1, 2, 3, 4] and steps[-1]["replicas/lost"] == 1
+    assert sum(row["perf/gen_tokens"] > 0 for row in steps) == 4
+    plain = forerun.train(str(recipe), dict(w.split("=") for w in words) | {"rollout.replicas": 0})
+    texts, same = (
+        [(r["step"], r["prompt_id"], r["text"]) for r in lines(r, "rollouts.jsonl")]
+        for r in (runs / "latest", plain["run"])
+    )
+    assert len(texts) == len(same) == 4 * 12 and texts[:24] == same[:24]  # greedy, before an update's rounding can tell
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_generation_runs_ahead_by_the_lag(recipe: Path, in_flight: bool) -> None:
+    words = {"loop.lag": 1, "loop.in_flight": in_flight, "rollout.replicas": 1, "compare.steps": 0, "train.steps": 6}
+    summary = forerun.train(str(recipe), words | {"rollout.max_new_tokens": 60, "speculation.train": "every-1"})
+    steps = steps_of(summary["run"])
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6] and summary["weights"]["version"] == 6
+    assert steps[0]["async/lag_max"] == 0 and {row["async/lag_max"] for row in steps[1:]} <= {0, 1}
+    assert max(row["async/lag_mean"] for row in steps) > 0
+    assert (sum(row["async/mixed_rollouts"] for row in steps) > 0) <= in_flight
+    for row in steps:
+        assert row["time/exposed_generation"] <= row["time/step"] and row["mismatch/kl"] >= 0
+    assert any(row["mismatch/logp_diff_max"] > 1e-3 for row in steps[1:])  # older weights did sample
+
+
+@pytest.mark.slow
+def test_a_run_with_lag_is_resumed_behind_its_checkpoint(recipe: Path) -> None:
+    from forerun.loop.loop import resumed_recipe, run
+
+    words = {"loop.lag": 2, "rollout.replicas": 1, "compare.steps": 0}
+    half = Path(forerun.train(str(recipe), words | {"train.steps": 2})["run"])
+    summary = run(resumed_recipe(half, {"train.steps": 5}), resume=half)
+    steps = steps_of(half)
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5] and summary["weights"]["version"] == 5
+    assert steps[2]["async/lag_max"] == 0  # it starts with the checkpoint's version
+    assert all(row["async/lag_max"] <= 2 for row in steps)
+
+
+def test_lag_needs_engines_of_its_own(recipe: Path) -> None:
+    for words, said in (
+        ({"loop.lag": 1, "compare.steps": 0}, "rollout.replicas is 0"),
+        ({"loop.lag": 1, "rollout.replicas": 1}, "compare.steps=3 needs it to itself"),
+        ({"loop.in_flight": True}, "loop.lag=0 never does"),
+    ):
+        with pytest.raises(UserError, match=said):
+            forerun.train(str(recipe), words)
 
 
 @pytest.mark.slow

@@ -8,19 +8,19 @@ from forerun.engine.base import Counters, RolloutEngine, Sampling, Weights
 from forerun.errors import UserError
 
 if TYPE_CHECKING:
-    from forerun.config import SpeculationConfig
+    from forerun.config import RolloutConfig, SpeculationConfig
     from forerun.draft import Drafter
     from forerun.models import Policy
 
 ENGINES = ("local", "vllm")
-__all__ = ["Counters", "RolloutEngine", "Sampling", "Weights", "around", "load"]
+__all__ = ["Counters", "RolloutEngine", "Sampling", "Weights", "around", "load", "shares_weights"]
 
 
 def load(engine: str, *, policy: str, dtype: str, speculation: dict[str, Any] | None, slots: int) -> RolloutEngine:
     """See `forerun.load_engine`."""
     from pydantic import ValidationError
 
-    from forerun.config import SpeculationConfig
+    from forerun.config import RolloutConfig, SpeculationConfig
     from forerun.draft import load_drafter
     from forerun.models import load_policy
 
@@ -35,19 +35,31 @@ def load(engine: str, *, policy: str, dtype: str, speculation: dict[str, Any] | 
 
         return VllmEngine(policy, settings, dtype=dtype, limits=Limits(slots=slots))
     loaded = load_policy(policy, dtype)
-    return around(engine, loaded, load_drafter(loaded, settings), settings, slots)
+    return around(RolloutConfig(slots=slots), loaded, load_drafter(loaded, settings), settings)
 
 
 def around(
-    engine: str, policy: Policy, drafter: Drafter | None, speculation: SpeculationConfig, slots: int
+    rollout: RolloutConfig, policy: Policy, drafter: Drafter | None, speculation: SpeculationConfig
 ) -> RolloutEngine:
-    """An engine for a live policy and drafter; plain without a drafter."""
-    if engine == "vllm":
+    """The recipe's `RolloutEngine` for a live policy and drafter; plain without a drafter."""
+    if rollout.replicas:
+        from forerun.engine.replicas import Patience, ReplicatedEngine
+
+        return ReplicatedEngine(
+            rollout.engine, policy, drafter, speculation, slots=rollout.slots, replicas=rollout.replicas,
+            patience=Patience(silence_s=rollout.silence_s),
+        )  # fmt: skip
+    if rollout.engine == "vllm":
         from forerun.engine.vllm.engine import Limits, VllmEngine
 
         block = speculation if drafter is not None else None
-        return VllmEngine.around(policy, drafter, block, limits=Limits(slots=slots))
+        return VllmEngine.around(policy, drafter, block, limits=Limits(slots=rollout.slots))
     from forerun.engine.local.engine import LocalEngine
 
     k = speculation.tokens if drafter is not None else 0
-    return LocalEngine(policy, drafter, k=k, rule=speculation.verify, slots=slots)
+    return LocalEngine(policy, drafter, k=k, rule=speculation.verify, slots=rollout.slots)
+
+
+def shares_weights(rollout: RolloutConfig) -> bool:
+    """Whether the recipe's engine runs the live modules, so that a version needs no tensors."""
+    return rollout.engine == "local" and not rollout.replicas

@@ -5,7 +5,7 @@ Both engines keep this contract and one test suite holds them to it. Left out: r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -15,6 +15,8 @@ from torch import Tensor
 from forerun.errors import UserError
 from forerun.records import Rollout
 from forerun.verify.truncate import EVERYTHING, Truncation
+
+Requests = Sequence[tuple[int, int]]  # (prompt, sample)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,10 @@ class Counters:
         return self.drafted / self.rounds if self.rounds else None
 
 
+def nothing() -> None:
+    """Between two rounds, unless somebody has something to do there."""
+
+
 class RolloutEngine(Protocol):
     """The contract."""
 
@@ -105,8 +111,19 @@ class RolloutEngine(Protocol):
     timeline: list[tuple[float, int]]  # of the latest stream: (seconds, live sequences) per round
     warnings: list[str]
 
-    def stream(self, prompts: Sequence[list[int]], sampling: Sampling, n: int = 1) -> Iterator[Rollout]:
+    def stream(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        n: int = 1,
+        only: Requests | None = None,
+        between: Callable[[], None] = nothing,
+    ) -> Iterator[Rollout]:
         """Yield n samples of every prompt as they finish.
+
+        Args:
+            only: the samples that are wanted of these, prompt by prompt; each gets the seed that it has among all.
+            between: called before every round, and may `load` or raise: the place to change weights in flight.
 
         Raises:
             UserError: a prompt is empty, holds an id outside the vocabulary, or fills the model's context.
@@ -161,6 +178,11 @@ def engine_metrics(
         "warnings": list(warnings),
         "drafter": dict(drafter),
     }
+
+
+def requested(prompts: int, n: int, only: Requests | None) -> Requests:
+    """All samples of all prompts, or those of `only`, prompt by prompt."""
+    return [(p, s) for p in range(prompts) for s in range(n)] if only is None else sorted(only)
 
 
 def check_request(prompts: Sequence[list[int]], sampling: Sampling, n: int, vocabulary: int, context: int) -> None:

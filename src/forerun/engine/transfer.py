@@ -88,3 +88,16 @@ class Staging:
             if count:
                 raise UserError(f"{name} of the {group} arrived with {count} elements missing; send the version again")
         return {group: checksum(state) for group, state in self.tensors.items()}
+
+    def check(self, expected: Mapping[str, str]) -> None:
+        """Compare with the checksums that were announced.
+
+        Raises:
+            UserError: a group is partial, damaged, or was not announced.
+        """
+        for group, arrived in self.checksums().items():
+            if arrived != expected.get(group):
+                raise UserError(
+                    f"The {group} weights have checksum {expected.get(group)}, but {arrived} arrived: the transfer was "
+                    "damaged, or the version was changed while it was sent"
+                )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from forerun.engine import Counters, RolloutEngine, Sampling
+from forerun.engine.base import nothing
 from forerun.errors import Interrupted
 from forerun.models import Policy
 from forerun.records import Prompt, Rollout
@@ -44,15 +45,16 @@ def generate(
     n: int,
     console: Console,
     stop_requested: Callable[[], bool] = lambda: False,
+    between: Callable[[], None] = nothing,
 ) -> Generated:
-    """Sample every prompt n times and score the texts.
+    """Sample every prompt n times and score the texts; `between` two rounds, see `RolloutEngine.stream`.
 
     Raises:
         Interrupted: `stop_requested` between two rollouts.
     """
     rollouts: list[Rollout] = []
     before, started, tokens = engine.counters.copy(), time.perf_counter(), 0
-    for rollout in engine.stream([p.token_ids for p in prompts], sampling, n):
+    for rollout in engine.stream([p.token_ids for p in prompts], sampling, n, between=between):
         rollouts.append(rollout)
         tokens += len(rollout.tokens)
         if stop_requested():

@@ -1,4 +1,4 @@
-"""The one loop. A step is the five stages that the paper times, in this order:
+"""The one loop, synchronous or with generation running ahead. A step is the five stages that the paper times:
 
     data        prompts
     prepare     weights (policy and drafter, one version) -> engine
@@ -6,16 +6,20 @@
     logprob     the same tokens' log-probabilities by the policy itself (and the reference)
     train       advantages, policy loss, update -> weights of the next version
 
+With `loop.lag` the rollouts come from `buffer.py`: the generation stage is what the learner waits for them (exposed
+generation), and a version is published as soon as it is learnt.
 Evaluation, comparison with plain generation and checkpoints stand between steps and are timed on their own.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -25,7 +29,8 @@ import torch
 
 from forerun.config import Recipe, load_recipe
 from forerun.draft import Drafter, load_drafter
-from forerun.engine import RolloutEngine, Sampling, Weights, around
+from forerun.engine import RolloutEngine, Sampling, Weights, around, shares_weights
+from forerun.engine.base import nothing
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.schedule import request_seed
 from forerun.errors import Interrupted, UserError
@@ -34,6 +39,7 @@ from forerun.learner.checkpoint import newest_checkpoint, read_history, restore,
 from forerun.learner.cotrain import CoTrainer
 from forerun.learner.forward import TokenBatch, completion_logits
 from forerun.learner.policy import Learner, mismatch
+from forerun.loop.buffer import RolloutsAhead, lag_of
 from forerun.loop.drafter import prepare_drafter
 from forerun.loop.generate import Generated, comparison, evaluation, generate, rollout_metrics
 from forerun.loop.history import STAGES, History
@@ -65,12 +71,24 @@ def run(recipe: Recipe, console: Console | None = None, resume: Path | None = No
     own_console = console or Console(recipe.train.steps)
     with own_console, _stop_flag() as stop_requested:
         training = Training.resumed(resume, recipe, own_console) if resume else Training.fresh(recipe, own_console)
-        return training.run(stop_requested)
+        try:
+            return training.run(stop_requested)
+        finally:
+            training.close()
 
 
 def resumed_recipe(folder: Path, overrides: dict[str, Any]) -> Recipe:
     """The recipe of an earlier run, with overrides (to train longer, say)."""
     return load_recipe(str(RunFolder.open(folder).config), overrides)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A step's problems, their prompts, and how to sample."""
+
+    problems: list[Problem]
+    prompts: list[Prompt]
+    sampling: Sampling
 
 
 class Training:
@@ -91,8 +109,10 @@ class Training:
         self.problems = self.task.problems("train")
         self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
         speculation, eval_slots = recipe.speculation, recipe.eval.slots
-        self.engine = around(recipe.rollout.engine, policy, drafter, speculation, recipe.rollout.slots)
-        self.evaluator = self.engine if eval_slots is None else LocalEngine(policy, slots=eval_slots)
+        self.engine = around(recipe.rollout, policy, drafter, speculation)
+        apart = eval_slots is not None or recipe.loop.lag > 0  # an engine that runs ahead has no time for it
+        self.evaluator = LocalEngine(policy, slots=eval_slots or recipe.rollout.slots) if apart else self.engine
+        self.ahead: RolloutsAhead | None = None
         self.learner = Learner(policy, recipe.train, recipe.rollout.temperature)
         self.cotrainer = None
         if drafter is not None and speculation.train != "off":
@@ -139,6 +159,7 @@ class Training:
         try:
             if history.step == 0 and not history.evaluations:
                 self._evaluate(0, stop_requested)
+            self._run_ahead()
             while history.step < recipe.train.steps:
                 self._step(history.step, stop_requested)
                 if recipe.eval.every and history.step % recipe.eval.every == 0 and history.step < recipe.train.steps:
@@ -157,6 +178,27 @@ class Training:
             raise
         return self._finish()
 
+    def _run_ahead(self) -> None:
+        """With lag: start to generate."""
+        recipe, step = self.recipe, self.history.step
+        if recipe.loop.lag == 0 or step >= recipe.train.steps:
+            return
+        steps, quiet = range(step, recipe.train.steps), Console(1, out=io.StringIO())
+
+        def make(step: int, stop: Callable[[], bool], between: Callable[[], None]) -> Generated:
+            return self._generate(step, self._request(step), quiet, stop, between)
+
+        self.ahead = RolloutsAhead(self.engine, make, steps, recipe.loop.lag, recipe.loop.in_flight)
+        self.ahead.publish(publish(step, self.policy, self.drafter, shared=False, frozen=True))
+
+    def close(self) -> None:
+        """Give the engines back."""
+        if self.ahead is not None:
+            self.ahead.close()
+        self.engine.close()
+        if "plain" in vars(self):  # made when it was first asked for
+            self.plain.close()
+
     def _predict(self) -> Prediction | None:
         """The mean step as the simulator sees it beforehand; what it does not know is told and no reason to stop."""
         device, recipe = self.policy.device, self.recipe.model_dump()
@@ -174,18 +216,17 @@ class Training:
     def _step(self, step: int, stop_requested: Callable[[], bool]) -> None:
         """One step, 0-based; counted as finished only when its update has been made."""
         recipe, console, timer = self.recipe, self.console, StageTimer()
-        with timer.stage("data"):
-            problems = prompts_of_step(self.problems, step, recipe.train.prompts_per_step, recipe.seed)
-            prompts = [encode(p, recipe, self.policy) for p in problems]
-        with timer.stage("prepare"):
-            self.engine.load(self._publish(step, self.drafter))
-        sampling = self._sampling(request_seed(recipe.seed, step, 0))
-        with timer.stage("generation"), console.stage("generation"):
-            generated = generate(
-                self.engine, self.policy, self.task, problems, prompts, sampling,
-                recipe.train.samples_per_prompt, console, stop_requested,
-            )  # fmt: skip
-        self._compare(step, problems, prompts, sampling, generated)
+        if self.ahead is None:
+            with timer.stage("data"):
+                request = self._request(step)
+            with timer.stage("prepare"):
+                self.engine.load(self._publish(step, self.drafter))
+            with timer.stage("generation"), console.stage("generation"):
+                generated = self._generate(step, request, console, stop_requested)
+            self._compare(step, request, generated)
+        else:
+            with timer.stage("generation"), console.stage("waiting for rollouts"):
+                generated = self.ahead.take(step, stop_requested)
         rows = len(generated.rollouts)
         with timer.stage("logprob"), console.stage("log-probabilities"):
             forward: Forward = completion_logits
@@ -201,7 +242,27 @@ class Training:
             metrics = self.learner.train(generated.rollouts, advantages, scored, rate, stop_requested, progress.tick)
             if self.cotrainer is not None:
                 metrics |= self.cotrainer.train(step, generated.rollouts, scored.entropies)
+        if self.ahead is not None:
+            with timer.stage("prepare"):
+                self.ahead.publish(publish(step + 1, self.policy, self.drafter, shared=False, frozen=True))
         self._record(step, timer, generated, metrics | mismatch(generated.rollouts, scored), advantages)
+
+    def _request(self, step: int) -> Request:
+        """What a step asks the engine for."""
+        recipe = self.recipe
+        problems = prompts_of_step(self.problems, step, recipe.train.prompts_per_step, recipe.seed)
+        prompts = [encode(p, recipe, self.policy) for p in problems]
+        return Request(problems, prompts, self._sampling(request_seed(recipe.seed, step, 0)))
+
+    def _generate(
+        self, step: int, request: Request, console: Console, stop: Callable[[], bool],
+        between: Callable[[], None] = nothing,
+    ) -> Generated:  # fmt: skip
+        n = self.recipe.train.samples_per_prompt
+        return generate(
+            self.engine, self.policy, self.task, request.problems, request.prompts, request.sampling, n, console, stop,
+            between,
+        )  # fmt: skip
 
     def _record(
         self, step: int, timer: StageTimer, generated: Generated, metrics: dict[str, float], advantages: torch.Tensor
@@ -215,6 +276,10 @@ class Training:
         total = sum(seconds.values())
         line = rollout_metrics(generated) | metrics | {f"time/{s}": seconds[s] for s in STAGES}
         line |= {"time/step": total, "time/exposed_generation": seconds["generation"]}
+        if self.ahead is not None:
+            line |= lag_of(generated, step) | {"async/steps_waiting": float(self.ahead.waiting)}
+            line["async/trainer_idle"] = seconds["generation"] / total
+        line |= {f"replicas/{name}": float(n) for name, n in self.engine.metrics().get("replicas", {}).items()}
         if history.comparisons and history.comparisons[-1]["step"] == step + 1:
             line |= {f"compare/{k}": v for k, v in history.comparisons[-1].items() if k != "step"}
         self.folder.log(step + 1, line)
@@ -244,22 +309,21 @@ class Training:
     @cached_property
     def plain(self) -> RolloutEngine:
         """The same engine without speculation."""
-        rollout = self.recipe.rollout
-        return around(rollout.engine, self.policy, None, self.recipe.speculation, rollout.slots)
+        return around(self.recipe.rollout, self.policy, None, self.recipe.speculation)
 
     def _publish(self, step: int, drafter: Drafter | None) -> Weights:
-        return publish(step, self.policy, drafter, shared=self.recipe.rollout.engine == "local")
+        return publish(step, self.policy, drafter, shared=shares_weights(self.recipe.rollout))
 
-    def _compare(
-        self, step: int, problems: list[Problem], prompts: list[Prompt], sampling: Sampling, speculative: Generated
-    ) -> None:
+    def _compare(self, step: int, request: Request, speculative: Generated) -> None:
         """Generate the same prompts plainly too, in `compare.steps` steps spread over the run; in no stage's time."""
         if self.drafter is None or step not in spread(self.recipe.compare.steps, self.recipe.train.steps):
             return
         n = self.recipe.train.samples_per_prompt
         with self.console.stage("plain generation, to compare"):
             self.plain.load(self._publish(step, None))
-            plain = generate(self.plain, self.policy, self.task, problems, prompts, sampling, n, self.console)
+            plain = generate(
+                self.plain, self.policy, self.task, request.problems, request.prompts, request.sampling, n, self.console
+            )
         self.history.comparisons.append(comparison(step + 1, plain, speculative))
         self.history.timeline = {"speculative": _thin(speculative.timeline), "plain": _thin(plain.timeline)}
 

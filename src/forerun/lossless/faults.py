@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from forerun.config import RolloutConfig
 from forerun.engine import Weights
 from forerun.engine.local.engine import LocalEngine, Verify, VerifyTree
 from forerun.errors import UserError
@@ -60,17 +62,28 @@ _SPOILERS: dict[str, Callable[[LocalEngine], None]] = {"silent_load": silent_loa
 # and a coin shared by all slots move the law only behind accepted drafts. On the quickstart's policy 512 texts gave the
 # latter two p = 0.22 to 0.79, where a missing residual has 1e-41. Oracle and 700,000 draws catch them (tests/verify).
 _TOO_MILD = ("block_residual_unweighted", "block_without_clip", "shared_coin")
-FAULTS = (*(name for name in BROKEN if name not in _TOO_MILD), *_VERIFIERS, *_SPOILERS)
+FAULTS = (*(name for name in BROKEN if name not in _TOO_MILD), *_VERIFIERS, *_SPOILERS)  # of the local engine
+UPSTREAM = "upstream"  # of vLLM on a CPU: its own fault, not mended (engine/vllm/repair.py)
+
+
+def check_fault(fault: str, rollout: RolloutConfig) -> None:
+    """Refuse what cannot be injected into the recipe's engine.
+
+    Raises:
+        UserError: no such fault, or another engine has it.
+    """
+    known = (UPSTREAM,) if rollout.engine == "vllm" else FAULTS
+    if fault not in known:
+        raise UserError(
+            f"There is no fault '{fault}' to inject into the engine '{rollout.engine}'; its faults are "
+            f"{', '.join(known)}"
+        )
+    if rollout.replicas:
+        raise UserError(f"Faults are injected into an engine of this process; rollout.replicas is {rollout.replicas}")
 
 
 def verifier_of(fault: str | None) -> Verify:
-    """The verifier to build the engine with.
-
-    Raises:
-        UserError: no such fault.
-    """
-    if fault is not None and fault not in FAULTS:
-        raise UserError(f"There is no fault '{fault}' to inject; the faults are {', '.join(FAULTS)}")
+    """The verifier to build the local engine with."""
     if fault in BROKEN:
         broken = BROKEN[fault]
         return lambda _, *arguments: broken(*arguments)
@@ -91,7 +104,9 @@ def tree_verifier_of(fault: str | None) -> VerifyTree:
     return lambda _, *arguments: broken(*arguments)
 
 
-def spoil(engine: LocalEngine, fault: str | None) -> None:
+def spoil(engine: Any, fault: str | None) -> None:
     """Break what is not in the verifier."""
     if fault in _SPOILERS:
         _SPOILERS[fault](engine)
+    elif fault == UPSTREAM:
+        engine.mends = False

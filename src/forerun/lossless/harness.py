@@ -19,7 +19,7 @@ import torch
 
 from forerun.config import Recipe
 from forerun.draft import Drafter, load_drafter
-from forerun.engine import RolloutEngine, Sampling, around
+from forerun.engine import RolloutEngine, Sampling, around, shares_weights
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.loop.drafter import prepare_drafter
@@ -27,7 +27,7 @@ from forerun.loop.generate import Generated, generate
 from forerun.loop.setup import encode, prepare_policy
 from forerun.loop.weights import publish
 from forerun.lossless.contract import contract_checks
-from forerun.lossless.faults import spoil, tree_verifier_of, verifier_of
+from forerun.lossless.faults import check_fault, spoil, tree_verifier_of, verifier_of
 from forerun.lossless.law import law_checks
 from forerun.lossless.parity import greedy_checks, parity_checks
 from forerun.lossless.samples import sample_checks
@@ -99,13 +99,13 @@ def verify_recipe(
     Args:
         effort: sample sizes; QUICK takes minutes on two cores for a model of 135M parameters.
         against: plain rollouts per prompt to compare the speculative ones with; None: as many as those.
-        inject: a fault of `faults.FAULTS`; the verification has to fail. Of the local engine alone.
+        inject: a fault of `faults.py`; the verification has to fail.
 
     Raises:
-        UserError: the recipe does not speculate, or names something that cannot be loaded.
+        UserError: the recipe does not speculate, or names something that cannot be loaded; or there is no such fault.
     """
-    if inject is not None and recipe.rollout.engine != "local":
-        raise UserError(f"Faults are injected into the local engine, not into '{recipe.rollout.engine}'")
+    if inject is not None:
+        check_fault(inject, recipe.rollout)
     if recipe.speculation.tokens == 0:
         raise UserError(
             f"The recipe '{recipe.name}' does not speculate (method {recipe.speculation.method}, k "
@@ -120,14 +120,12 @@ def verify_recipe(
 
 
 def _subject(recipe: Recipe, inject: str | None, scratch: Path, console: Console) -> Subject:
-    verifier_of(inject)  # an unknown fault is told before the model is loaded
     task = load_task(recipe.task, recipe.seed)
     policy = prepare_policy(recipe, task, scratch, console)
     drafter = prepare_drafter(recipe, policy, task, scratch / "drafter", console)
     assert drafter is not None
     engine = _speculative(recipe, policy, drafter, inject)
-    if isinstance(engine, LocalEngine):
-        spoil(engine, inject)
+    spoil(engine, inject)
     plain = LocalEngine(policy, slots=max(recipe.rollout.slots, CROWD))
     return Subject(recipe, policy, drafter, task, engine, plain, inject, console)
 
@@ -136,10 +134,10 @@ def _speculative(
     recipe: Recipe, policy: Policy, drafter: Drafter, inject: str | None, crowd: bool = False
 ) -> RolloutEngine:
     """The engine under test. One with a server of its own is started once, with room for a crowd."""
-    speculation, local = recipe.speculation, recipe.rollout.engine == "local"
+    speculation, local = recipe.speculation, shares_weights(recipe.rollout)
     slots = max(recipe.rollout.slots, CROWD if crowd or not local else 1)
     if not local:
-        return around(recipe.rollout.engine, policy, drafter, speculation, slots)
+        return around(recipe.rollout.model_copy(update={"slots": slots}), policy, drafter, speculation)
     return LocalEngine(
         policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots, verifier=verifier_of(inject),
         tree_verifier=tree_verifier_of(inject if speculation.method == "graft" else None),
@@ -211,7 +209,7 @@ def _parity(subject: Subject, effort: Effort, speculative: Generated) -> list[Ch
 
 def _contract(subject: Subject) -> list[Check]:
     def weights(version: int) -> Any:
-        return publish(version, subject.policy, subject.drafter, shared=subject.recipe.rollout.engine == "local")
+        return publish(version, subject.policy, subject.drafter, shared=shares_weights(subject.recipe.rollout))
 
     return contract_checks(subject.engine, subject.drafter, weights, subject.prompts(4))
 

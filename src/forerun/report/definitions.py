@@ -106,6 +106,8 @@ DEFINITIONS: dict[str, str] = {
     # asynchronous runs
     "async/lag_mean": "Mean age of the trained tokens' weights. Unit: versions.",
     "async/lag_max": "Age of the oldest trained token's weights. Unit: versions.",
+    "async/mixed_rollouts": "Share of rollouts whose tokens are of more than one version. Unit: share.",
+    "async/steps_waiting": "Steps that were generated and not trained on when this one was. Unit: count.",
     "async/trainer_idle": "Share of the step in which the learner waited. Unit: share.",
     "async/engine_idle": "Share of the step in which the engine waited. Unit: share.",
     # training before reinforcement learning

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from forerun.draft.base import Counting, Drafter, Learning, Rows
-from forerun.engine.base import Counters, Sampling, Weights, check_request, engine_metrics
+from forerun.engine.base import (
+    Counters,
+    Requests,
+    Sampling,
+    Weights,
+    check_request,
+    engine_metrics,
+    nothing,
+    requested,
+)
 from forerun.engine.local.schedule import Schedule
 from forerun.engine.local.schedule import Sequence as Live
 from forerun.engine.local.tree import along_path, depths, keep_path, tree_places
@@ -92,7 +101,14 @@ class LocalEngine:
         sampling = Sampling(max_new_tokens, temperature, seed, tuple(stop))
         return sorted(self.stream(ids, sampling, n), key=lambda r: (r.prompt_index, r.sample_index))
 
-    def stream(self, prompts: Sequence[list[int]], sampling: Sampling, n: int = 1) -> Iterator[Rollout]:
+    def stream(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        n: int = 1,
+        only: Requests | None = None,
+        between: Callable[[], None] = nothing,
+    ) -> Iterator[Rollout]:
         """See `RolloutEngine.stream`. One stream at a time: they would share the cache rows."""
         if self._running:
             raise UserError("This engine is already generating; finish or close its stream first")
@@ -102,9 +118,10 @@ class LocalEngine:
         self.timeline = []
         try:
             self._forward.refresh()
-            schedule = Schedule(self.slots, prompts, n, sampling.seed)
+            schedule = Schedule(self.slots, prompts, requested(len(prompts), n, only), sampling.seed)
             self._open(schedule, sampling)
             while not schedule.done:
+                between()
                 self._refill(schedule)
                 finished = self._round(schedule, sampling)
                 self.timeline.append((time.perf_counter() - started, len(schedule.live)))
@@ -115,9 +132,13 @@ class LocalEngine:
             self.counters.seconds += time.perf_counter() - started
 
     def load(self, weights: Weights) -> Weights:
-        """Take a version. The policy is the live module: its bytes are checked, not copied."""
+        """Take a version. The policy is the live module: its bytes are checked, not copied, unless they are brought.
+
+        Samples in flight go on with the new weights over the cache of the old ones.
+        """
         if weights.policy is not None:
             load_exactly(self.policy.model, weights.policy, "the policy")
+            self._forward.refresh()
         if (self.drafter is not None) != ("draft" in weights.checksums):
             have, want = ("a", "no") if self.drafter is not None else ("no", "a")
             raise UserError(f"Version {weights.version} carries {want} drafter, but this engine speculates with {have}")

@@ -6,7 +6,7 @@ into a slot for each of their samples; a prompt's row is free again when its las
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, field
 
@@ -46,24 +46,28 @@ class Sequence:
 
 @dataclass(slots=True)
 class Schedule:
-    """Admission in the order of the prompts, all samples of one before the next."""
+    """Admission in the order of the requests: (prompt, sample), all samples of a prompt before the next one's."""
 
     slots: int
     prompts: Sequences[list[int]]
-    samples: int
+    requests: Sequences[tuple[int, int]]
     seed: int
     live: list[Sequence] = field(default_factory=list)
     _waiting: deque[tuple[int, int]] = field(default_factory=deque)  # (prompt, sample)
     _row_of: dict[int, int] = field(default_factory=dict)  # prompt -> row of its prefill
-    _next_prompt: int = 0
+    _unfilled: deque[int] = field(default_factory=deque)  # prompts before their prefill
+    _fewest: int = 1  # samples of a prompt
 
     def __post_init__(self) -> None:
-        self._waiting.extend((p, s) for p in range(len(self.prompts)) for s in range(self.samples))
+        self._waiting.extend(self.requests)
+        samples = Counter(prompt for prompt, _ in self.requests)
+        self._unfilled.extend(samples)
+        self._fewest = min(samples.values(), default=1)
 
     @property
     def prompt_rows(self) -> int:
         """Rows above the slots: as many prompts as fill all slots at once."""
-        return min(len(self.prompts), -(-self.slots // self.samples))
+        return min(len(self.prompts), -(-self.slots // self._fewest))
 
     @property
     def done(self) -> bool:
@@ -74,11 +78,10 @@ class Schedule:
         if not self._waiting or len(self.live) >= self.slots or self._waiting[0][0] in self._row_of:
             return []
         free = self.prompt_rows - len(self._row_of)
-        chosen = list(range(self._next_prompt, min(self._next_prompt + free, len(self.prompts))))
+        chosen = [self._unfilled.popleft() for _ in range(min(free, len(self._unfilled)))]
         used = set(self._row_of.values())
         rows = [r for r in range(self.slots, self.slots + self.prompt_rows) if r not in used]
         self._row_of.update(zip(chosen, rows, strict=False))
-        self._next_prompt += len(chosen)
         return chosen
 
     def row_of(self, prompt: int) -> int:
@@ -95,7 +98,7 @@ class Schedule:
         self._waiting.popleft()
         sequence = Sequence(self.prompts[prompt], prompt, sample, request_seed(self.seed, prompt, sample))
         source = self._row_of[prompt]
-        if sample == self.samples - 1:
+        if not self._waiting or self._waiting[0][0] != prompt:
             del self._row_of[prompt]
         if row is None:
             self.live.append(sequence)

@@ -6,36 +6,46 @@ the token, at the sampling temperature, and of the unscaled distribution at temp
 
 Randomness: each request has a seed of its own for coins and residual draws; sampled drafts come from one stream per
 call. Results depend on the seed and on how vLLM batched. The caller's random state is left alone.
-Left out: engines in other processes, sleep, tensor parallelism, adapters.
+Left out: tensor parallelism, adapters.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor
 
 from forerun.config import SpeculationConfig
 from forerun.draft import Drafter
-from forerun.engine.base import Counters, Sampling, Weights, check_request, engine_metrics
+from forerun.engine.base import (
+    Counters,
+    Requests,
+    Sampling,
+    Weights,
+    check_request,
+    engine_metrics,
+    nothing,
+    requested,
+)
 from forerun.engine.local.schedule import Sequence as Sample
 from forerun.engine.local.schedule import request_seed
 from forerun.engine.probe import AcceptanceProbe
+from forerun.engine.transfer import chunks, shapes
 from forerun.engine.vllm.accounting import Ledger, Live
+from forerun.engine.vllm.held import Given, Holding
+from forerun.engine.vllm.process import device, own_process, random_state
 from forerun.engine.vllm.repair import ensure_exact, let_scan_pass
 from forerun.engine.vllm.settings import (
     WEIGHTED,
     Translated,
+    additional,
     check,
     describe_policy,
     draft_files,
@@ -43,21 +53,16 @@ from forerun.engine.vllm.settings import (
     policy_folder,
     translate,
 )
-from forerun.engine.vllm.transfer import Shapes, chunks, shapes
+from forerun.engine.vllm.sleep import LEVELS
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.models.load import resolve_dtype, save_policy
 from forerun.records import Rollout
 
+BROKEN = "The engine's weights are neither the old nor the new ones"
 COOLEST = 0.01  # vLLM raises lower temperatures to this one
 OPEN: WeakSet[VllmEngine] = WeakSet()  # of this process
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process
-DEFAULTS = {  # unless the user set them
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it takes a core for itself, from the learner too
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,7 @@ class Limits:
     context: int | None = None  # positions per sequence; None: as many as the policy was made for
     cache_gib: float | None = None  # of KV cache; None: 2 on a CPU, vLLM's own choice on a GPU
     chunk_bytes: int = 64 * 2**20  # of weights per message
+    sleep: bool = False  # whether it may sleep; on a GPU vLLM then allocates in another way, for one engine a process
 
 
 class VllmEngine:
@@ -99,20 +105,22 @@ class VllmEngine:
         self.timeline: list[tuple[float, int]] = []  # of the latest stream: (seconds, unfinished samples) per step
         self.warnings: list[str] = []
         self.context = min(self.limits.context or self.policy.context, self.policy.context)
+        self.mends = True  # whether vLLM's faults are mended; for the verification, which has to find them
         self._ledger = Ledger(self.counters)
         self._probe = AcceptanceProbe()
-        self._held = Weights(0, {})
         self._running = self._paused = False
-        self._defined = True  # False: a load broke off in the middle
+        self._asleep: dict[str, str] | None = None  # fingerprints of the weights that it keeps asleep
+        self._looks_up = self.k > 0 and self.speculation.method == "trie"
+        self._counted: dict[str, int] = {}  # by the drafter, when the engine was closed
         self._random = torch.Generator().get_state()
         self._requests = 0
         with tempfile.TemporaryDirectory() as scratch:
             source = policy_folder(policy)
             draft = draft_files(self.speculation, self.policy, source, Path(scratch))
-            self._groups = {"policy": shapes(self.policy.model.state_dict())}
+            self._holding = Holding({"policy": shapes(self.policy.model.state_dict())})
             if self.k:
-                self._groups["draft"] = draft.shapes if draft is not None else {}  # none: nothing to be stale
-            number_format = str(resolve_dtype(dtype, _device()))[6:]
+                self._holding.groups["draft"] = draft.shapes if draft is not None else {}  # none: nothing to be stale
+            number_format = str(resolve_dtype(dtype, device()))[6:]
             self.rule = self._start(source, draft.folder if draft is not None else None, number_format)
 
     @classmethod
@@ -135,14 +143,14 @@ class VllmEngine:
         with tempfile.TemporaryDirectory() as scratch:
             save_policy(policy, Path(scratch) / "policy")
             block = speculation or SpeculationConfig()
-            if drafter is not None and block.method in WEIGHTED:
+            if drafter is not None and block.method in (*WEIGHTED, "trie"):
                 drafter.save(Path(scratch) / "drafter", {})
                 block = block.model_copy(update={"draft": str(Path(scratch) / "drafter")})
             engine = cls(str(Path(scratch) / "policy"), block, dtype=str(policy.dtype)[6:], limits=limits)
         groups = {"policy": checksum(policy.model.state_dict())}
         if drafter is not None:
             groups["draft"] = checksum(drafter.state_dict())
-        engine._held = Weights(0, groups)
+        engine._holding.take(Weights(0, groups))
         return engine
 
     # ---- the contract ----
@@ -162,21 +170,31 @@ class VllmEngine:
         sampling = Sampling(max_new_tokens, temperature, seed, tuple(stop))
         return sorted(self.stream(ids, sampling, n), key=lambda r: (r.prompt_index, r.sample_index))
 
-    def stream(self, prompts: Sequence[list[int]], sampling: Sampling, n: int = 1) -> Iterator[Rollout]:
+    def stream(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        n: int = 1,
+        only: Requests | None = None,
+        between: Callable[[], None] = nothing,
+    ) -> Iterator[Rollout]:
         """See `RolloutEngine.stream`. One stream at a time: they would share the counters."""
         if self._running:
             raise UserError("This engine is already generating; finish or close its stream first")
         self._check(prompts, sampling, n)
-        if self.k and sampling.temperature > 0:
-            ensure_exact(_device().type == "cpu")
+        if self.k and sampling.temperature > 0 and self.mends:
+            ensure_exact(device().type == "cpu")
+        if self._looks_up:
+            self._vllm.collective_rpc("forerun_open")
         self._running = True
         started = time.perf_counter()
         self.timeline = []
         live: dict[str, Live] = {}
         try:
             self._random = torch.Generator().manual_seed(sampling.seed).get_state()
-            self._submit(prompts, sampling, n, live)
+            self._submit(prompts, sampling, requested(len(prompts), n, only), live)
             while live:
+                between()
                 finished = self._round(live, sampling)
                 self.timeline.append((time.perf_counter() - started, len(live)))
                 yield from (sample.sequence.rollout() for sample in finished)
@@ -191,23 +209,13 @@ class VllmEngine:
         A version that is refused leaves the engine as it was. Samples in flight go on with the new weights, their cache
         computed again.
         """
-        given = {g: s for g, s in (("policy", weights.policy), ("draft", weights.draft)) if s is not None}
-        self._check_version(weights, given)
-        held = {group: checksum({}) for group, names in self._groups.items() if not names} | dict(self._held.checksums)
-        for group, expected in weights.checksums.items():
-            if group not in given and held.get(group) != expected:
-                raise UserError(
-                    f"The {group} weights of version {weights.version} have checksum {expected}, but the engine holds "
-                    f"{held.get(group, 'none that it knows of')}; it keeps a copy of its own, so a new version must "
-                    "carry the tensors"
-                )
-        for group in given:
-            _match(given[group], self._groups[group], group)
+        if self._asleep is not None:
+            raise UserError(f"The engine is asleep; call wake() before it takes version {weights.version}")
+        given = self._holding.check(weights)
         if given:
             self._send(given, weights.checksums)
-        self._held = Weights(weights.version, dict(weights.checksums))
         self._probe.restart(self.counters)
-        return self._held
+        return self._holding.take(weights)
 
     def pause(self) -> None:
         """Refuse to start a round until `resume`."""
@@ -218,12 +226,52 @@ class VllmEngine:
         self._paused = False
         self._probe.restart(self.counters)
 
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back until `wake`: the KV cache, and at level 2 the weights of policy and drafter.
+
+        Level 1 keeps the weights in host memory. After level 2 the engine holds no version: once awake it must `load`
+        one with the tensors of every group, not older than the one it held.
+
+        Raises:
+            UserError: the level is neither 1 nor 2, a stream is open, or the engine sleeps or was not made to sleep.
+        """
+        self._check_sleep(level)
+        self._asleep = self._vllm.collective_rpc("forerun_fingerprints")[0] if level == 1 else {}
+        if device().type == "cpu":
+            self._vllm.reset_prefix_cache()
+            self._vllm.collective_rpc("forerun_sleep", args=(level,))
+        else:
+            self._vllm.sleep(level)
+        if level == 2:
+            self._holding.discard()
+
+    def wake(self) -> None:
+        """Take the memory again; acceptance is probed as after a load. Does nothing to an engine that is awake.
+
+        Raises:
+            UserError: the weights are not those that it went to sleep with (level 1): load a version again.
+        """
+        if self._asleep is None:
+            return
+        if device().type == "cpu":
+            self._vllm.collective_rpc("forerun_wake")
+        else:
+            self._vllm.wake_up()
+        before, self._asleep = self._asleep, None
+        self._probe.restart(self.counters)
+        if before:
+            self._compare(before, self._vllm.collective_rpc("forerun_fingerprints")[0])
+
     def metrics(self) -> dict[str, Any]:
-        """See `RolloutEngine.metrics`."""
-        return {**engine_metrics(self._held, self.counters, self.warnings, {}), "rule": self.rule}
+        """See `RolloutEngine.metrics`; the version is None while none is held."""
+        found = engine_metrics(self._holding.held, self.counters, self.warnings, self._drafter_metrics())
+        if self._holding.version is None:
+            found |= {"version": None, "checksums": {}}
+        return {**found, "rule": self.rule}
 
     def close(self) -> None:
         """Give vLLM's memory back. Its process groups are shared, so the last engine of the process takes them down."""
+        self._counted = self._drafter_metrics()
         core = self._vllm.engine_core.engine_core
         OPEN.discard(self)
         if OPEN:
@@ -238,10 +286,8 @@ class VllmEngine:
 
     def _start(self, folder: Path, draft: Path | None, dtype: str) -> str:
         """Start vLLM; the rule that verifies."""
-        for name, value in DEFAULTS.items():
-            os.environ.setdefault(name, value)
         try:
-            with _own_process():
+            with own_process():
                 from vllm import EngineArgs
                 from vllm.v1.engine.llm_engine import LLMEngine
                 from vllm.v1.executor import Executor
@@ -260,12 +306,14 @@ class VllmEngine:
             raise UserError(f"vLLM cannot run '{folder}': {str(error).strip().splitlines()[0]}") from error
         self._vllm.engine_core._finalizer.detach()  # it would take the process groups of other engines down
         OPEN.add(self)
+        if self._looks_up:
+            self._vllm.collective_rpc("forerun_attach")
         self.warnings += wanted.notes
         return wanted.rule
 
     def _arguments(self, folder: Path, dtype: str) -> dict[str, Any]:
         gib = self.limits.cache_gib
-        if gib is None and _device().type == "cpu":
+        if gib is None and device().type == "cpu":
             gib = 2.0
         return {
             "model": str(folder),
@@ -273,12 +321,16 @@ class VllmEngine:
             # with room for a draft behind the end: where one sample has none, vLLM drafts for none of the batch
             "max_model_len": min(self.context + self.k + 1, self.policy.context),
             "max_num_seqs": self.limits.slots,
-            "enforce_eager": _device().type == "cpu",
+            "enforce_eager": device().type == "cpu",
+            "enable_sleep_mode": self.limits.sleep and device().type != "cpu",
             "async_scheduling": False,
+            # samples share the whole blocks of their prompt; vLLM's own 128 on a CPU is longer than many prompts
+            "block_size": 32 if device().type == "cpu" else None,
             "kv_cache_memory_bytes": None if gib is None else int(gib * 2**30),
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",  # its sampling defaults are not wanted; its end tokens are set per request
             "worker_extension_cls": "forerun.engine.vllm.worker.WeightReceiver",
+            "additional_config": additional(self.speculation),
             "per_request_spec_decode_metrics": "detailed" if self.k else "none",
             "use_tqdm_on_load": False,
             "seed": 0,
@@ -291,16 +343,17 @@ class VllmEngine:
         config.speculative_config.rejection_sample_method = "standard"
         return translate(self.speculation, draft, block=False)
 
-    def _submit(self, prompts: Sequence[list[int]], sampling: Sampling, n: int, live: dict[str, Live]) -> None:
-        """Queue all samples."""
-        for index, prompt in enumerate(prompts):
-            for sample in range(n):
-                seed = request_seed(sampling.seed, index, sample)
-                self._requests += 1
-                name = str(self._requests)
-                room = min(sampling.max_new_tokens, self.context - len(prompt))
-                self._vllm.add_request(name, {"prompt_token_ids": prompt}, self._parameters(sampling, seed, room))
-                live[name] = Live(Sample(prompt, index, sample, seed))
+    def _submit(
+        self, prompts: Sequence[list[int]], sampling: Sampling, requests: Requests, live: dict[str, Live]
+    ) -> None:
+        """Queue the samples."""
+        for index, sample in requests:
+            prompt, seed = prompts[index], request_seed(sampling.seed, index, sample)
+            self._requests += 1
+            name = str(self._requests)
+            room = min(sampling.max_new_tokens, self.context - len(prompt))
+            self._vllm.add_request(name, {"prompt_token_ids": prompt}, self._parameters(sampling, seed, room))
+            live[name] = Live(Sample(prompt, index, sample, seed))
 
     def _parameters(self, sampling: Sampling, seed: int, room: int) -> Any:
         from vllm import SamplingParams
@@ -321,7 +374,7 @@ class VllmEngine:
         """One step of vLLM. Finished samples leave `live`."""
         if self._paused:
             raise UserError("The engine is paused; call resume() before the next round")
-        with _random_state(self._random):
+        with random_state(self._random):
             outputs = self._vllm.step()
             self._random = torch.get_rng_state()
         finished = []
@@ -336,7 +389,7 @@ class VllmEngine:
         """Add one request's tokens of this step; whether the sample is done."""
         new, sequence = output.outputs[0], sample.sequence
         before = len(sequence.tokens)
-        sample.add(new.token_ids, new.logprobs, self._held.version)
+        sample.add(new.token_ids, new.logprobs, self._holding.held.version)
         reason = self._stopped(sample, before, sampling) or _reason(sequence, new.finish_reason, sampling)
         if reason:
             sequence.finish_reason = reason
@@ -362,38 +415,54 @@ class VllmEngine:
                 return "stop"
         return ""
 
-    def _send(self, given: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, str]) -> None:
+    def _send(self, given: Given, expected: Mapping[str, str]) -> None:
         """Carry the groups over and put them in use."""
         call = self._vllm.collective_rpc
         call("forerun_begin", args=({g: shapes(s) for g, s in given.items()},))
         for pieces in chunks(given, self.limits.chunk_bytes):
             call("forerun_receive", args=(pieces,))
         try:
-            call("forerun_commit", args=(dict(expected), heat_of(self.speculation)))
+            agreed = call("forerun_commit", args=(dict(expected), heat_of(self.speculation)))[0]
         except UserError:
             raise
         except Exception as error:
-            self._defined = False
+            self._holding.lose(BROKEN)
             raise UserError(f"vLLM failed while it took the weights over: {error}; load a version again") from error
-        self._defined = True
+        if idle := [group for group, state in given.items() if state and not agreed.get(group)]:
+            self._holding.lose(BROKEN)
+            raise UserError(f"vLLM took no parameter of the {' and the '.join(idle)} over; load a version again")
         if not self._vllm.reset_prefix_cache(reset_running_requests=True):
+            self._holding.lose(BROKEN)
             raise UserError("vLLM kept key-value entries of the old weights; close its streams before a load")
+
+    def _drafter_metrics(self) -> dict[str, int]:
+        """What the drafter counts by itself, also after the engine was closed."""
+        if not self._looks_up or self not in OPEN:
+            return self._counted
+        return self._vllm.collective_rpc("forerun_drafter_metrics")[0]
 
     # ---- checks ----
 
-    def _check_version(self, weights: Weights, given: Mapping[str, Any]) -> None:
-        for group in ("policy", "draft"):
-            if group in given and group not in weights.checksums:
-                raise UserError(f"Version {weights.version} carries {group} weights without a checksum")
-        if ("draft" in self._groups) != ("draft" in weights.checksums):
-            have, want = ("a", "no") if "draft" in self._groups else ("no", "a")
-            raise UserError(f"Version {weights.version} carries {want} drafter, but this engine speculates with {have}")
-        if "policy" not in weights.checksums:
-            raise UserError(f"Version {weights.version} carries no policy")
+    def _check_sleep(self, level: int) -> None:
+        if level not in LEVELS:
+            raise UserError(f"Sleep level {level}: there are levels {LEVELS[0]} and {LEVELS[1]}")
+        if not self.limits.sleep:
+            raise UserError("The engine was not made to sleep; start it with Limits(sleep=True)")
+        if self._asleep is not None:
+            raise UserError("The engine is asleep already; call wake() first")
+        if self._running:
+            raise UserError("The engine is generating; finish or close its stream before it sleeps")
+
+    def _compare(self, before: Mapping[str, str], after: Mapping[str, str]) -> None:
+        """Refuse weights that changed in a sleep."""
+        if changed := [group for group in before if before[group] != after.get(group)]:
+            self._holding.lose(f"The engine woke with other weights of the {' and the '.join(changed)}")
+            self._holding.require()
 
     def _check(self, prompts: Sequence[list[int]], sampling: Sampling, n: int) -> None:
-        if not self._defined:
-            raise UserError("The engine's weights are neither the old nor the new ones; load a version again")
+        if self._asleep is not None:
+            raise UserError("The engine is asleep; call wake() before it generates")
+        self._holding.require()
         if 0 < sampling.temperature < COOLEST:
             raise UserError(
                 f"Temperature {sampling.temperature}: vLLM samples at 0 or at {COOLEST} and above, not between"
@@ -411,49 +480,3 @@ def _reason(sample: Sample, said: str | None, sampling: Sampling) -> str:
     if said == "length":
         return "length" if len(sample.tokens) >= sampling.max_new_tokens else "context"
     return "" if said is None else "eos"
-
-
-def _match(state: Mapping[str, Tensor], expected: Shapes, group: str) -> None:
-    """Refuse missing, unknown and misshapen tensors; number formats may differ."""
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unknown:
-        raise UserError(
-            f"The weights of the {group} do not match: missing {missing or 'none'}, unknown {unknown or 'none'}"
-        )
-    for name, (shape, _) in expected.items():
-        if tuple(state[name].shape) != shape:
-            raise UserError(f"{name} of the {group} has shape {list(state[name].shape)}, expected {list(shape)}")
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def _random_state(state: Tensor) -> Iterator[None]:
-    """Draw from another stream of random numbers, and leave the caller's as it was."""
-    mine = torch.get_rng_state()
-    torch.set_rng_state(state)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(mine)
-
-
-@contextmanager
-def _own_process() -> Iterator[None]:
-    """vLLM in this process: its start seeds it, switches a function of torch off and freezes its garbage; undo that."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    threads, state = torch.set_num_threads, torch.get_rng_state()
-    os.environ.update(ENVIRONMENT)
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        torch.set_num_threads = threads
-        torch.set_rng_state(state)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from forerun.config import SpeculationConfig
 from forerun.draft.eagle3_files import head_files, read_head
-from forerun.engine.vllm.transfer import Shapes, heated, shapes
+from forerun.engine.transfer import Shapes, heated, shapes
+from forerun.engine.vllm.proposer import SETTINGS
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.load import ALIASES, artifact
@@ -25,9 +26,9 @@ from forerun.models.taps import decoder_layers
 REFUSED = {
     "mtp": "vLLM runs prediction heads only inside checkpoints of the architectures that were published with them, and "
     "these heads stand beside the policy",
-    "trie": "vLLM has no drafter that looks only at samples of the same prompt",
     "graft": "vLLM has no exact verification of draft trees",
 }
+PROPOSER = "forerun.engine.vllm.proposer.TrieProposer"
 WEIGHTED = ("eagle3", "model")  # methods whose drafter has weights that an engine must be given
 
 
@@ -57,6 +58,8 @@ def translate(speculation: SpeculationConfig, draft: Path | None, block: bool) -
     if method == "ngram":
         lookup = speculation.ngram.model_dump()
         return Translated({"method": "ngram", "num_speculative_tokens": k, **lookup}, "token")
+    if method == "trie":  # the drafts of vLLM's own suffix decoding come from all prompts
+        return Translated({"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": k}, "token")
     sampled = speculation.proposal == "sampled"
     rule = speculation.verify if sampled and block else "token"
     config = {
@@ -69,6 +72,13 @@ def translate(speculation: SpeculationConfig, draft: Path | None, block: bool) -
     return Translated(config, rule, _rule_note(speculation, rule) if sampled else ())
 
 
+def additional(speculation: SpeculationConfig) -> dict[str, Any]:
+    """What vLLM hands to our own classes in its worker, untouched: its `additional_config`."""
+    if speculation.tokens == 0 or speculation.method != "trie":
+        return {}
+    return {SETTINGS: {**speculation.trie.model_dump(), "folder": speculation.draft}}
+
+
 def check(speculation: SpeculationConfig) -> None:
     """Refuse what vLLM cannot do.
 
@@ -79,7 +89,7 @@ def check(speculation: SpeculationConfig) -> None:
     if method in REFUSED:
         raise UserError(
             f"speculation.method={method} does not run on the vLLM engine: {REFUSED[method]}; use the local engine, or "
-            "method eagle3, model or ngram"
+            "method eagle3, model, trie or ngram"
         )
     if speculation.draft_temperature == "auto" or (speculation.draft_temperature != 1.0 and method != "eagle3"):
         raise UserError(

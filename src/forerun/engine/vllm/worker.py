@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.engine.vllm.transfer import Piece, Shapes, Staging, heated
+from forerun.engine.transfer import Piece, Shapes, Staging, heated
+from forerun.engine.vllm.sleep import Freed, fingerprints, free
 from forerun.errors import UserError
 
 DRAFT_NAMES = (("midlayer.", "model.layers.0."), ("fc.", "model.fc."), ("norm.", "model.norm."))
@@ -26,6 +27,39 @@ class WeightReceiver:
     vllm_config: Any
     reload_weights: Any
     forerun_staging: Staging | None = None
+    forerun_freed: Freed | None = None
+
+    # ---- the trie ----
+
+    def forerun_attach(self) -> None:
+        """Tell the proposer whose batch it drafts for."""
+        self.model_runner.drafter.attach(self.model_runner)
+
+    def forerun_open(self) -> None:
+        """A stream begins: an epoch of its prompts."""
+        self.model_runner.drafter.siblings.open()
+
+    def forerun_drafter_metrics(self) -> dict[str, int]:
+        """What the drafter counts by itself."""
+        return self.model_runner.drafter.metrics()
+
+    # ---- sleep ----
+
+    def forerun_fingerprints(self) -> dict[str, str]:
+        """See `sleep.fingerprints`."""
+        return fingerprints(self.model_runner)
+
+    def forerun_sleep(self, level: int) -> None:
+        """Sleep where vLLM cannot, see `sleep.free`."""
+        self.forerun_freed = free(self.model_runner, level)
+
+    def forerun_wake(self) -> None:
+        """Take the memory again; its contents are lost."""
+        assert self.forerun_freed is not None
+        self.forerun_freed.refill()
+        self.forerun_freed = None
+
+    # ---- weights ----
 
     def forerun_begin(self, groups: dict[str, Shapes]) -> None:
         """Make room for a version. An unfinished one is thrown away."""
@@ -36,8 +70,8 @@ class WeightReceiver:
         assert self.forerun_staging is not None
         self.forerun_staging.add(pieces)
 
-    def forerun_commit(self, expected: dict[str, str], heat: float) -> int:
-        """Check the version and put it in use; the number of parameters that were read back and agreed.
+    def forerun_commit(self, expected: dict[str, str], heat: float) -> dict[str, int]:
+        """Check the version and put it in use; per group, how many parameters were read back and agreed.
 
         Args:
             expected: checksums per group. heat: the drafter's temperature over that of the rollouts.
@@ -48,21 +82,16 @@ class WeightReceiver:
         """
         staging, self.forerun_staging = self.forerun_staging, None
         assert staging is not None
-        for group, arrived in staging.checksums().items():
-            if arrived != expected[group]:
-                raise UserError(
-                    f"The {group} weights have checksum {expected[group]}, but {arrived} arrived: the transfer was "
-                    "damaged, or the version was changed while it was sent"
-                )
-        agreed = 0
-        if staging.tensors.get("draft"):
+        staging.check(expected)
+        agreed = {group: 0 for group, tensors in staging.tensors.items() if tensors}
+        if "draft" in agreed:
             _check_own_head(self.model_runner, staging.tensors["draft"])
         if "policy" in staging.tensors:
             policy = staging.tensors["policy"]
             self.reload_weights(weights_iterator=iter(policy.items()))
-            agreed += _read_back(self.model_runner.get_model(), policy, "policy")
-        if staging.tensors.get("draft"):
-            agreed += self._forerun_drafter(staging.tensors["draft"], heat)
+            agreed["policy"] = _read_back(self.model_runner.get_model(), policy, "policy")
+        if "draft" in agreed:
+            agreed["draft"] = self._forerun_drafter(staging.tensors["draft"], heat)
         return agreed
 
     def _forerun_drafter(self, state: dict[str, Tensor], heat: float) -> int:

@@ -1,0 +1,106 @@
+"""Both engines on the same policy: tokens/s plain and with the recipe's drafter, at several batches, in one run.
+
+    python -m benchmarks.engines [--batches 1,8,32] [--max-new-tokens 64] [--repeats 5] [--engines local,vllm]
+
+Every sample gets exactly `--max-new-tokens` tokens at the recipe's temperature (ends are ignored), from held-out
+prompts. The engines take turns; medians. Each has as many slots as the batch has samples, hence one engine per cell:
+with vLLM the start is not in the time. Both verify by token rejection, the rule that vLLM has everywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from benchmarks.common import Setting, load_setting, options, plain_data, write_result
+from forerun.config import RolloutConfig
+from forerun.draft import load_drafter
+from forerun.engine import Counters, RolloutEngine, Sampling, around
+from forerun.report.environment import describe_environment, machine_line
+
+
+def engine_of(setting: Setting, name: str, speculative: bool, slots: int) -> RolloutEngine:
+    """One engine, plain or with the recipe's drafter."""
+    speculation = setting.recipe.speculation.model_copy(update={"verify": "token"})
+    drafter = load_drafter(setting.policy, speculation) if speculative else None
+    rollout = RolloutConfig.model_validate({"engine": name, "slots": slots})
+    return around(rollout, setting.policy, drafter, speculation)
+
+
+def turn(engine: RolloutEngine, prompts: list[list[int]], sampling: Sampling) -> tuple[float, Counters]:
+    """Seconds and counters of one call."""
+    before, started = engine.counters.copy(), time.perf_counter()
+    rollouts = list(engine.stream(prompts, sampling))
+    seconds = time.perf_counter() - started
+    assert all(len(r.tokens) == sampling.max_new_tokens for r in rollouts)
+    return seconds, engine.counters.minus(before)
+
+
+def measure(setting: Setting, engines: list[str], batch: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """One row per engine at one batch: medians over turns of plain and speculative tokens/s, and their ratio."""
+    prompts = setting.held_out(batch)
+    cells = [(name, speculative) for name in engines for speculative in (False, True)]
+    seconds: dict[tuple[str, bool], list[float]] = {cell: [] for cell in cells}
+    counters = dict.fromkeys(cells, Counters())
+    with ExitStack() as stack:
+        made = {cell: engine_of(setting, *cell, slots=batch) for cell in cells}
+        for engine in made.values():
+            stack.callback(engine.close)
+        for number in range(repeats + 1):
+            for cell in cells:
+                sampling = Sampling(tokens, setting.recipe.rollout.temperature, number, ignore_eos=True)
+                spent, counted = turn(made[cell], prompts, sampling)
+                if number:  # the first turn warms up
+                    seconds[cell].append(spent)
+                    counters[cell] = counters[cell].plus(counted)
+    return [row(name, batch, tokens, seconds, counters[name, True]) for name in engines]
+
+
+def row(name: str, batch: int, tokens: int, seconds: dict[Any, list[float]], counted: Counters) -> dict[str, Any]:
+    """What is shown and written of one engine at one batch."""
+    plain, speculative = (batch * tokens / statistics.median(seconds[name, kind]) for kind in (False, True))
+    return {
+        "engine": name, "batch": batch, "plain_tokens_per_s": plain, "speculative_tokens_per_s": speculative,
+        "speedup": speculative / plain, "acceptance_length": counted.acceptance_length,
+        "acceptance_per_position": counted.acceptance_per_position,
+        "turns_s": {"plain": seconds[name, False], "speculative": seconds[name, True]},
+    }  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = options(__doc__)
+    parser.add_argument("--engines", default="local,vllm")
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--repeats", type=int, default=5, help="turns that count")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    setting = load_setting(arguments.recipe)
+    recipe, tokens = setting.recipe, arguments.max_new_tokens or 64
+    speculation = recipe.speculation
+    print(
+        f"{recipe.name}, {setting.policy.dtype}, {speculation.method} k = {speculation.tokens}, {tokens} tokens each, "
+        f"T = {recipe.rollout.temperature}; {machine_line(describe_environment())}"
+    )
+    print(f"{'batch':>5} {'engine':>7} {'plain':>9} {'spec':>9} tokens/s  {'ratio':>6}  tokens per round")
+    rows = []
+    for batch in map(int, arguments.batches.split(",")):
+        for line in measure(setting, arguments.engines.split(","), batch, tokens, arguments.repeats):
+            rows.append(line)
+            print(
+                f"{batch:>5} {line['engine']:>7} {line['plain_tokens_per_s']:>9.1f} "
+                f"{line['speculative_tokens_per_s']:>9.1f}           {line['speedup']:>5.2f}x  "
+                f"{line['acceptance_length']:.2f}",
+                flush=True,
+            )
+    write_result(arguments.out, "engines", recipe, {"arguments": plain_data(arguments), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The parts of the vLLM engine that do without vLLM: translation, pieces of a version, bookkeeping."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forerun.config import SpeculationConfig
+from forerun.engine.base import Counters, Weights
+from forerun.engine.local.schedule import Sequence
+from forerun.engine.transfer import Staging, chunks, shapes
+from forerun.engine.vllm.accounting import Live
+from forerun.engine.vllm.held import Holding
+from forerun.engine.vllm.settings import translate
+from forerun.errors import UserError
+from forerun.models.checksum import checksum
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        ({"method": "mtp"}, "prediction heads only inside checkpoints"),
+        ({"method": "graft", "draft": "x"}, "draft trees"),
+        ({"method": "eagle3", "draft": "x", "draft_temperature": "auto"}, "temperature of the rollouts"),
+        ({"method": "model", "draft": "x", "draft_temperature": 0.8}, "temperature of the rollouts"),
+        ({"method": "eagle3"}, "needs speculation.draft"),
+    ],
+)
+def test_what_vllm_lacks_is_refused_with_the_reason(block: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        translate(SpeculationConfig.model_validate(block), Path("x"), block=True)
+
+
+def test_translation() -> None:
+    def of(block: bool, **fields: Any) -> Any:
+        return translate(SpeculationConfig.model_validate(fields), Path("folder"), block)
+
+    assert of(True, method="none").config is None
+    sampled = of(True, method="eagle3", draft="x", k=5)
+    assert sampled.config == {
+        "method": "eagle3", "model": "folder", "num_speculative_tokens": 5,
+        "draft_sample_method": "probabilistic", "rejection_sample_method": "block",
+    }  # fmt: skip
+    old = of(False, method="model", draft="x", k=2)
+    assert (old.config["method"], old.config["rejection_sample_method"], old.rule) == (
+        "draft_model",
+        "standard",
+        "token",
+    )
+    assert "token rejection" in old.notes[0]
+    assert not of(False, method="model", draft="x", proposal="argmax").notes
+    trie = of(False, method="trie", k=6)
+    assert (trie.config["method"], trie.config["num_speculative_tokens"], trie.rule) == ("custom_class", 6, "token")
+    ngram = of(False, method="ngram", k=4, ngram={"prompt_lookup_max": 3, "prompt_lookup_min": 2})
+    assert ngram.config == {
+        "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 10**6])
+def test_pieces_come_together_again(size: int) -> None:
+    torch.manual_seed(0)
+    groups = {
+        "policy": {"a": torch.randn(5, 7), "b": torch.randn(3).to(torch.bfloat16)},
+        "draft": {"d2t": torch.arange(9), "t2d": torch.tensor([True, False])},
+    }
+    staging = Staging.of({g: shapes(s) for g, s in groups.items()})
+    sent = list(chunks(groups, size))
+    for pieces in sent:
+        assert sum(p.values.numel() * p.values.element_size() for p in pieces) <= max(size, 8)
+        staging.add(pieces)
+    assert staging.checksums() == {g: checksum(s) for g, s in groups.items()}
+    short = Staging.of({g: shapes(s) for g, s in groups.items()})
+    for pieces in sent[:-1]:
+        short.add(pieces)
+    with pytest.raises(UserError, match="elements missing"):
+        short.checksums()
+
+
+def test_tokens_behind_the_end_are_taken_back() -> None:
+    """Rounds of 4 drafts: 1 plain token, then 3 kept + 1; then 4 kept, of which the end leaves 2."""
+
+    class Spec:
+        per_step_accepted = (3, 4)
+
+    class Entry:
+        logprob = -1.0
+
+    counters = Counters(rounds=2, round_tokens=4 + 5, drafted=8, accepted_at=[2, 2, 2, 1], drafted_at=[2, 2, 2, 2])
+    live = Live(Sequence([1], 0, 0, 0))
+    for tokens in ([5], [6, 7, 8, 9], [10, 11]):
+        live.add(tokens, [{t: Entry()} for t in tokens], 3)
+    live.settle(Spec(), counters)
+    assert live.sequence.drafted == [False, True, True, True, False, True, True]
+    assert (counters.round_tokens, counters.accepted_at) == (4 + 2, [2, 2, 1, 0])
+
+
+def test_tokens_behind_a_stop_string_are_taken_back() -> None:
+    class Entry:
+        logprob = -1.0
+
+    counters = Counters(rounds=1, round_tokens=4, drafted=3, accepted_at=[1, 1, 1], drafted_at=[1, 1, 1])
+    live = Live(Sequence([1], 0, 0, 0))
+    live.add([6, 7, 8, 9], [{t: Entry()} for t in (6, 7, 8, 9)], 0)
+    live.cut(2)
+    live.settle(None, counters)
+    assert (live.sequence.tokens, live.sequence.drafted) == ([6, 7], [True, True])
+    assert (counters.round_tokens, counters.accepted_at) == (2, [1, 1, 0])
+
+
+def held_after(*steps: str) -> tuple[Holding, Weights]:
+    """An engine's bookkeeping after version 5 and some steps, and a version 6 with all tensors."""
+    state = {"a": torch.ones(3)}
+    sums = {"policy": checksum(state), "draft": checksum(state)}
+    holding = Holding({"policy": shapes(state), "draft": shapes(state)})
+    holding.take(Weights(5, sums))
+    for step in steps:
+        {"sleep": holding.discard, "break": lambda: holding.lose("It broke")}[step]()
+    return holding, Weights(6, sums, state, state)
+
+
+@pytest.mark.parametrize("steps", [("sleep",), ("break",), ("break", "sleep"), ("sleep", "break")])
+def test_where_nothing_is_held_only_whole_versions_are_taken(steps: tuple[str, ...]) -> None:
+    holding, right = held_after(*steps)
+    assert holding.version is None
+    with pytest.raises(UserError, match="load a version again"):
+        holding.require()
+    for wrong in (replace(right, policy=None), replace(right, draft=None), replace(right, policy=None, draft=None)):
+        with pytest.raises(UserError, match=r"holds none .* must carry the tensors"):
+            holding.check(wrong)
+    assert set(holding.check(right)) == {"policy", "draft"}
+    holding.take(right)
+    holding.require()
+    assert holding.version == 6
+    assert (
+        holding.check(replace(right, version=4, policy=None, draft=None)) == {}
+    )  # these bytes are held: no sleep since
+
+
+def test_a_version_older_than_the_one_before_the_sleep_is_stale() -> None:
+    holding, right = held_after("sleep")
+    with pytest.raises(UserError, match="Version 4 is older than version 5"):
+        holding.check(replace(right, version=4))
+    with pytest.raises(UserError, match="one number, two versions"):
+        holding.check(replace(right, version=5, checksums={**right.checksums, "draft": "0" * 16}))
+    assert holding.check(replace(right, version=5))
