@@ -29,7 +29,7 @@ PROMPTS = [[5, 6, 7], [9, 3], [3, 4, 5, 6, 7, 8], [20, 21], [30] * 10]
 LONG = Sampling(48, 1.0, 3, ignore_eos=True)
 N = 4
 GREEDY = replace(LONG, temperature=0.0)
-HASTY = Patience(silence_s=4.0, start_s=120.0)
+HASTY = Patience(silence_s=8.0, start_s=120.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
