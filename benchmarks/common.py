@@ -79,8 +79,8 @@ def options(doc: str | None) -> argparse.ArgumentParser:
 
 
 def plain_data(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The command line as the JSON file records it."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    """The command line as the JSON file records it: of paths the names, folders are of one machine."""
+    return {key: value.name if isinstance(value, Path) else value for key, value in vars(arguments).items()}
 
 
 class Trajectory:
