@@ -32,7 +32,7 @@ from forerun.tasks import load_task
 COLD_START, DRAFTER = "quickstart-cold-start", "quickstart-eagle3"
 SEED = 10_000  # other problems than those of the quickstart's own seeds
 COLD_START_SETTINGS = {"steps": 140, "batch": 16, "learning_rate": 1e-3, "rank": 32, "answer_only": 0.4}
-DRAFTER_SETTINGS = {"rollouts": 640, "epochs": 8, "depth": 5, "vocab": 256, "learning_rate": 1e-3, "batch_tokens": 1536}
+DEPTH = 5  # draft positions that the head is trained for; the rest is the recipe's
 
 
 def make_cold_start(console: Console) -> None:
@@ -49,7 +49,7 @@ def make_cold_start(console: Console) -> None:
 
 def make_drafter(console: Console) -> None:
     """Train the head on rollouts of the policy after its cold start."""
-    changes = {"seed": SEED, "draft": DRAFTER_SETTINGS, "speculation.draft": None, "rollout.slots": 32}
+    changes = {"seed": SEED, "draft.depth": DEPTH, "speculation.draft": None, "rollout.slots": 32}
     recipe = load_recipe("quickstart", changes)
     policy = load_policy(recipe.policy.model, recipe.policy.dtype, recipe.policy.device, recipe.policy.adapter)
     with tempfile.TemporaryDirectory() as scratch:
