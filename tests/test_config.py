@@ -30,7 +30,8 @@ def test_shipped_recipes_are_valid_and_round_trip(name: str, tmp_path: Path) -> 
         ({"train.steps": "many"}, "'train.steps'"),
         ({"speculation.method": "magic"}, "'speculation.method'"),
         ({"name.first": "x"}, "a value and not a group"),
-        ({"loop.lag": "2"}, "'loop.lag'"),
+        ({"loop.lag": "-1"}, "'loop.lag'"),
+        ({"loop.lag": "2"}, "rollout.replicas is 0"),
         ({"cold_start.steps": "3"}, "keep one of the two"),
     ],
 )

@@ -479,7 +479,9 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"The recipe lacks '{where}', which has no default"
     message = first["msg"].removeprefix("Value error, ")
-    return f"'{where}': {message}" + ("" if "input" not in first or where == "" else f" (got {first['input']!r})")
+    if where == "":  # of several settings together: the message names them
+        return message
+    return f"'{where}': {message}" + (f" (got {first['input']!r})" if "input" in first else "")
 
 
 def _known_keys(block: type[BaseModel], prefix: str = "") -> list[str]:
