@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from forerun.errors import UserError
+from forerun.models import Policy
 from forerun.records import Rollout
 from forerun.verify.truncate import EVERYTHING, Truncation
 
@@ -159,6 +160,14 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Give back what the engine holds outside Python. It cannot be used afterwards."""
+
+
+def generate_all(
+    engine: RolloutEngine, policy: Policy, prompts: Sequence[list[int] | str], sampling: Sampling, n: int
+) -> list[Rollout]:
+    """`RolloutEngine.generate` by means of `stream`: texts become token ids, samples stand in the order of prompts."""
+    ids = [policy.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+    return sorted(engine.stream(ids, sampling, n), key=lambda r: (r.prompt_index, r.sample_index))
 
 
 def engine_metrics(

@@ -134,7 +134,7 @@ class Server:
             for rollout in self.engine.stream(prompts, sampling, n, only, self.between):
                 self.tell("rollout", rollout)
         except Aborted:
-            pass
+            pass  # the parent asked for it, and hears `done` as after a stream that ran out
         finally:
             self._streaming = self._paused = False
         self.tell("done")

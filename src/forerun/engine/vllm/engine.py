@@ -31,6 +31,7 @@ from forerun.engine.base import (
     Weights,
     check_request,
     engine_metrics,
+    generate_all,
     nothing,
     requested,
 )
@@ -166,9 +167,8 @@ class VllmEngine:
         stop: Sequence[str] = (),
     ) -> list[Rollout]:
         """See `RolloutEngine.generate`."""
-        ids = [self.policy.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
         sampling = Sampling(max_new_tokens, temperature, seed, tuple(stop))
-        return sorted(self.stream(ids, sampling, n), key=lambda r: (r.prompt_index, r.sample_index))
+        return generate_all(self, self.policy, prompts, sampling, n)
 
     def stream(
         self,
