@@ -2,17 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
+# Tests run side by side, one thread each: tiny models gain nothing from a second one.
+ALONE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: quickstart test fast check test-vllm artifacts clean
 
 quickstart: .venv/ready
 	$(BIN)/forerun train quickstart
 
-test: .venv/ready-dev check
-	$(BIN)/python -m pytest
+test: .venv/ready-dev .venv-vllm/ready check
+	$(ALONE) $(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(MAKE) test-vllm
 
 fast: .venv/ready-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(ALONE) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 check: .venv/ready-dev
 	$(BIN)/ruff check src tests benchmarks scripts
@@ -20,7 +24,7 @@ check: .venv/ready-dev
 	$(BIN)/mypy
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest tests/engine/test_vllm*.py tests/lossless/test_verification_vllm.py
+	$(ALONE) .venv-vllm/bin/python -m pytest tests/engine/test_vllm*.py tests/lossless/test_verification_vllm.py
 
 artifacts: .venv/ready
 	$(BIN)/python scripts/make_artifacts.py

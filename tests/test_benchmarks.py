@@ -19,6 +19,8 @@ from benchmarks.acceptance import Expected
 from benchmarks.common import Movement, Setting, Trajectory, difference, load_setting, mean_of, tokens_per_round
 
 from forerun.config import TrieConfig
+from forerun.draft.trie import TrieDrafter
+from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.records import Draft, Rollout
 from forerun.verify.chain import verify
@@ -104,9 +106,27 @@ def test_a_trie_remembers_the_epoch_before(setting: Setting) -> None:
     assert set(first) == {"prompt", "global"} and set(second) == {"prompt", "global", "prompt, fresh"}
     assert [len(e.by_prompt) for e in (*first.values(), *second.values())] == [4] * 5
     assert rows[-1]["weights_moved"] == 0 and rows[-1]["step"] == 4
-    held = {name: engine.metrics()["drafter"]["texts"] for name, engine in run.engines.items()}
+    held = {name: drafter.metrics()["texts"] for name, drafter in run.tries.items()}
     assert held == {"prompt": 4 + 32, "global": 4 + 32}  # prompts once, samples of both epochs
     assert "prompt: epoch 2 - epoch 1" in trie.contrasts([first, second])
+
+
+def test_a_replay_repeats_the_run_round_by_round(setting: Setting) -> None:
+    """Three streams of one trie, cool enough for siblings to agree; a trie that drafts otherwise is told apart."""
+    settings, prompts = TrieConfig(match_min=1, floor=0.1), [[5, 6, 7], [9, 8], [5, 5]]
+    engine = LocalEngine(setting.policy, TrieDrafter(settings), k=3, slots=12)
+    drafter, other = TrieDrafter(settings), TrieDrafter(settings.model_copy(update={"match_min": 2}))
+    rounds: list[list[int]] = [[], [], []]
+    tokens = 0
+    for seed in range(3):
+        rollouts = list(engine.stream(prompts, Sampling(24, 0.1, seed), 4))
+        tokens += sum(len(r.tokens) for r in rollouts)
+        rollouts.sort(key=lambda r: (r.prompt_index, r.sample_index))
+        rounds[0] += [r.rounds for r in rollouts]
+        rounds[1] += [t.rounds for t in trie.replay(drafter, rollouts, 3, 24)]
+        rounds[2] += [t.rounds for t in trie.replay(other, rollouts, 3, 24)]
+    assert rounds[0] == rounds[1] != rounds[2] and sum(rounds[0]) < 0.8 * tokens
+    assert drafter.metrics() == engine.metrics()["drafter"]
 
 
 def test_tree_budgets_keep_the_shares_of_their_preset() -> None:

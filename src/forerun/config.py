@@ -87,9 +87,9 @@ class TrieConfig(Block):
     scope: Literal["prompt", "global"] = Field(
         "prompt", description="prompt: look only at samples of the same prompt; global: at everything"
     )
-    match_min: int = Field(2, ge=1, description="shortest suffix that is looked up, in tokens")
+    match_min: int = Field(1, ge=1, description="shortest suffix that is looked up, in tokens")
     match_max: int = Field(16, ge=1, description="longest suffix that is told apart, in tokens")
-    floor: float = Field(0.1, ge=0, le=1, description="least share of the occurrences that must go on with a token")
+    floor: float = Field(0.5, ge=0, le=1, description="least share of the occurrences that must go on with a token")
     window: int = Field(8, ge=1, description="epochs of a prompt whose samples are kept (scope prompt)")
     max_tokens: int = Field(1_000_000, ge=1, description="tokens kept in all; beyond it the oldest samples go")
 
@@ -161,7 +161,9 @@ class GraftConfig(Block):
 class SpeculationConfig(Block):
     """One block for trainer, engine and simulator alike."""
 
-    method: Literal["none", "eagle3", "mtp", "ngram", "trie", "model", "graft"] = "none"
+    method: Literal["none", "eagle3", "mtp", "ngram", "trie", "model", "graft", "vllm"] = Field(
+        "none", description="vllm: a drafter of vLLM's own, e.g. suffix decoding or DFlash, which `vllm` describes"
+    )
     draft: str | None = Field(
         None,
         description="eagle3, mtp, graft: folder or shipped artifact of the drafter, null: train one first; mtp: also "
@@ -190,9 +192,16 @@ class SpeculationConfig(Block):
     ngram: NgramConfig = NgramConfig()
     trie: TrieConfig = TrieConfig()
     graft: GraftConfig = GraftConfig()
+    vllm: dict[str, Any] = Field(
+        default_factory=dict,
+        description="entries of vLLM's speculative_config that are handed on as they are, e.g. "
+        "num_speculative_tokens_per_batch_size; method: vllm: its method, and its model if it has one",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> SpeculationConfig:
+        if self.method == "vllm" and "method" not in self.vllm:
+            raise ValueError("method: vllm needs the name of a drafter of vLLM's, e.g. vllm: {method: suffix}")
         if self.k == "auto":
             raise ValueError("k: auto needs the row budget, which this version does not have; set a number, e.g. k: 4")
         if not 0 <= self.k <= 32:
@@ -376,6 +385,10 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        if (self.speculation.method == "vllm" or self.speculation.vllm) and self.rollout.engine != "vllm":
+            raise ValueError(
+                f"speculation.vllm is for vLLM alone, and rollout.engine is {self.rollout.engine}; set it to vllm"
+            )
         if self.cold_start is not None and self.policy.adapter is not None:
             raise ValueError("cold_start trains an adapter and policy.adapter loads one: keep one of the two")
         if self.loop.lag and not self.rollout.replicas:

@@ -289,5 +289,5 @@ def small(tiny: Callable[..., Path]) -> Policy:
 @pytest.mark.parametrize(("scope", "faulty"), [("prompt", False), ("global", False), ("prompt", True)])
 def test_samples_follow_the_policys_law(small: Policy, scope: str, faulty: bool) -> None:
     """A correct engine fails this less than once in a million seeds; the broken rule lies several percent away."""
-    p = contract.law_p_value(small, partial(TrieDrafter, TrieConfig(scope=scope, match_min=1, max_tokens=2000)), faulty)
+    p = contract.law_p_value(small, partial(TrieDrafter, TrieConfig(scope=scope, floor=0.0, max_tokens=2000)), faulty)
     assert p < 1e-6 if faulty else p > 1e-6

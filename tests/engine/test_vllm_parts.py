@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
-from forerun.config import SpeculationConfig
+from forerun.config import Recipe, SpeculationConfig
+from forerun.draft import load_drafter
 from forerun.engine.base import Counters, Weights
+from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.schedule import Sequence
 from forerun.engine.transfer import Staging, chunks, shapes
 from forerun.engine.vllm.accounting import Live
 from forerun.engine.vllm.held import Holding
 from forerun.engine.vllm.settings import translate
 from forerun.errors import UserError
+from forerun.models import Policy
 from forerun.models.checksum import checksum
 
 
@@ -28,6 +32,9 @@ from forerun.models.checksum import checksum
         ({"method": "eagle3", "draft": "x", "draft_temperature": "auto"}, "temperature of the rollouts"),
         ({"method": "model", "draft": "x", "draft_temperature": 0.8}, "temperature of the rollouts"),
         ({"method": "eagle3"}, "needs speculation.draft"),
+        ({"method": "vllm", "vllm": {"method": "mimo_mtp"}}, "layers of a published checkpoint"),
+        ({"method": "ngram", "vllm": {"num_speculative_tokens": 9}}, "speculation.vllm.num_speculative_tokens"),
+        ({"method": "vllm", "vllm": {"method": "suffix"}, "draft_temperature": 0.5}, "temperature of the rollouts"),
     ],
 )
 def test_what_vllm_lacks_is_refused_with_the_reason(block: dict[str, Any], reason: str) -> None:
@@ -59,6 +66,36 @@ def test_translation() -> None:
     assert ngram.config == {
         "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 2,
     }  # fmt: skip
+
+
+def test_what_is_vllms_own_is_handed_on() -> None:
+    def of(**fields: Any) -> Any:
+        return translate(SpeculationConfig.model_validate(fields), None, block=True)
+
+    suffix = of(method="vllm", k=8, vllm={"method": "suffix", "suffix_decoding_max_tree_depth": 12})
+    assert (suffix.rule, suffix.notes) == ("token", ())
+    assert suffix.config == {"method": "suffix", "num_speculative_tokens": 8, "suffix_decoding_max_tree_depth": 12}
+    flash = of(method="vllm", k=7, vllm={"method": "dflash", "model": "folder"})
+    assert flash.config["draft_sample_method"] == "probabilistic" and flash.config["rejection_sample_method"] == "block"
+    assert flash.rule == "block" and "nothing keeps it aligned" in flash.notes[0]
+    by_batch = [[1, 4, 3], [5, 64, 1]]
+    assert of(method="ngram", vllm={"num_speculative_tokens_per_batch_size": by_batch}).config == {
+        "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 5, "prompt_lookup_min": 5,
+        "num_speculative_tokens_per_batch_size": by_batch,
+    }  # fmt: skip
+
+
+def test_vllms_own_drafters_are_refused_elsewhere(policy: Policy) -> None:
+    block = {"method": "vllm", "vllm": {"method": "suffix"}}
+    base = {"policy": {"model": "x"}, "task": {"name": "gsm8k"}}
+    with pytest.raises(ValidationError, match=r"rollout\.engine is local"):
+        Recipe.model_validate({**base, "speculation": block})
+    with pytest.raises(ValidationError, match="needs the name of a drafter"):
+        SpeculationConfig.model_validate({"method": "vllm"})
+    assert Recipe.model_validate({**base, "speculation": block, "rollout": {"engine": "vllm"}}).speculation.tokens == 3
+    engine = LocalEngine(policy, load_drafter(policy, SpeculationConfig.model_validate(block)), k=3)
+    with pytest.raises(UserError, match=r"\(suffix\).*rollout\.engine=vllm"):
+        engine.generate([[5, 6, 7]], max_new_tokens=4)
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 10**6])

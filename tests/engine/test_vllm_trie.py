@@ -23,7 +23,8 @@ from forerun.records import Rollout, Verdict
 
 slow = pytest.mark.slow
 K = 3
-BLOCK = {"method": "trie", "k": K}
+EAGER = {"match_min": 2, "floor": 0.1}  # drafts much, also where an untrained policy hardly knows
+BLOCK = {"method": "trie", "k": K, "trie": EAGER}
 GREEDY = Sampling(24, 0.0)
 
 
@@ -65,7 +66,7 @@ def test_siblings_draft_what_the_drafter_of_the_local_engine_drafts(scope: str, 
 
 
 def test_a_sample_drafts_from_siblings_that_are_not_done() -> None:
-    siblings = Siblings(Corpus(TrieConfig()))
+    siblings = Siblings(Corpus(TrieConfig(**EAGER)))
     siblings.open()
     siblings.take("a", [7, 8, 9], [1, 2, 3, 4], 4)
     siblings.take("b", [7, 8, 9], [1], 1)
@@ -93,7 +94,7 @@ def _observe(drafter: TrieDrafter, new: list[list[int]]) -> None:
 
 @pytest.fixture(scope="module")
 def made(small: Policy) -> Iterator[Any]:
-    engine = make(small, TrieDrafter(TrieConfig()), BLOCK, slots=16)
+    engine = make(small, TrieDrafter(TrieConfig(**EAGER)), BLOCK, slots=16)
     yield engine
     engine.close()
 
@@ -101,8 +102,8 @@ def made(small: Policy) -> Iterator[Any]:
 @pytest.fixture
 def trie(made: Any, small: Policy) -> Any:
     """The engine with an empty corpus and the first weights."""
-    made.load(version(0, small, TrieDrafter(TrieConfig())))
-    empty(made, TrieConfig())
+    made.load(version(0, small, TrieDrafter(TrieConfig(**EAGER))))
+    empty(made, TrieConfig(**EAGER))
     return made
 
 
@@ -153,7 +154,7 @@ def test_greedy_texts_are_plain_and_the_second_epoch_is_drafted_from_the_first(t
 @slow
 def test_a_live_sibling_is_drafted_from(small: Policy) -> None:
     """The second prompt is done after 15 tokens; then a sibling of the first, which is not, takes its place."""
-    engine = make(small, TrieDrafter(TrieConfig()), BLOCK, slots=2)
+    engine = make(small, TrieDrafter(TrieConfig(**EAGER)), BLOCK, slots=2)
     first, short, second = engine.generate([PROMPTS[0], PROMPTS[1], PROMPTS[0]], max_new_tokens=24, temperature=0.0)
     assert 10 < len(short.tokens) < 20
     assert first.tokens == second.tokens
@@ -199,7 +200,7 @@ def within(run: list[int], text: list[int]) -> bool:
 def test_sampled_texts_have_the_policys_law(trie: Any, small: Policy) -> None:
     """1,200 siblings each of two prompts draft for one another."""
     before = trie.counters.copy()
-    checks = law(trie, small, TrieDrafter(TrieConfig()))
+    checks = law(trie, small, TrieDrafter(TrieConfig(**EAGER)))
     assert all(check.passed for check in checks), checks
     assert sum(trie.counters.minus(before).accepted_at) > 100, "a draft that is never kept shows nothing"
 
@@ -211,7 +212,7 @@ def test_the_law_test_catches_the_trie_without_the_repair(
 ) -> None:
     """The negative control of the test above."""
     without_repair(monkeypatch)
-    assert not all(check.passed for check in law(trie, small, TrieDrafter(TrieConfig())))
+    assert not all(check.passed for check in law(trie, small, TrieDrafter(TrieConfig(**EAGER))))
 
 
 @needs_vllm
@@ -227,8 +228,8 @@ def test_acceptance_is_that_of_the_local_engine(trie: Any, small: Policy) -> Non
     for name in ("vllm", "local"):
         accepted = rows = 0
         for seed in range(4):
-            empty(trie, TrieConfig())
-            engine = trie if name == "vllm" else LocalEngine(small, TrieDrafter(TrieConfig()), k=K, slots=16)
+            empty(trie, TrieConfig(**EAGER))
+            engine = trie if name == "vllm" else LocalEngine(small, TrieDrafter(TrieConfig(**EAGER)), k=K, slots=16)
             engine.generate(prompts, max_new_tokens=32, temperature=0.1, n=4, seed=2 * seed)
             before = engine.counters.copy()
             engine.generate(prompts, max_new_tokens=32, temperature=0.1, n=4, seed=2 * seed + 1)
@@ -253,7 +254,7 @@ def test_weights_in_mid_stream_leave_the_corpus_alone(trie: Any, small: Policy) 
         nonlocal rounds
         rounds += 1
         if rounds == 4:
-            trie.load(version(2, other, TrieDrafter(TrieConfig())))
+            trie.load(version(2, other, TrieDrafter(TrieConfig(**EAGER))))
 
     again = sorted(trie.stream(PROMPTS[:3], sampling, between=push), key=lambda r: r.prompt_index)
     for old, new in zip(first, again, strict=True):
@@ -269,7 +270,7 @@ def test_weights_in_mid_stream_leave_the_corpus_alone(trie: Any, small: Policy) 
 @needs_vllm
 @slow
 def test_a_full_corpus_stays_within_its_size_and_counts(trie: Any, small: Policy) -> None:
-    empty(trie, TrieConfig(max_tokens=200))
+    empty(trie, TrieConfig(max_tokens=200, **EAGER))
     expected = texts(LocalEngine(small, slots=8).generate(PROMPTS, max_new_tokens=24, temperature=0.0, n=2))
     for _ in range(3):
         assert texts(trie.generate(PROMPTS, max_new_tokens=24, temperature=0.0, n=2)) == expected
@@ -282,7 +283,7 @@ def test_a_full_corpus_stays_within_its_size_and_counts(trie: Any, small: Policy
 @slow
 def test_every_stream_is_an_epoch(trie: Any) -> None:
     """Of three streams a window of two forgets the first."""
-    empty(trie, TrieConfig(window=2))
+    empty(trie, TrieConfig(window=2, **EAGER))
     for _ in range(3):
         trie.generate(PROMPTS, max_new_tokens=4, temperature=0.0, n=2)
     assert trie.metrics()["drafter"]["expired_texts"] == 2 * len(PROMPTS)
@@ -296,7 +297,7 @@ def test_an_engine_begins_with_the_corpus_of_its_drafter_and_tells_its_counts_wh
 ) -> None:
     from forerun.engine.vllm.engine import VllmEngine
 
-    drafter = TrieDrafter(TrieConfig())
+    drafter = TrieDrafter(TrieConfig(**EAGER))
     expected = LocalEngine(small, drafter, k=K, slots=8).generate(PROMPTS, max_new_tokens=24, temperature=0.0, n=2)
     engine = make(small, drafter, BLOCK)
     ours = engine.generate(PROMPTS, max_new_tokens=24, temperature=0.0, n=2)

@@ -88,6 +88,12 @@ def _graft(policy: Policy, speculation: SpeculationConfig) -> Drafter:
     return GraftDrafter.load(artifact(speculation.draft), policy, speculation.graft, heat=heat)
 
 
+def _vllm(policy: Policy, speculation: SpeculationConfig) -> Drafter:
+    from forerun.draft.foreign import ForeignDrafter
+
+    return ForeignDrafter(speculation.vllm)
+
+
 DRAFTERS: dict[str, Callable[[Policy, SpeculationConfig], Drafter]] = {
     "eagle3": _eagle3,
     "mtp": _mtp,
@@ -95,6 +101,7 @@ DRAFTERS: dict[str, Callable[[Policy, SpeculationConfig], Drafter]] = {
     "trie": _trie,
     "model": _model,
     "graft": _graft,
+    "vllm": _vllm,
 }
 TRAINED = frozenset({"eagle3", "mtp", "model", "graft"})  # their weights must exist or be trained first
 

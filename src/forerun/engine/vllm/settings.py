@@ -28,6 +28,7 @@ REFUSED = {
     "these heads stand beside the policy",
     "graft": "vLLM has no exact verification of draft trees",
 }
+INSIDE = "mtp"  # how vLLM's methods end whose heads are layers of the policy's checkpoint
 PROPOSER = "forerun.engine.vllm.proposer.TrieProposer"
 WEIGHTED = ("eagle3", "model")  # methods whose drafter has weights that an engine must be given
 
@@ -55,21 +56,21 @@ def translate(speculation: SpeculationConfig, draft: Path | None, block: bool) -
     if k == 0:
         return Translated(None, "plain")
     check(speculation)
+    own: dict[str, Any] = {"num_speculative_tokens": k}
     if method == "ngram":
-        lookup = speculation.ngram.model_dump()
-        return Translated({"method": "ngram", "num_speculative_tokens": k, **lookup}, "token")
-    if method == "trie":  # the drafts of vLLM's own suffix decoding come from all prompts
-        return Translated({"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": k}, "token")
+        own |= {"method": "ngram", **speculation.ngram.model_dump()}
+    elif method == "trie":  # the drafts of vLLM's own suffix decoding come from all prompts
+        own |= {"method": "custom_class", "model": PROPOSER}
+    elif method != "vllm":
+        own |= {"method": {"eagle3": "eagle3", "model": "draft_model"}[method], "model": str(draft)}
+    samples = method in WEIGHTED or "model" in speculation.vllm
     sampled = speculation.proposal == "sampled"
-    rule = speculation.verify if sampled and block else "token"
-    config = {
-        "method": {"eagle3": "eagle3", "model": "draft_model"}[method],
-        "model": str(draft),
-        "num_speculative_tokens": k,
-        "draft_sample_method": "probabilistic" if sampled else "greedy",
-        "rejection_sample_method": "block" if rule == "block" else "standard",
-    }
-    return Translated(config, rule, _rule_note(speculation, rule) if sampled else ())
+    rule = speculation.verify if samples and sampled and block else "token"
+    if samples:
+        own["draft_sample_method"] = "probabilistic" if sampled else "greedy"
+        own["rejection_sample_method"] = "block" if rule == "block" else "standard"
+    notes = _rule_note(speculation, rule) if samples and sampled else ()
+    return Translated(_merged(own, speculation), rule, (*notes, *_frozen_note(speculation)))
 
 
 def additional(speculation: SpeculationConfig) -> dict[str, Any]:
@@ -90,6 +91,12 @@ def check(speculation: SpeculationConfig) -> None:
         raise UserError(
             f"speculation.method={method} does not run on the vLLM engine: {REFUSED[method]}; use the local engine, or "
             "method eagle3, model, trie or ngram"
+        )
+    inner = str(speculation.vllm.get("method", ""))
+    if inner.endswith(INSIDE):
+        raise UserError(
+            f"speculation.vllm.method={inner}: its heads are layers of a published checkpoint, and vLLM is given "
+            "the live policy, which has none; use the local engine with speculation.method=mtp"
         )
     if speculation.draft_temperature == "auto" or (speculation.draft_temperature != 1.0 and method != "eagle3"):
         raise UserError(
@@ -174,6 +181,25 @@ def policy_folder(name: str) -> Path:
         UserError: it is none of these (hub names must be downloaded first: the engine checks what it loads).
     """
     return ALIASES[name]() if name in ALIASES else artifact(name)
+
+
+def _merged(own: dict[str, Any], speculation: SpeculationConfig) -> dict[str, Any]:
+    """With the entries that are handed on. Raises UserError where one of them would change another setting."""
+    if taken := sorted(own.keys() & speculation.vllm.keys()):
+        raise UserError(
+            f"speculation.vllm.{taken[0]} is what speculation.method={speculation.method} and its neighbours say "
+            f"already ({own[taken[0]]}); leave it out"
+        )
+    return {**own, **speculation.vllm}
+
+
+def _frozen_note(speculation: SpeculationConfig) -> tuple[str, ...]:
+    if speculation.method != "vllm" or "model" not in speculation.vllm:
+        return ()
+    return (
+        f"vLLM's own drafter {speculation.vllm['model']} stays as its files are: nothing keeps it aligned with the "
+        "policy; watch spec/acceptance_length",
+    )
 
 
 def _rule_note(speculation: SpeculationConfig, rule: str) -> tuple[str, ...]:
