@@ -38,7 +38,7 @@ from forerun.report.console import Console
 from forerun.report.environment import describe_environment, machine_line
 from forerun.tasks import Task, load_task
 
-SEED = 77
+SEED, SEEDS = 77, 1000  # of recipe.seed 0; and how far apart those of two recipes' seeds are
 CROWD = 32  # slots of plain decoding and of short texts: cheap in a crowd, and the law does not depend on it
 
 
@@ -78,6 +78,11 @@ class Subject:
     def heat(self) -> float:
         """Temperature of the sampled claims: the recipe's, or 1 where it is greedy (greedy text has its own claim)."""
         return self.recipe.rollout.temperature or 1.0
+
+    @property
+    def seed(self) -> int:
+        """Of everything that is drawn here: another `seed=` of the recipe makes an independent verification."""
+        return SEED + SEEDS * self.recipe.seed
 
     def rollouts(self, engine: RolloutEngine, effort: Effort, samples: int, seed: int) -> Generated:
         """`samples` whole rollouts of each prompt."""
@@ -182,17 +187,17 @@ def _greedy(subject: Subject, effort: Effort, scratch: Path) -> list[Check]:
 
 def _two_samples(subject: Subject, effort: Effort, against: int, made: dict[str, Generated]) -> list[Check]:
     """Keeps the rollouts in `made` for the claims that follow."""
-    made["plain"] = subject.rollouts(subject.plain, effort, against, SEED)
-    made["speculative"] = subject.rollouts(subject.engine, effort, effort.samples, SEED + 1)
+    made["plain"] = subject.rollouts(subject.plain, effort, against, subject.seed)
+    made["speculative"] = subject.rollouts(subject.engine, effort, effort.samples, subject.seed + 1)
     rewards = [float(x) for g in (made["plain"], made["speculative"]) for x in g.rewards.flatten()]
-    return sample_checks(made["plain"].rollouts, made["speculative"].rollouts, rewards, SEED)
+    return sample_checks(made["plain"].rollouts, made["speculative"].rollouts, rewards, subject.seed)
 
 
 def _law(subject: Subject, effort: Effort, plain: Generated) -> list[Check]:
     """Texts long enough to hold a whole round of k drafts and the token after it; thousands of them, side by side."""
     contexts = disputed_contexts(subject.policy, subject.drafter, plain.rollouts, effort.contexts, subject.heat)
     length = max(3, subject.recipe.speculation.tokens + 2)
-    sampling = Sampling(length, subject.heat, SEED + 2)
+    sampling = Sampling(length, subject.heat, subject.seed + 2)
     engine = subject.engine
     if isinstance(engine, LocalEngine):  # a larger one of these costs nothing
         engine = _speculative(subject.recipe, subject.policy, subject.drafter, subject.inject, crowd=True)
