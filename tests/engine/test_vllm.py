@@ -146,3 +146,21 @@ def test_ngram_and_plain_texts_are_the_policys(small: Policy) -> None:
         engine.close()
     assert ngram.metrics()["drafted"] > 0
     assert plain.metrics()["rounds"] == 0
+
+
+def test_drafts_may_be_shorter_in_a_crowd(small: Policy) -> None:
+    """What vLLM is handed on under `speculation.vllm`: three drafts for one or two samples, one for more."""
+    lookup = {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    block = {
+        "method": "ngram", "k": 3, "ngram": lookup,
+        "vllm": {"num_speculative_tokens_per_batch_size": [[1, 2, 3], [3, 8, 1]]},
+    }  # fmt: skip
+    engine = make(small, NgramDrafter(NgramConfig(**lookup)), block)
+    drafted = []
+    for prompts in (PROMPTS[:1], PROMPTS):
+        before = engine.counters.copy()
+        found = engine.generate(prompts, max_new_tokens=24, temperature=0.0)
+        assert texts(found) == texts(LocalEngine(small, slots=8).generate(prompts, max_new_tokens=24, temperature=0.0))
+        drafted.append(engine.counters.minus(before).drafted_at)
+    engine.close()
+    assert drafted[0][2] > 0 and drafted[1][0] > drafted[1][2]
