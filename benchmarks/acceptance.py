@@ -132,7 +132,7 @@ def main() -> None:
         name = f"{row['proposal']:8} {row['rule']:6} heat {row['heat']!s:4}"
         print(f"{name}  {row['tokens_per_round']:.3f} ± {row['stderr']:.3f}  {positions}", flush=True)
     pairs = []
-    for heat in (1.0, recipe.speculation.draft_temperature):
+    for heat in dict.fromkeys((1.0, recipe.speculation.draft_temperature)):
         speculation = recipe.speculation.model_copy(update={"draft_temperature": heat})
         pair = paired(policy, speculation, prompts, sampling, arguments.samples, recipe.rollout.slots)
         pairs.append({"heat": heat, **pair})
