@@ -81,6 +81,7 @@ def test_a_run_leaves_everything_behind(recipe: Path, tmp_path: Path) -> None:
     assert len(summary["compare"]) == 3 and summary["speedup_generation"] > 0
     assert 1 <= summary["acceptance_length"] <= 4 and len(summary["acceptance_per_position"]) == 3
     assert set(summary["stage_seconds"]) == {"data", "prepare", "generation", "logprob", "train"}
+    assert summary["in_force"] == {"engine": "local", "rule": "block"}
     assert summary["weights"]["version"] == 4 and summary["reward_end"] is not None
     from transformers import AutoModelForCausalLM
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from forerun.models import Policy
 
 ENGINES = ("local", "vllm")
-__all__ = ["Counters", "RolloutEngine", "Sampling", "Weights", "around", "load", "shares_weights"]
+__all__ = ["Counters", "RolloutEngine", "Sampling", "Weights", "around", "load", "rule_in_force", "shares_weights"]
 
 
 def load(engine: str, *, policy: str, dtype: str, speculation: dict[str, Any] | None, slots: int) -> RolloutEngine:
@@ -63,3 +63,11 @@ def around(
 def shares_weights(rollout: RolloutConfig) -> bool:
     """Whether the recipe's engine runs the live modules, so that a version needs no tensors."""
     return rollout.engine == "local" and not rollout.replicas
+
+
+def rule_in_force(engine: RolloutEngine, speculation: SpeculationConfig) -> str:
+    """What verifies drafts in this engine: "token", "block", "walk" (trees), or "plain" where nothing is drafted."""
+    if not speculation.tokens:
+        return "plain"
+    rule: str = engine.metrics().get("rule", "walk" if speculation.method == "graft" else speculation.verify)
+    return rule

@@ -29,7 +29,7 @@ import torch
 
 from forerun.config import Recipe, load_recipe
 from forerun.draft import Drafter, load_drafter
-from forerun.engine import RolloutEngine, Sampling, Weights, around, shares_weights
+from forerun.engine import RolloutEngine, Sampling, Weights, around, rule_in_force, shares_weights
 from forerun.engine.base import nothing
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.schedule import request_seed
@@ -390,6 +390,7 @@ class Training:
             "seed": recipe.seed,
             "k": recipe.speculation.tokens,
             "speculation": recipe.speculation.model_dump(),
+            "in_force": {"engine": recipe.rollout.engine, "rule": rule_in_force(self.engine, recipe.speculation)},
             "weights": {"version": self.history.step, **{f"{g}_checksum": c for g, c in sums.items()}},
             "warnings": self.console.warnings,
             "paths": paths,

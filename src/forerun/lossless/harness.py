@@ -19,7 +19,7 @@ import torch
 
 from forerun.config import Recipe
 from forerun.draft import Drafter, load_drafter
-from forerun.engine import RolloutEngine, Sampling, around, shares_weights
+from forerun.engine import RolloutEngine, Sampling, around, rule_in_force, shares_weights
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.loop.drafter import prepare_drafter
@@ -221,7 +221,7 @@ def _contract(subject: Subject) -> list[Check]:
 
 def _about(subject: Subject, effort: Effort) -> dict[str, Any]:
     recipe, speculation = subject.recipe, subject.recipe.speculation
-    rule = subject.engine.metrics().get("rule", "walk" if speculation.method == "graft" else speculation.verify)
+    rule = rule_in_force(subject.engine, speculation)
     return {
         "recipe": recipe.name,
         "engine": recipe.rollout.engine,
