@@ -5,10 +5,11 @@
 All read the same EAGLE-3 head. `eagle` is the dynamic tree of full budget (EAGLE-2 and -3); `prune` stops it where the
 head is unsure; `graft` fills what that frees from the adjacency table, `tail` does so below the deepest draft, and
 `root` retrieves without pruning. Trees are judged by the target-only walk, chains by the recipe's rule, at T = 0 both
-by the argmax. Held-out prompts, one after the other; methods take turns, the first turn warms up and fills the table.
+by the argmax. Held-out prompts, one after the other; all methods take each prompt in turn, so that a machine that is
+busier for a while is so for all of them. The first pass over the prompts warms up and fills the table.
 
 Tokens per round include the token that is not drafted; accepted drafts are one less. Their standard error is over
-prompts. Tokens per second are the median over the turns, speed-up is that of the ratios to plain decoding in one turn.
+prompts. Tokens per second are the median over prompts and passes, speed-up is that of the ratios to plain decoding.
 """
 
 from __future__ import annotations
@@ -67,32 +68,35 @@ class Cell:
     """One method at one temperature."""
 
     engine: LocalEngine
-    by_turn: list[list[float]] = field(default_factory=list)  # tokens per round by prompt
-    rates: list[float] = field(default_factory=list)  # tokens per second
+    prompts: int
+    lengths: list[float] = field(default_factory=list)  # tokens per round, pass by pass and prompt by prompt
+    rates: list[float] = field(default_factory=list)  # tokens per second, likewise
 
-    def turn(self, prompts: list[list[int]], sampling: Sampling, samples: int, counts: bool) -> None:
-        """Sample every prompt; a turn that does not count warms up."""
+    def turn(self, prompt: list[int], sampling: Sampling, samples: int) -> None:
+        """Sample a prompt."""
         before, started = self.engine.counters.copy(), time.perf_counter()
-        rollouts = list(self.engine.stream(prompts, sampling, samples))
+        rollouts = list(self.engine.stream([prompt], sampling, samples))
         seconds = time.perf_counter() - started
-        if not counts:
-            self.engine.counters = self.engine.counters.minus(self.engine.counters)
-            return
-        self.by_turn.append(tokens_per_round(rollouts))
+        self.lengths += tokens_per_round(rollouts)
         self.rates.append(self.engine.counters.minus(before).tokens / seconds)
+
+    def forget(self) -> None:
+        """What was measured so far was to warm up."""
+        self.engine.counters = self.engine.counters.minus(self.engine.counters)
+        self.lengths, self.rates = [], []
 
     @property
     def by_prompt(self) -> list[float]:
-        """Tokens per round of every prompt, mean over the turns."""
-        return [statistics.mean(values) for values in zip(*self.by_turn, strict=True)]
+        """Tokens per round of every prompt, mean over the passes."""
+        return [statistics.mean(self.lengths[place :: self.prompts]) for place in range(self.prompts)]
 
 
-def cells_of(setting: Setting, blocks: dict[str, SpeculationConfig]) -> dict[str, Cell]:
+def cells_of(setting: Setting, blocks: dict[str, SpeculationConfig], prompts: int) -> dict[str, Cell]:
     """An engine for plain decoding and one for each block."""
-    cells = {"plain": Cell(LocalEngine(setting.policy, slots=1))}
+    cells = {"plain": Cell(LocalEngine(setting.policy, slots=1), prompts)}
     for name, block in blocks.items():
         drafter = load_drafter(setting.policy, block)
-        cells[name] = Cell(LocalEngine(setting.policy, drafter, k=block.tokens, rule=block.verify, slots=1))
+        cells[name] = Cell(LocalEngine(setting.policy, drafter, k=block.tokens, rule=block.verify, slots=1), prompts)
     return cells
 
 
@@ -101,11 +105,15 @@ def measure(
     samples: int, repeats: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row per method at one temperature."""
-    cells = cells_of(setting, blocks)
-    for turn in range(repeats + 1):
-        sampling = setting.sampling(setting.recipe.seed + turn, temperature)
-        for cell in cells.values():
-            cell.turn(prompts, sampling, samples, counts=turn > 0)
+    cells = cells_of(setting, blocks, len(prompts))
+    for number in range(repeats + 1):
+        for place, prompt in enumerate(prompts):
+            sampling = setting.sampling(setting.recipe.seed + number * len(prompts) + place, temperature)
+            for cell in cells.values():
+                cell.turn(prompt, sampling, samples)
+        if number == 0:
+            for cell in cells.values():
+                cell.forget()
     reference = next((name for name in cells if name.startswith("eagle")), None)
     rows = []
     for name, cell in cells.items():
@@ -121,7 +129,7 @@ def row(cell: Cell, plain: Cell) -> dict[str, Any]:
     return {
         "tokens_per_round": asdict(mean_of(cell.by_prompt)), "by_prompt": cell.by_prompt,
         "nodes_mean": counters.k_mean or 0.0,
-        "tokens_per_s": statistics.median(cell.rates), "tokens_per_s_by_turn": cell.rates,
+        "tokens_per_s": statistics.median(cell.rates), "tokens_per_s_each": cell.rates,
         "speedup": statistics.median(a / b for a, b in zip(cell.rates, plain.rates, strict=True)),
         "drafter": cell.engine.metrics()["drafter"],
     }  # fmt: skip
@@ -146,8 +154,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--samples", type=int, default=1, help="of a prompt in a turn")
-    parser.add_argument("--repeats", type=int, default=3, help="turns that count")
+    parser.add_argument("--samples", type=int, default=1, help="of a prompt in a pass")
+    parser.add_argument("--repeats", type=int, default=3, help="passes that count")
     return parser.parse_args()
 
 
