@@ -21,13 +21,19 @@ from forerun.draft import load_drafter
 from forerun.engine import Counters, RolloutEngine, Sampling, around
 from forerun.report.environment import describe_environment, machine_line
 
+CACHE_GIB = 2.0  # of each vLLM engine: two of them stand beside the local ones
+
 
 def engine_of(setting: Setting, name: str, speculative: bool, slots: int) -> RolloutEngine:
     """One engine, plain or with the recipe's drafter."""
     speculation = setting.recipe.speculation.model_copy(update={"verify": "token"})
     drafter = load_drafter(setting.policy, speculation) if speculative else None
-    rollout = RolloutConfig.model_validate({"engine": name, "slots": slots})
-    return around(rollout, setting.policy, drafter, speculation)
+    if name == "local":
+        return around(RolloutConfig(slots=slots), setting.policy, drafter, speculation)
+    from forerun.engine.vllm.engine import Limits, VllmEngine
+
+    block = speculation if speculative else None
+    return VllmEngine.around(setting.policy, drafter, block, limits=Limits(slots=slots, cache_gib=CACHE_GIB))
 
 
 def turn(engine: RolloutEngine, prompts: list[list[int]], sampling: Sampling) -> tuple[float, Counters]:
@@ -70,6 +76,13 @@ def row(name: str, batch: int, tokens: int, seconds: dict[Any, list[float]], cou
     }  # fmt: skip
 
 
+def line(row: dict[str, Any]) -> str:
+    """The row as it is shown."""
+    rates = f"{row['plain_tokens_per_s']:>9.1f} {row['speculative_tokens_per_s']:>9.1f}"
+    ratios = f"{row['speedup']:>5.2f}x  {row['acceptance_length']:.2f}"
+    return f"{row['batch']:>5} {row['engine']:>7} {rates}           {ratios}"
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = options(__doc__)
@@ -91,14 +104,9 @@ def main() -> None:
     print(f"{'batch':>5} {'engine':>7} {'plain':>9} {'spec':>9} tokens/s  {'ratio':>6}  tokens per round")
     rows = []
     for batch in map(int, arguments.batches.split(",")):
-        for line in measure(setting, arguments.engines.split(","), batch, tokens, arguments.repeats):
-            rows.append(line)
-            print(
-                f"{batch:>5} {line['engine']:>7} {line['plain_tokens_per_s']:>9.1f} "
-                f"{line['speculative_tokens_per_s']:>9.1f}           {line['speedup']:>5.2f}x  "
-                f"{line['acceptance_length']:.2f}",
-                flush=True,
-            )
+        found = measure(setting, arguments.engines.split(","), batch, tokens, arguments.repeats)
+        rows += found
+        print(*map(line, found), sep="\n", flush=True)
     write_result(arguments.out, "engines", recipe, {"arguments": plain_data(arguments), "rows": rows})
 
 

@@ -8,6 +8,7 @@ Rounds (torch and Transformers only): Qwen3-8B with random weights and an EAGLE-
 acceptance lengths. Acceptance is not measured there; see `gpu_shapes.py`.
 Quickstart (everything that the recipe needs): real acceptance and speed-up at batch 1 to 128, for the drafter that
 ships, n-grams, and EAGLE-3 and MTP heads that are trained on the spot.
+Engines (vLLM as well): the local engine and vLLM on that policy, plain and with the recipe's drafter; `engines.py`.
 What does not fit, is not installed or is not reached within `--minutes` is listed in the JSON with its reason. Without
 a GPU: one sentence, no file, exit code 0. Runs from the repository root, whether or not forerun is installed.
 """
@@ -43,10 +44,12 @@ SCHEMA = 1
 NO_GPU = "No GPU is at hand (torch sees no CUDA device), so nothing is measured; --toy runs the code on the CPU"
 MEMORY_SHARE = 0.95  # of the free memory that a case may be reckoned to take
 ROUNDS_SHARE = 0.6  # of the time, where the quickstart follows
+QUICKSTART_SHARE = 0.75  # of what is left then
 QUICKSTART_BATCHES = (8, 32, 128, 1, 64, 16, 4, 2)  # most important first
 TRAINED_HERE = ("eagle3", "mtp")
 SAMPLING_SLOTS = 128  # of the samples that drafters are trained on
-REPEATS = 3  # of the quickstart's generations
+REPEATS = 3  # of the quickstart's generations, and of the engines'
+ENGINE_BATCHES, ENGINE_TOKENS = (32, 8, 1), 128  # most important first; tokens of each sample
 HOW = {
     "policy": "random weights, made on the device; drafter: one EAGLE-3 layer as wide as the policy's, random weights",
     "context": "the caches are filled with random numbers in place of a prefill",
@@ -364,11 +367,38 @@ def run_quickstart(document: Document, setting: Setting, clock: Clock, batches: 
     document.save()
 
 
+# ---- engines ----
+
+
+def run_engines(document: Document, setting: Setting, clock: Clock, tokens: int = ENGINE_TOKENS) -> None:
+    """Fill the section of the third part."""
+    section: dict[str, Any] = {"rows": [], "not_reached": []}
+    document.data["engines"] = section
+    if importlib.util.find_spec("vllm") is None:
+        section["skipped"] = "vLLM is not installed; docs/vllm.md says how"
+    elif not setting.recipe.speculation.tokens:
+        section["skipped"] = f"the recipe '{setting.recipe.name}' does not speculate"
+    if "skipped" in section:
+        print(f"engines: skipped: {section['skipped']}", flush=True)
+        return
+    from benchmarks.engines import line, measure
+
+    for place, batch in enumerate(ENGINE_BATCHES):
+        if clock.left() <= 0:
+            section["not_reached"] = list(ENGINE_BATCHES[place:])
+            break
+        rows = measure(setting, ["local", "vllm"], batch, tokens, REPEATS)
+        section["rows"] += rows
+        print(*map(line, rows), sep="\n", flush=True)
+        document.save()
+    document.save()
+
+
 # ---- the command ----
 
 
 def run(options: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Both parts, within the time; returns what the file holds."""
+    """All parts, within the time; returns what the file holds."""
     from forerun.report.environment import describe_environment
 
     started, clock = time.perf_counter(), Clock.of(60 * options.minutes)
@@ -388,7 +418,8 @@ def run(options: argparse.Namespace, device: str) -> dict[str, Any]:
         document.data["quickstart"] = {"skipped": why}
         print(f"quickstart: skipped: {why}", flush=True)
     else:
-        run_quickstart(document, setting, clock, options.batches)
+        run_quickstart(document, setting, Clock.of(QUICKSTART_SHARE * clock.left()), options.batches)
+        run_engines(document, setting, clock)
         if models is not None:
             rounds.run(models, device, clock)
     document.data["seconds"] = time.perf_counter() - started

@@ -1,0 +1,58 @@
+"""The benchmarks that compare both engines, at toy size. Skipped where vLLM is not installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from vllm_tiny import needs_vllm
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks import gpu
+from benchmarks.common import Setting, load_setting
+
+from forerun.draft.eagle3 import Eagle3Drafter
+from forerun.models import Policy
+
+pytestmark = [needs_vllm, pytest.mark.slow]
+
+
+@pytest.fixture
+def setting(small: Policy, drafter: Eagle3Drafter, tmp_path: Path) -> Setting:
+    """Sums for the tiny policy and its untrained head."""
+    rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(10) for b in range(40)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    drafter.save(tmp_path / "head", {})
+    data = {
+        "policy": {"model": small.name, "dtype": "float32", "device": "cpu"},
+        "task": {"name": "jsonl", "path": str(tmp_path / "sums.jsonl")},
+        "speculation": {"method": "eagle3", "draft": str(tmp_path / "head"), "k": 2},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data))
+    return load_setting(str(tmp_path / "tiny.yaml"))
+
+
+def test_both_engines_are_timed_at_every_batch(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "REPEATS", 1)
+    document = gpu.Document(tmp_path / "gpu.json", {})
+    gpu.run_engines(document, setting, gpu.Clock.of(600), tokens=6)
+    section = json.loads((tmp_path / "gpu.json").read_text())["engines"]
+    assert section["not_reached"] == []
+    assert [(r["batch"], r["engine"]) for r in section["rows"]] == [
+        (batch, name) for batch in gpu.ENGINE_BATCHES for name in ("local", "vllm")
+    ]
+    for row in section["rows"]:
+        assert row["plain_tokens_per_s"] > 0 and 1 <= row["acceptance_length"] <= 3
+        assert len(row["turns_s"]["plain"]) == len(row["turns_s"]["speculative"]) == 1
+
+
+def test_what_the_time_leaves_out_is_said(setting: Setting, tmp_path: Path) -> None:
+    document = gpu.Document(tmp_path / "gpu.json", {})
+    gpu.run_engines(document, setting, gpu.Clock.of(0), tokens=6)
+    assert document.data["engines"] == {"rows": [], "not_reached": list(gpu.ENGINE_BATCHES)}
