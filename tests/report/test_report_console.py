@@ -87,6 +87,11 @@ def test_warnings_are_loud_and_kept_once() -> None:
     assert out.getvalue().count("WARNING acceptance fell") == 2
 
 
+def test_the_rule_in_force_is_named_not_the_one_that_was_asked_for(summary: dict[str, Any]) -> None:
+    forced = {**summary, "in_force": {"engine": "vllm", "rule": "token"}}
+    assert "eagle3, k = 3, token verification" in table_text(forced)
+
+
 def test_table_holds_what_the_user_came_for(summary: dict[str, Any]) -> None:
     text = table_text(summary)
     for words in (

@@ -93,12 +93,12 @@ def is_speculative(summary: Mapping[str, Any]) -> bool:
 
 
 def drafter_words(summary: Mapping[str, Any]) -> str:
-    """The speculation in words, e.g. "eagle3, k = 5, block verification"."""
+    """The speculation in words, with the rule in force, e.g. "eagle3, k = 5, block verification"."""
     if not is_speculative(summary):
         return "no speculation"
     block = summary["speculation"]
     k = summary.get("k", block.get("k"))
-    verify = block.get("verify")
+    verify = (summary.get("in_force") or block).get("rule", block.get("verify"))
     parts = [str(block["method"]), f"k = {k}" if k is not None else "", f"{verify} verification" if verify else ""]
     return ", ".join(part for part in parts if part)
 
