@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,11 +14,12 @@ from vllm_tiny import needs_vllm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import gpu
+from benchmarks import gpu, loads
 from benchmarks.common import Setting, load_setting
 
 from forerun.draft.eagle3 import Eagle3Drafter
-from forerun.models import Policy
+from forerun.engine import Weights
+from forerun.models import Policy, load_policy
 
 pytestmark = [needs_vllm, pytest.mark.slow]
 
@@ -56,3 +59,19 @@ def test_what_the_time_leaves_out_is_said(setting: Setting, tmp_path: Path) -> N
     document = gpu.Document(tmp_path / "gpu.json", {})
     gpu.run_engines(document, setting, gpu.Clock.of(0), tokens=6)
     assert document.data["engines"] == {"rows": [], "not_reached": list(gpu.ENGINE_BATCHES)}
+
+
+def test_versions_are_loaded_and_compared(small: Policy, setting: Setting, fresh: Any, drafter: Eagle3Drafter) -> None:
+    """A policy that differs from what was sent is noticed."""
+    own = replace(setting, policy=load_policy(small.name, "float32", "cpu"))
+    row = loads.measure(fresh, own, drafter, first=1, versions=3, megabytes=1)
+    assert fresh.metrics()["version"] == 3 and len(row["memory_mib"]) == 3 and "all checksums match" in loads.line(row)
+
+    class Stale:
+        limits = fresh.limits
+
+        def load(self, weights: Weights) -> Weights:
+            return Weights(weights.version, {"policy": "0", "draft": "0"})
+
+    with pytest.raises(SystemExit, match="was sent"):
+        loads.measure(Stale(), own, drafter, first=4, versions=1, megabytes=1)  # type: ignore[arg-type]
