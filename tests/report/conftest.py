@@ -87,6 +87,8 @@ def step_metrics(step: int) -> dict[str, float | None]:
         "time/logprob": 2.0,
         "time/train": 15.0,
         "time/step": 30.0,
+        "time/exposed_generation": 12.5,
+        "time/engine_idle": 17.0,
         "perf/gen_tokens_per_s": 400.0,
         "spec/acceptance_length": 2.9,
         "spec/k_mean": 3.0,

@@ -42,6 +42,11 @@ from forerun.records import Rollout
 
 TICK_S = 0.2  # the longest wait between two looks at all replicas
 CERTAIN = 1e-3  # a log-probability may exceed 0 by rounding
+Watch = Callable[[int, str, int], None]  # replica, what it does from now on, with which version
+
+
+def unwatched(index: int, state: str, version: int) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(slots=True)
@@ -91,6 +96,7 @@ class ReplicatedEngine:
         self._weights: Weights | None = None  # None: as in the folder
         self._job: Job | None = None
         self._paused = False
+        self.watch: Watch = unwatched  # hears "load", "generate", "idle" as they begin, and "lost": another one starts
         self._folder = tempfile.TemporaryDirectory()
         block = _save(policy, drafter, speculation, Path(self._folder.name))
         threads = max(1, torch.get_num_threads() // replicas)
@@ -214,10 +220,12 @@ class ReplicatedEngine:
     def _push(self, replica: Replica) -> None:
         """Send the current version, and hear that it is held. Raises Lost, UserError."""
         assert self._weights is not None
+        self._tell_watch(replica, "load")
         replica.send_weights(self._weights, self.patience.silence_s)
         _, _, version, held = replica.await_reply("held", self.patience.start_s)
         if version != self._weights.version or held != dict(self._weights.checksums):
             raise Lost(f"says it holds version {version} {held} after a load of version {self._weights.version}")
+        self._tell_watch(replica, "generate" if replica.busy else "idle")
 
     def _ask(self, replica: Replica) -> None:
         """Give it what it still has to do of the stream under way. Raises Lost."""
@@ -226,6 +234,7 @@ class ReplicatedEngine:
         if wanted:
             replica.send("stream", list(self._job.prompts), self._job.sampling, self._job.n, sorted(wanted))
             replica.busy = True
+            self._tell_watch(replica, "generate")
 
     def _try(self, index: int, action: Callable[[Replica], Any]) -> Any:
         """Do something with a replica; where it turns out to be lost, its successor is brought to the same state."""
@@ -246,12 +255,14 @@ class ReplicatedEngine:
             self.rerun += wanted
             self._losses += 1
             self._replicas[index].kill()
+            self._tell_watch(self._replicas[index], "lost")
             if self._losses > self.patience.losses:
                 raise UserError(f"Replica {index} of the rollout engine {reason}; {self._losses} were lost in a row")
             self.warnings.append(f"Replica {index} {reason}. Another one takes its place; {wanted} samples run again")
             self._replicas[index] = replica = Replica.start(self._order, self.patience)
             try:
                 self._make(replica)
+                self._tell_watch(replica, "idle")
                 if self._job is not None:
                     self._ask(replica)
                 return
@@ -292,6 +303,7 @@ class ReplicatedEngine:
             return [content[0]]
         if kind == "done":
             replica.busy = False
+            self._tell_watch(replica, "idle")
             if pending:
                 raise Lost(f"says that it is done, with {len(pending)} samples missing")
         return []
@@ -309,6 +321,7 @@ class ReplicatedEngine:
         """Nobody wants the rest of the stream. A replica that does not stop is ended; one is started when needed."""
         for replica in [r for r in self._replicas if r.busy]:
             replica.busy = False
+            self._tell_watch(replica, "idle")
             try:
                 replica.send("abort")
                 while replica.hear(self.patience.silence_s)[0] not in ("done", "refused"):
@@ -316,6 +329,10 @@ class ReplicatedEngine:
             except Lost:
                 replica.process.kill()
             replica.inbox.clear()
+
+    def _tell_watch(self, replica: Replica, state: str) -> None:
+        version = self._held.version if self._weights is None else self._weights.version
+        self.watch(self._replicas.index(replica), state, version)
 
     def _tell_busy(self, order: str) -> None:
         for index, replica in enumerate(self._replicas):

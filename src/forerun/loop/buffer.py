@@ -11,6 +11,7 @@ Left out: keeping unfinished work over a restart (a resumed run generates it aga
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 
 from forerun.engine import RolloutEngine, Weights
@@ -18,20 +19,25 @@ from forerun.errors import Interrupted
 from forerun.loop.generate import Generated
 
 Stop = Callable[[], bool]
+Told = Callable[[int, int], None]  # step that was generated or taken, steps that now wait
 Make = Callable[[int, Stop, Callable[[], None]], Generated]  # step, stop_requested, between two rounds
 
 
 class RolloutsAhead:
     """The thread, and what it has finished."""
 
-    def __init__(self, engine: RolloutEngine, make: Make, steps: range, lag: int, in_flight: bool) -> None:
+    def __init__(
+        self, engine: RolloutEngine, make: Make, steps: range, lag: int, in_flight: bool, told: Told | None = None
+    ) -> None:
         """Nothing is generated before the first `publish`.
 
         Args:
             make: generates a step's rollouts with `engine`, calling its last argument between rounds.
             steps: that will be asked for, in this order.
             lag: at least 1.
+            told: called whenever the number of waiting steps changes.
         """
+        self._told = told or (lambda step, waiting: None)
         self._engine, self._make, self._steps, self._lag, self._in_flight = engine, make, steps, lag, in_flight
         self._changed = threading.Condition()
         self._newest: Weights | None = None
@@ -61,7 +67,9 @@ class RolloutsAhead:
                 if stop_requested():
                     raise Interrupted
                 self._changed.wait(0.1)
-            return self._done.pop(step)
+            taken = self._done.pop(step)
+            self._told(step, len(self._done))
+            return taken
 
     @property
     def waiting(self) -> int:
@@ -82,6 +90,7 @@ class RolloutsAhead:
                 generated = self._make(step, lambda: self._stopping, self._between)
                 with self._changed:
                     self._done[step] = generated
+                    self._told(step, len(self._done))
                     self._changed.notify_all()
         except Interrupted:
             pass  # asked for by `close`
@@ -108,11 +117,11 @@ class RolloutsAhead:
 
 
 def lag_of(generated: Generated, step: int) -> dict[str, float]:
-    """How many versions behind step's own (its number, 0-based) the tokens were sampled."""
+    """How many versions behind step's own (its number, 0-based) the tokens were sampled, and how many tokens each."""
     lags = [step - version for rollout in generated.rollouts for version in rollout.versions]
     mixed = sum(len(set(rollout.versions)) > 1 for rollout in generated.rollouts)
     return {
         "async/lag_mean": sum(lags) / len(lags),
         "async/lag_max": float(max(lags)),
         "async/mixed_rollouts": mixed / len(generated.rollouts),
-    }
+    } | {f"async/lag_tokens_{lag}": float(count) for lag, count in sorted(Counter(lags).items())}

@@ -44,6 +44,7 @@ from forerun.loop.drafter import prepare_drafter
 from forerun.loop.generate import Generated, comparison, evaluation, generate, rollout_metrics
 from forerun.loop.history import STAGES, History
 from forerun.loop.setup import encode, prepare_policy, prompts_of_step
+from forerun.loop.timing import StageTimer, WatchedEngine
 from forerun.loop.weights import publish
 from forerun.models import Policy, load_policy, save_policy
 from forerun.records import Prompt
@@ -51,6 +52,8 @@ from forerun.report.console import Console
 from forerun.report.environment import machine_line
 from forerun.report.html import write_report
 from forerun.report.metrics import RunFolder
+from forerun.report.summary import overlap
+from forerun.report.timeline import LEARNER, QUEUE, Timeline
 from forerun.simulate.predict import Prediction, compare, predict_recipe
 from forerun.tasks import Problem, load_task
 
@@ -109,7 +112,10 @@ class Training:
         self.problems = self.task.problems("train")
         self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
         speculation, eval_slots = recipe.speculation, recipe.eval.slots
-        self.engine = around(recipe.rollout, policy, drafter, speculation)
+        engine = around(recipe.rollout, policy, drafter, speculation)
+        self.timeline = Timeline(folder.timeline, history.wall_s, history.step)
+        self.watched = WatchedEngine(engine, self.timeline)
+        self.engine = self.watched.engine
         apart = eval_slots is not None or recipe.loop.lag > 0  # an engine that runs ahead has no time for it
         self.evaluator = LocalEngine(policy, slots=eval_slots or recipe.rollout.slots) if apart else self.engine
         self.ahead: RolloutsAhead | None = None
@@ -172,6 +178,7 @@ class Training:
                 self._evaluate(history.step, stop_requested)
         except Interrupted:
             self._checkpoint()
+            self.timeline.close()
             self.console.warn(
                 f"stopped after step {history.step}; go on with: forerun train --resume {self.folder.path}"
             )
@@ -188,7 +195,10 @@ class Training:
         def make(step: int, stop: Callable[[], bool], between: Callable[[], None]) -> Generated:
             return self._generate(step, self._request(step), quiet, stop, between)
 
-        self.ahead = RolloutsAhead(self.engine, make, steps, recipe.loop.lag, recipe.loop.in_flight)
+        def told(step: int, waiting: int) -> None:
+            self.timeline.count(QUEUE, waiting, step + 1)
+
+        self.ahead = RolloutsAhead(self.engine, make, steps, recipe.loop.lag, recipe.loop.in_flight, told)
         self.ahead.publish(publish(step, self.policy, self.drafter, shared=False, frozen=True))
 
     def close(self) -> None:
@@ -215,7 +225,7 @@ class Training:
 
     def _step(self, step: int, stop_requested: Callable[[], bool]) -> None:
         """One step, 0-based; counted as finished only when its update has been made."""
-        recipe, console, timer = self.recipe, self.console, StageTimer()
+        recipe, console, timer = self.recipe, self.console, StageTimer(self.timeline, step + 1)
         if self.ahead is None:
             with timer.stage("data"):
                 request = self._request(step)
@@ -259,6 +269,7 @@ class Training:
         between: Callable[[], None] = nothing,
     ) -> Generated:  # fmt: skip
         n = self.recipe.train.samples_per_prompt
+        self.watched.begin("generate", step + 1)
         return generate(
             self.engine, self.policy, self.task, request.problems, request.prompts, request.sampling, n, console, stop,
             between,
@@ -276,14 +287,16 @@ class Training:
         total = sum(seconds.values())
         line = rollout_metrics(generated) | metrics | {f"time/{s}": seconds[s] for s in STAGES}
         line |= {"time/step": total, "time/exposed_generation": seconds["generation"]}
+        line["time/engine_idle"] = idle_s = timer.engine_idle_s()
         if self.ahead is not None:
             line |= lag_of(generated, step) | {"async/steps_waiting": float(self.ahead.waiting)}
-            line["async/trainer_idle"] = seconds["generation"] / total
+            line |= {"async/trainer_idle": seconds["generation"] / total, "async/engine_idle": idle_s / total}
         line |= {f"replicas/{name}": float(n) for name, n in self.engine.metrics().get("replicas", {}).items()}
         if history.comparisons and history.comparisons[-1]["step"] == step + 1:
             line |= {f"compare/{k}": v for k, v in history.comparisons[-1].items() if k != "step"}
         self.folder.log(step + 1, line)
         self.folder.log_rollouts(self._samples(step + 1, generated, advantages))
+        self.timeline.flush()
         self.console.step(step + 1, line)
         while self.engine.warnings:
             self.console.warn(self.engine.warnings.pop(0))
@@ -319,7 +332,8 @@ class Training:
         if self.drafter is None or step not in spread(self.recipe.compare.steps, self.recipe.train.steps):
             return
         n = self.recipe.train.samples_per_prompt
-        with self.console.stage("plain generation, to compare"):
+        span = self.timeline.span(LEARNER, "compare", step + 1)
+        with self.console.stage("plain generation, to compare"), span:
             self.plain.load(self._publish(step, None))
             plain = generate(
                 self.plain, self.policy, self.task, request.problems, request.prompts, request.sampling, n, self.console
@@ -335,7 +349,9 @@ class Training:
         prompts = [encode(p, recipe, self.policy) for p in self.held_out]
         temperature = recipe.rollout.temperature if recipe.eval.temperature is None else recipe.eval.temperature
         sampling = self._sampling(request_seed(recipe.seed, EVAL_SEED, step), temperature)
-        with self.console.stage("evaluation"):
+        if self.evaluator is self.engine:
+            self.watched.begin("evaluate", step)
+        with self.console.stage("evaluation"), self.timeline.span(LEARNER, "evaluation", step):
             result = evaluation(
                 generate(
                     self.evaluator,
@@ -362,12 +378,13 @@ class Training:
         return Sampling(rollout.max_new_tokens, heat, seed, tuple(rollout.stop))
 
     def _checkpoint(self) -> None:
-        with self.console.stage("checkpoint"):
+        with self.console.stage("checkpoint"), self.timeline.span(LEARNER, "checkpoint", self.history.step):
             self.history.wall_s = time.perf_counter() - self._started
             save_checkpoint(
                 self.folder.path / "checkpoints", self.history.step, self.policy, self.learner.optimizer, self.drafter,
                 self.history.to_json(), self.recipe.checkpoint.keep, self.cotrainer,
             )  # fmt: skip
+        self.timeline.flush()
 
     def _finish(self) -> dict[str, Any]:
         """Save the policy and the drafter in Hugging Face format, write summary and report, show the table."""
@@ -378,7 +395,8 @@ class Training:
                 self.drafter.save(folder.path / "hf" / "drafter", {"run": folder.path.name})
         self.history.wall_s = time.perf_counter() - self._started
         paths = {
-            name: str(getattr(folder, name)) for name in ("metrics", "rollouts", "config", "env", "summary", "report")
+            name: str(getattr(folder, name))
+            for name in ("metrics", "rollouts", "timeline", "config", "env", "summary", "report")
         }
         paths |= {"policy": str(folder.path / "hf" / "policy")}
         if self.drafter is not None:
@@ -396,29 +414,17 @@ class Training:
             "paths": paths,
             "machine": machine_line(self._env),
         }
+        lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+        summary["overlap"] = overlap(lines)
         if self._prediction is not None:
-            lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
             judged = compare(self._prediction, lines)
             summary["prediction"] = {**self._prediction.to_dict(), "compared": judged}
             self.console.note(judged["text"])
         folder.write_summary(summary)
+        self.timeline.close()
         write_report(folder.path)
         self.console.table(summary)
         return summary
-
-
-class StageTimer:
-    """Seconds of each stage of a step."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(STAGES, 0.0)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count the time within as stage `name`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - started
 
 
 class Progress:

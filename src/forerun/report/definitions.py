@@ -2,7 +2,7 @@
 
 Names follow `group/what`. Times are seconds of wall clock in the named stage of one step; shares are between 0 and 1.
 A name with a brace, such as `spec/acceptance_pos_{i}`, stands for a family: `{i}` is a position counted from 1,
-`{name}` the name of a reward function.
+`{n}` a number counted from 0, `{name}` the name of a reward function.
 Left out: metrics of other frameworks. An alias table can be laid over these names.
 """
 
@@ -58,6 +58,8 @@ DEFINITIONS: dict[str, str] = {
     "time/exposed_generation": "Time in which the learner waits for rollouts. Unit: seconds.",
     "time/logprob": "Stage logprob: the same tokens' log-probabilities under the current policy. Unit: seconds.",
     "time/train": "Stage train: advantages, losses, gradients and optimizer. Unit: seconds.",
+    "time/engine_idle": "Time of the five stages in which the engine neither generated nor loaded weights; the mean "
+    "over replicas. Unit: seconds.",
     "time/draft_train": "The drafter's share of stage train. Unit: seconds.",
     "time/refit": "The weight transfer's share of stage prepare. Unit: seconds.",
     "time/reward": "The reward functions' share of stage generation. Unit: seconds.",
@@ -108,8 +110,9 @@ DEFINITIONS: dict[str, str] = {
     "async/lag_max": "Age of the oldest trained token's weights. Unit: versions.",
     "async/mixed_rollouts": "Share of rollouts whose tokens are of more than one version. Unit: share.",
     "async/steps_waiting": "Steps that were generated and not trained on when this one was. Unit: count.",
-    "async/trainer_idle": "Share of the step in which the learner waited. Unit: share.",
-    "async/engine_idle": "Share of the step in which the engine waited. Unit: share.",
+    "async/trainer_idle": "Share of the step in which the learner waited for rollouts. Unit: share.",
+    "async/engine_idle": "Share of the step in which the engine neither generated nor loaded weights. Unit: share.",
+    "async/lag_tokens_{n}": "Tokens trained on that were sampled {n} versions earlier. Unit: tokens.",
     # training before reinforcement learning
     "cold_start/loss": "Supervised loss on worked solutions. Unit: nats per token.",
     "cold_start/tokens_per_s": "Supervised tokens per second. Unit: tokens/s.",
@@ -128,7 +131,7 @@ WORDS: dict[str, str] = {
     "lag": "Weight versions between the policy that sampled a token and the one that trains on it.",
 }
 
-_FAMILIES = {"{i}": r"(?P<value>[1-9]\d*)", "{name}": r"(?P<value>[A-Za-z0-9_.:-]+)"}
+_FAMILIES = {"{i}": r"(?P<value>[1-9]\d*)", "{n}": r"(?P<value>0|[1-9]\d*)", "{name}": r"(?P<value>[A-Za-z0-9_.:-]+)"}
 
 
 def _family_pattern(template: str) -> re.Pattern[str] | None:

@@ -202,6 +202,56 @@ def acceptance_section(run: RunData) -> str | None:
     )
 
 
+def overlap_section(run: RunData) -> str | None:
+    """Who was busy when: learner and engines side by side, and how far generation was ahead."""
+    lanes = figures_html(
+        (
+            figure_html(
+                "gantt",
+                f"Learner and engines in the last {plots.GANTT_STEPS} steps",
+                plots.gantt(run),
+                "Numbers are steps. Blank is idle. The whole run is in timeline.json, which ui.perfetto.dev opens.",
+            ),
+        )
+    )
+    over_steps = figures_html(
+        (
+            figure_html(
+                "idle",
+                "Idle shares",
+                plots.idle_curves(run),
+                "The learner waits for rollouts; the engine neither generates nor loads weights (mean over replicas).",
+            ),
+            figure_html(
+                "queue",
+                "Steps waiting",
+                plots.waiting_curve(run),
+                "Steps that were generated when the learner finished one. At the limit, the engine waits.",
+            ),
+            figure_html(
+                "lag",
+                "Age of the tokens",
+                plots.lag_bars(run),
+                "Weight versions between the policy that sampled a token and the one that was trained with it.",
+            ),
+        )
+    )
+    if lanes is None and over_steps is None:
+        return None
+    return _overlap_words(run) + (lanes or "") + (over_steps or "")
+
+
+def _overlap_words(run: RunData) -> str:
+    found = run.summary.get("overlap") or {}
+    parts = [f"{who} idle {found[key]:.0%}" for key, who in _IDLE.items() if key in found]
+    if "steps_waiting" in found:
+        parts.append(f"{found['steps_waiting']:.0f} steps waiting")
+    return f"<p>{text('Median step: ' + ', '.join(parts))}.</p>" if parts else ""
+
+
+_IDLE = {"learner_idle": "learner", "engine_idle": "engine"}
+
+
 def timeline_section(run: RunData) -> str | None:
     """One rollout from its first token to its last."""
     caption = "Sequences still generating. The long tail at small batch is where speculation has most to give."
@@ -335,6 +385,7 @@ def _code(source: str) -> str:
 
 SECTIONS: tuple[Section, ...] = (
     Section("Time", time_section),
+    Section("Overlap", overlap_section),
     Section("Reward", reward_section),
     Section("Acceptance", acceptance_section),
     Section("One rollout", timeline_section),

@@ -5,6 +5,7 @@
         env.json               machine, versions, commit
         metrics.jsonl          one line per `log`: {"step": 3, "reward/mean": 0.61, ...}
         rollouts.jsonl         one line per sample that was kept
+        timeline.json          who was busy when, as a trace (`timeline.py` writes and reads it)
         summary.json           the figures of the final table
 
 Whole files are replaced atomically; the two .jsonl files only grow, line by line, and each line is on its way to the
@@ -101,6 +102,7 @@ class RunFolder:
         self.env = path / "env.json"
         self.metrics = path / "metrics.jsonl"
         self.rollouts = path / "rollouts.jsonl"
+        self.timeline = path / "timeline.json"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
 

@@ -24,6 +24,7 @@ STYLE = """
   --warning: #a83a2c; --warning-fill: #a83a2c14; --accepted: #2463c422; --corrected: #c27a1a33;
   --stage-data: #c9ccd1; --stage-prepare: #7d6fb5; --stage-generation: #2463c4; --stage-logprob: #3a958a;
   --stage-train: #c98f35; --stage-other: #e3e4e6; --on-bar: #ffffff;
+  --evaluation: #75853f; --checkpoint: #b0627c; --waiting: #cfdcf2;
   --position-1: #123c80; --position-2: #2463c4; --position-3: #4a86db; --position-4: #6fa3e8;
   --position-5: #8fb9ef; --position-6: #a9caf3; --position-7: #bfd8f6; --position-8: #d2e3f8;
 }
@@ -33,6 +34,7 @@ STYLE = """
   --warning: #ef8a7a; --warning-fill: #ef8a7a1c; --accepted: #6ea5f733; --corrected: #e0a95740;
   --stage-data: #565c65; --stage-prepare: #9d90d3; --stage-generation: #6ea5f7; --stage-logprob: #56b3a7;
   --stage-train: #d9a95c; --stage-other: #3a4048; --on-bar: #14161a;
+  --evaluation: #a6b86a; --checkpoint: #d78fa6; --waiting: #2b3a52;
   --position-1: #b9d4fb; --position-2: #8db9f9; --position-3: #6ea5f7; --position-4: #5089da;
   --position-5: #3f71b9; --position-6: #345d97; --position-7: #2b4b79; --position-8: #243d60;
 } }

@@ -13,11 +13,25 @@ from typing import Any
 
 from forerun.report.rundata import RunData
 from forerun.report.summary import STAGES, compared, stage_rows, times
+from forerun.report.timeline import LEARNER, Event
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]
 
 POSITION_COLORS = 8  # CSS variables --position-1 to --position-8, dark to light
+GANTT_STEPS = 4
+GANTT_KINDS = {  # what is drawn alike: {label: (colour, events of the learner, events of an engine)}
+    "data": ("--stage-data", ("data",), ()),
+    "weights": ("--stage-prepare", ("prepare",), ("load",)),
+    "waits for rollouts": ("--waiting", ("generation",), ()),
+    "generates": ("--stage-generation", (), ("generate",)),
+    "log-probabilities": ("--stage-logprob", ("logprob",), ()),
+    "trains": ("--stage-train", ("train",), ()),
+    "evaluation": ("--evaluation", ("evaluation",), ("evaluate",)),
+    "comparison": ("--plain", ("compare",), ()),
+    "checkpoint": ("--checkpoint", ("checkpoint",), ()),
+    "starts again": ("--warning-fill", (), ("start",)),
+}
 BAND_COLORS = {name: f"--stage-{name}" for name in (*STAGES, "other")}
 
 
@@ -173,6 +187,91 @@ def timeline(run: RunData) -> Figure | None:
             data.append(trace)
     layout = {"yaxis.rangemode": "tozero", "xaxis.rangemode": "tozero", "xaxis.type": "linear"}
     return _or_none(figure(data, "seconds since the rollout began", "live sequences", layout))
+
+
+def gantt(run: RunData) -> Figure | None:
+    """The last steps: a row for the learner and one for each engine, a bar for everything that it did."""
+    stages = [event for event in run.timeline if event.lane == LEARNER and event.name in STAGES]
+    if not stages:
+        return None
+    shown = [event for event in stages if event.step > max(event.step for event in stages) - GANTT_STEPS]
+    start, end = min(e.start_s for e in shown), max(e.start_s + (e.seconds or 0.0) for e in shown)
+    events = [e for e in run.timeline if e.start_s < end and e.start_s + (e.seconds or 0.0) > start]
+    data = [_gantt_bars(label, events) for label in GANTT_KINDS] + [_gantt_losses(events)]
+    lanes = [LEARNER, *sorted({e.lane for e in events} - {LEARNER}, key=lambda lane: (len(lane), lane))]
+    layout = {"barmode": "overlay", "hovermode": "closest", "xaxis.range": [start, end], "xaxis.showgrid": True}
+    layout |= {"yaxis.type": "category", "yaxis.categoryorder": "array", "yaxis.categoryarray": lanes[::-1]}
+    layout |= {"yaxis.showgrid": False, "uniformtext.mode": "hide", "uniformtext.minsize": 9}
+    return figure([trace for trace in data if trace["y"]], "seconds since the run began", "", layout)
+
+
+def _gantt_bars(label: str, events: Sequence[Event]) -> Trace:
+    color, of_learner, of_engines = GANTT_KINDS[label]
+    drawn = [e for e in events if e.seconds is not None and e.name in (of_learner if e.lane == LEARNER else of_engines)]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": label,
+        "y": [e.lane for e in drawn],
+        "x": [e.seconds for e in drawn],
+        "base": [e.start_s for e in drawn],
+        "text": [str(e.step) if label in ("generates", "trains") else "" for e in drawn],
+        "textposition": "inside",
+        "insidetextanchor": "middle",
+        "textangle": 0,
+        "textfont": {"color": "--on-bar"},
+        "marker": {"color": color},
+        "customdata": [
+            f"step {e.step}" + (f", version {e.version}" if e.version is not None else "") + f": {e.seconds:.3f} s"
+            for e in drawn
+        ],
+        "hovertemplate": "%{y}: " + label + ", %{customdata}<extra></extra>",
+    }
+
+
+def _gantt_losses(events: Sequence[Event]) -> Trace:
+    lost = [e for e in events if e.seconds is None and e.name == "lost"]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "lost",
+        "y": [e.lane for e in lost],
+        "x": [e.start_s for e in lost],
+        "marker": {"color": "--warning", "size": 10, "symbol": "x"},
+        "hovertemplate": "%{y} was lost<extra></extra>",
+    }
+
+
+def idle_curves(run: RunData) -> Figure | None:
+    """Shares of the step in which the learner waited for rollouts, and the engine for anything to do."""
+    data = []
+    for label, metric, color in (
+        ("learner", "time/exposed_generation", "--stage-train"),
+        ("engine", "time/engine_idle", "--speculative"),
+    ):
+        rows = [row for row in run.metrics if row.get(metric) is not None and row.get("time/step")]
+        if rows:
+            data.append(line(label, [r["step"] for r in rows], [r[metric] / r["time/step"] for r in rows], color))
+    return _or_none(figure(data, "step", "share of the step", {"yaxis.range": [0, 1.02], "yaxis.tickformat": ".0%"}))
+
+
+def waiting_curve(run: RunData) -> Figure | None:
+    """Steps that were generated and waited for the learner."""
+    names = {"async/steps_waiting": ("steps waiting", "--speculative")}
+    return _or_none(over_steps(run, "steps", names, {"yaxis.rangemode": "tozero", "yaxis.tickformat": "d"}))
+
+
+def lag_bars(run: RunData) -> Figure | None:
+    """Tokens of the whole run by the age of the weights that sampled them."""
+    stem = "async/lag_tokens_"
+    lags = sorted(int(name[len(stem) :]) for name in run.names() if name.startswith(stem))
+    counts = [sum(run.series(f"{stem}{lag}")[1]) for lag in lags]
+    if not sum(counts):
+        return None
+    shares = [count / sum(counts) for count in counts]
+    trace = bars("tokens", [str(lag) for lag in lags], shares, "--speculative", [f"{share:.1%}" for share in shares])
+    layout = {"xaxis.type": "category", "yaxis.tickformat": ".0%", "yaxis.range": [0, 1.1 * max(shares)]}
+    return figure([trace], "lag, in weight versions", "share of tokens", layout)
 
 
 def length_curves(run: RunData) -> Figure | None:

@@ -18,7 +18,8 @@ from typing import Any
 import yaml
 
 from forerun.errors import UserError
-from forerun.report.summary import STAGES
+from forerun.report.summary import STAGES, overlap
+from forerun.report.timeline import Event, read_timeline
 
 FIRST_SAMPLES, LAST_SAMPLES = 4, 8
 SAMPLES_IN_MEMORY = 256  # of one step
@@ -36,6 +37,7 @@ class RunData:
     env: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     finished: bool = False  # whether `summary` is the run's own or a provisional one
+    timeline: list[Event] = field(default_factory=list)  # of a run that left one
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, at the steps that have it."""
@@ -63,12 +65,15 @@ def load_run(run_dir: Path | str) -> RunData:
     summary = _read_json(path / "summary.json", missing)
     config = _read_text(path / "config.resolved.yaml")
     env = _read_json(path / "env.json", missing)
+    timeline, broken = read_timeline(path / "timeline.json")
+    if broken:
+        missing.append(_broken_lines("timeline.json", broken))
     finished = bool(summary)
     if finished and metrics and metrics[-1]["step"] > (summary.get("steps") or metrics[-1]["step"]):
         missing.append(f"summary.json ends at step {summary['steps']}, metrics.jsonl at step {metrics[-1]['step']}.")
     if not finished:
         summary = provisional_summary(metrics, config)
-    return RunData(path.resolve(), metrics, samples, summary, config, env, missing, finished)
+    return RunData(path.resolve(), metrics, samples, summary, config, env, missing, finished, timeline)
 
 
 def provisional_summary(metrics: list[dict[str, Any]], config: str) -> dict[str, Any]:
@@ -78,6 +83,7 @@ def provisional_summary(metrics: list[dict[str, Any]], config: str) -> dict[str,
     summary["steps"] = len(trained)
     summary["stage_seconds"] = {name: _mean(trained, f"time/{name}") for name in STAGES}
     summary["step_seconds"] = _mean(trained, "time/step")
+    summary["overlap"] = overlap(trained)
     summary["acceptance_length"] = _mean(metrics, "spec/acceptance_length")
     positions = _family(metrics, "spec/acceptance_pos_")
     summary["acceptance_per_position"] = [_mean(metrics, name) for name in positions]
@@ -157,7 +163,11 @@ def _read_lines(path: Path, missing: list[str]) -> Iterator[dict[str, Any]]:
                 else:
                     broken += bool(line.strip())
     if broken:
-        missing.append(f"{path.name} has {broken} broken line{'s' * (broken > 1)}, left out here.")
+        missing.append(_broken_lines(path.name, broken))
+
+
+def _broken_lines(name: str, count: int) -> str:
+    return f"{name} has {count} broken line{'s' * (count > 1)}, left out here."
 
 
 def _read_metrics(path: Path, missing: list[str]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,16 @@ def predicted_plain_step_s(summary: Mapping[str, Any]) -> float | None:
     if step is None or plain is None or spec is None:
         return None
     return step - spec + plain
+
+
+def overlap(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Medians over the steps of a run's metrics: the shares of the step in which learner and engine waited
+    ("learner_idle", "engine_idle"), and the steps that waited for the learner ("steps_waiting", with lag only)."""
+    steps = [row for row in rows if row.get("time/step")]
+    names = {"learner_idle": "time/exposed_generation", "engine_idle": "time/engine_idle"}
+    found = {key: [r[name] / r["time/step"] for r in steps if r.get(name) is not None] for key, name in names.items()}
+    found["steps_waiting"] = [r["async/steps_waiting"] for r in steps if r.get("async/steps_waiting") is not None]
+    return {key: statistics.median(values) for key, values in found.items() if values}
 
 
 def is_speculative(summary: Mapping[str, Any]) -> bool:
