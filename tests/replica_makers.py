@@ -1,4 +1,4 @@
-"""Engines for the replicas of tests/engine/test_replicas.py, made in their processes: slow, lying, mortal, refusing."""
+"""Engines for the replicas of tests/engine, made in their processes: slow, lying, mortal, refusing."""
 
 from __future__ import annotations
 
@@ -65,3 +65,19 @@ def mortal(engine: str, **settings: Any) -> RolloutEngine:
 def refusing(engine: str, **settings: Any) -> RolloutEngine:
     """Cannot be made."""
     raise UserError("no such engine for the test")
+
+
+def telling(engine: str, **settings: Any) -> RolloutEngine:
+    """Cannot be made either, and says of what."""
+    held = sorted(p.name for p in Path(settings["policy"]).iterdir())
+    raise UserError(f"made from {settings['policy']} with {' '.join(held)}")
+
+
+def sleepy(engine: str, **settings: Any) -> RolloutEngine:
+    """The real engine; the first replica that is made sleeps before each round."""
+    made = load(engine, **settings)
+    try:
+        Path(os.environ["FORERUN_TEST_SLEEPY"]).touch(exist_ok=False)
+    except FileExistsError:
+        return made
+    return slowed(made, 0.6)

@@ -10,11 +10,12 @@ import difflib
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from forerun.config_sentences import sentence
 from forerun.errors import UserError
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -325,7 +326,25 @@ class CompareConfig(Block):
 
 class CheckpointConfig(Block):
     every: int = Field(10, ge=0, description="steps between checkpoints; 0: only at the end or on Ctrl-C")
-    keep: int = Field(1, ge=1, description="newest checkpoints that are kept")
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept; with 1 a broken one has none before it")
+    restarts: int = Field(
+        3, ge=0, description="times that a run which lost replicas or ranks goes back to the same checkpoint by itself"
+    )
+
+
+class ClusterConfig(Block):
+    """Rollout replicas as Ray actors on any machine of a cluster."""
+
+    address: str = Field(
+        "none",
+        description="none: processes of this machine; auto: the Ray cluster that this machine belongs to; local: a "
+        "private Ray on this machine; else Ray's address, host:port or ray://host:port",
+    )
+    gpus_per_replica: float = Field(0.0, ge=0, description="that Ray reserves for a replica")
+    cpus_per_replica: float = Field(1.0, gt=0, description="that Ray reserves for a replica; also its threads")
+    placement: Literal["PACK", "SPREAD"] = Field(
+        "PACK", description="PACK: replicas on as few machines as hold them; SPREAD: on as many as there are"
+    )
 
 
 class DraftConfig(Block):
@@ -382,6 +401,7 @@ class Recipe(Block):
     loop: LoopConfig = LoopConfig()
     compare: CompareConfig = CompareConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -400,6 +420,15 @@ class Recipe(Block):
             raise ValueError(
                 f"loop.lag={self.loop.lag} keeps the engine busy, and compare.steps={self.compare.steps} needs it to "
                 "itself; set compare.steps=0"
+            )
+        if self.cluster.address != "none" and not self.rollout.replicas:
+            raise ValueError(
+                f"cluster.address={self.cluster.address} places replicas, and rollout.replicas is 0; set it to 1"
+            )
+        if self.cluster.address != "none" and self.compare.steps:
+            raise ValueError(
+                f"compare.steps={self.compare.steps} would take as many replicas of the cluster again; set "
+                "compare.steps=0"
             )
         if self.loop.in_flight and not self.loop.lag:
             raise ValueError("loop.in_flight=true changes weights while sampling goes on, which loop.lag=0 never does")
@@ -433,7 +462,7 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise UserError(_sentence(error)) from None
+        raise UserError(sentence(error, Recipe)) from None
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
@@ -477,31 +506,3 @@ def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(data, dict):
             raise UserError(f"'{dotted}' reaches into '{name}', which is a value and not a group of settings")
     data[last] = value
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first problem of a validation, as one sentence with the nearest key where a key is unknown."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
-    if first["type"] == "extra_forbidden":
-        keys = _known_keys(Recipe)
-        near = difflib.get_close_matches(where, keys, 1, cutoff=0.5)
-        near = near or [k for k in keys if k.split(".")[-1] == where.split(".")[-1]][:1]
-        hint = f"did you mean '{near[0]}'?" if near else f"the top-level keys are {', '.join(Recipe.model_fields)}"
-        return f"Unknown key '{where}'; {hint}"
-    if first["type"] == "missing":
-        return f"The recipe lacks '{where}', which has no default"
-    message = first["msg"].removeprefix("Value error, ")
-    if where == "":  # of several settings together: the message names them
-        return message
-    return f"'{where}': {message}" + (f" (got {first['input']!r})" if "input" in first else "")
-
-
-def _known_keys(block: type[BaseModel], prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for name, field in block.model_fields.items():
-        keys.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _known_keys(kind, f"{prefix}{name}.")
-    return keys

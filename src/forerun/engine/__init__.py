@@ -10,6 +10,7 @@ from forerun.errors import UserError
 if TYPE_CHECKING:
     from forerun.config import RolloutConfig, SpeculationConfig
     from forerun.draft import Drafter
+    from forerun.engine.replica import Starter
     from forerun.models import Policy
 
 ENGINES = ("local", "vllm")
@@ -39,15 +40,23 @@ def load(engine: str, *, policy: str, dtype: str, speculation: dict[str, Any] | 
 
 
 def around(
-    rollout: RolloutConfig, policy: Policy, drafter: Drafter | None, speculation: SpeculationConfig
+    rollout: RolloutConfig,
+    policy: Policy,
+    drafter: Drafter | None,
+    speculation: SpeculationConfig,
+    starter: Starter | None = None,
 ) -> RolloutEngine:
-    """The recipe's `RolloutEngine` for a live policy and drafter; plain without a drafter."""
+    """The recipe's `RolloutEngine` for a live policy and drafter; plain without a drafter.
+
+    Args:
+        starter: where replicas' processes come from; None: this machine.
+    """
     if rollout.replicas:
         from forerun.engine.replicas import Patience, ReplicatedEngine
 
         return ReplicatedEngine(
             rollout.engine, policy, drafter, speculation, slots=rollout.slots, replicas=rollout.replicas,
-            patience=Patience(silence_s=rollout.silence_s),
+            patience=Patience(silence_s=rollout.silence_s), starter=starter,
         )  # fmt: skip
     if rollout.engine == "vllm":
         from forerun.engine.vllm.engine import Limits, VllmEngine

@@ -1,8 +1,9 @@
-"""A rollout engine in a process of its own: what runs there (`main`), and the parent's end of it (`Replica`).
+"""A rollout engine in a process of its own: what runs there (`serve`), and the parent's end of it (`Replica`).
 
-A socket pair carries pickled tuples, the kind first; bytes of weights follow their header as they are. Between two
+A socket carries pickled tuples, the kind first; bytes of weights follow their header as they are. Between two
 rounds the replica tells that it lives, with what it has counted, and takes orders: that is why a hung engine falls
-silent, and why weights can change in flight. When the parent is gone it ends. Left out: who watches (`replicas.py`).
+silent, and why weights can change in flight. When the parent is gone it ends. Left out: who watches (`replicas.py`),
+and processes on other machines (`loop/cluster.py`).
 
     to the replica    make, begin, piece (+ bytes), commit, stream, pause, resume, abort
     from it           ready, listening, held, round, rollout, done, refused: each with a `Status`
@@ -23,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -162,10 +163,19 @@ class Server:
 
 
 def main() -> None:
-    """The process."""
-    connection = Connection(int(sys.argv[1]))
+    """The process on this machine."""
+    serve(Connection(int(sys.argv[1])))
+
+
+def serve(connection: Connection, placed: Callable[[Order], Order] = lambda order: order) -> None:
+    """Make the engine that is ordered, and carry out orders until the parent is gone; then this process ends.
+
+    Args:
+        placed: the order with the paths that hold on this machine.
+    """
     try:
         _, order = connection.recv()
+        order = placed(order)
         torch.set_num_threads(order.threads)
         module, _, name = order.maker.partition(":")
         make = getattr(importlib.import_module(module), name)
@@ -188,20 +198,67 @@ class Patience:
 
     silence_s: float = 120.0  # without a word between two rounds
     start_s: float = 600.0  # until it has loaded its model
-    losses: int = 3  # in one stream or load; one more and the run stops
+    losses: int = 3  # in a row in one place, in one stream or load; one more and the run stops
 
 
 class Lost(Exception):
     """A replica cannot be used any more; the text goes on after its number."""
 
 
+class Process(Protocol):
+    """Whoever runs a replica, as its parent needs it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def kill(self) -> None:
+        """End it at once; a second time does nothing."""
+
+    def end(self) -> str:
+        """How it ended, with its last words; "" when it has not."""
+
+    def close(self) -> None:
+        """It is not needed any more, and its last words neither."""
+
+
+@dataclass(slots=True)
+class LocalProcess:
+    """On this machine."""
+
+    popen: subprocess.Popen[bytes]
+    errors: Any  # file of what it wrote to stderr
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
+
+    def kill(self) -> None:
+        """See `Process`."""
+        self.popen.kill()
+        self.popen.wait()
+
+    def end(self) -> str:
+        """See `Process`."""
+        try:
+            code = self.popen.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            return ""
+        self.errors.seek(0)
+        lines = [line for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
+        end = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        return f"{end}: {lines[-1].strip()}" if lines else end
+
+    def close(self) -> None:
+        """See `Process`."""
+        self.errors.close()
+
+
 @dataclass(slots=True)
 class Replica:
     """The parent's end of one process."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     connection: Connection
-    errors: Any  # file of what it wrote to stderr
     busy: bool = False  # in a stream
     silent_s: float = 0.0  # listened to in vain
     counted: Counters = field(default_factory=Counters)  # in its last status
@@ -212,9 +269,7 @@ class Replica:
     def start(cls, order: Order, patience: Patience) -> Replica:
         """A process that begins to load its model. It is in a session of its own: Ctrl-C is the parent's to handle."""
         mine, theirs = socket.socketpair()
-        limit = struct.pack("ll", int(patience.silence_s) + 1, 0)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # a replica stopped in mid-message must not stop us
-            mine.setsockopt(socket.SOL_SOCKET, option, limit)
+        impatient(mine, patience)
         errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the replica)
         with theirs:
             process = subprocess.Popen(
@@ -222,7 +277,7 @@ class Replica:
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
                 start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": str(order.threads)},
             )  # fmt: skip
-        replica = cls(process, Connection(mine.detach()), errors)
+        replica = cls(LocalProcess(process, errors), Connection(mine.detach()))
         replica.send("make", order)
         return replica
 
@@ -286,16 +341,37 @@ class Replica:
         self.busy = False
         self.connection.close()
         self.process.kill()
-        self.process.wait()
-        self.errors.close()
+        self.process.close()
 
     def _last_words(self, error: BaseException) -> str:
-        """How it ended, with the last line that it wrote."""
-        try:
-            code = self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return f"cannot be talked to: {type(error).__name__} {error}".rstrip()
-        self.errors.seek(0)
-        lines = [line for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
-        end = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        return f"{end}: {lines[-1].strip()}" if lines else end
+        """How it ended, if it did."""
+        return self.process.end() or f"cannot be talked to: {type(error).__name__} {error}".rstrip()
+
+
+class Starter(Protocol):
+    """Where the processes of replicas come from."""
+
+    def begin(self, order: Order, patience: Patience) -> Callable[[], Replica]:
+        """Let one begin; the function waits until it can be talked to, and raises Lost."""
+
+    def close(self) -> None:
+        """No more will be needed, nor any that has only begun."""
+
+
+class OnThisMachine:
+    """The `Starter` of processes of this one."""
+
+    def begin(self, order: Order, patience: Patience) -> Callable[[], Replica]:
+        """See `Starter`."""
+        replica = Replica.start(order, patience)
+        return lambda: replica
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+def impatient(end: socket.socket, patience: Patience) -> None:
+    """A replica that stops in mid-message must not stop its parent, whose end of the socket this is."""
+    limit = struct.pack("ll", int(patience.silence_s) + 1, 0)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        end.setsockopt(socket.SOL_SOCKET, option, limit)

@@ -3,8 +3,8 @@
 A `RolloutEngine` over N replicas. Prompt i belongs to replica i mod N: its samples share a prefill and a trie.
 Every sample keeps the seed that it has in one process, and is taken once: what a lost replica had delivered
 stays, the rest is asked of its successor, which first gets the current version of policy and drafter. What the replicas
-hold is a copy; what they answer is checked against what was asked. Left out: other machines, moving work between
-replicas.
+hold is a copy; what they answer is checked against what was asked. Where their processes come from is a `Starter`'s.
+Left out: moving work between replicas.
 """
 
 from __future__ import annotations
@@ -33,7 +33,18 @@ from forerun.engine.base import (
     nothing,
     requested,
 )
-from forerun.engine.replica import MAKER, Lost, Message, Order, Patience, Replica, Status
+from forerun.engine.paces import Paces
+from forerun.engine.replica import (
+    MAKER,
+    Lost,
+    Message,
+    OnThisMachine,
+    Order,
+    Patience,
+    Replica,
+    Starter,
+    Status,
+)
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.checksum import checksum
@@ -47,6 +58,10 @@ Watch = Callable[[int, str, int], None]  # replica, what it does from now on, wi
 
 def unwatched(index: int, state: str, version: int) -> None:
     """Nobody wants to know."""
+
+
+class ReplicasLost(UserError):
+    """One process after another was lost in one place; whoever keeps checkpoints may try again from there."""
 
 
 @dataclass(slots=True)
@@ -74,12 +89,14 @@ class ReplicatedEngine:
         replicas: int,
         patience: Patience | None = None,
         maker: str = MAKER,
+        starter: Starter | None = None,
     ) -> None:
         """Start replicas with the weights of a live policy and drafter, through a folder that is kept for successors.
 
         Args:
             engine: what runs in each, "local" or "vllm". slots: of each.
             maker: who makes it there, "module:function", see `Order`.
+            starter: where the processes come from; None: this machine.
 
         Raises:
             UserError: a replica cannot make its engine.
@@ -90,7 +107,8 @@ class ReplicatedEngine:
         self.timeline: list[tuple[float, int]] = []  # of the latest stream: (seconds, samples not delivered yet)
         self.warnings: list[str] = []
         self.lost = self.rerun = 0  # replicas replaced, and samples asked for again
-        self._losses = 0  # of them in this stream or load
+        self._losses = [0] * replicas  # of them in this stream or load, per place, since its last sample
+        self._paces = Paces()
         self._vocabulary = policy.model.config.get_text_config().vocab_size
         self._held = Weights(0, _checksums(policy, drafter))
         self._weights: Weights | None = None  # None: as in the folder
@@ -102,8 +120,11 @@ class ReplicatedEngine:
         threads = max(1, torch.get_num_threads() // replicas)
         source = str(Path(self._folder.name) / "policy")
         self._order = Order(engine, source, str(policy.dtype)[6:], block, slots, threads, maker)
-        self._replicas = [Replica.start(self._order, self.patience) for _ in range(replicas)]
+        self._starter = starter or OnThisMachine()
+        self._replicas: list[Replica] = []
+        begun = [self._starter.begin(self._order, self.patience) for _ in range(replicas)]
         try:
+            self._replicas += [connected() for connected in begun]
             for replica in self._replicas:
                 self._make(replica)
         except Lost as lost:
@@ -145,7 +166,7 @@ class ReplicatedEngine:
         for prompt, sample in requested(len(prompts), n, only):
             pending[prompt % len(pending)].add((prompt, sample))
         self._job = job = Job(prompts, sampling, n, pending, {self._held.version})
-        self._losses, self.timeline, started = 0, [], time.perf_counter()
+        self._losses, self.timeline, started = [0] * len(self._replicas), [], time.perf_counter()
         try:
             for index in range(len(self._replicas)):
                 self._try(index, self._ask)
@@ -156,6 +177,7 @@ class ReplicatedEngine:
                 rollouts = self._listen(job)
                 self.timeline.append((time.perf_counter() - started, sum(map(len, job.pending))))
                 yield from rollouts
+            self.warnings += self._paces.judge()
         finally:
             self._call_off()
             self._job = None
@@ -165,7 +187,7 @@ class ReplicatedEngine:
         """Give every replica a version; in a stream it takes effect between two rounds."""
         before, self._weights = self._weights, weights
         if self._job is None:
-            self._losses = 0
+            self._losses = [0] * len(self._replicas)
         else:
             self._job.versions.add(weights.version)
         try:
@@ -194,7 +216,10 @@ class ReplicatedEngine:
             for name, value in replica.metrics.get("drafter", {}).items():
                 drafter[name] = drafter.get(name, 0.0) + value
         rule = {k: v for r in self._replicas for k, v in r.metrics.items() if k == "rule"}
-        replicas = {"count": len(self._replicas), "lost": self.lost, "samples_rerun": self.rerun}
+        replicas = {
+            "count": len(self._replicas), "lost": self.lost, "samples_rerun": self.rerun,
+            "slowest_ratio": self._paces.slowest_ratio,
+        }  # fmt: skip
         return engine_metrics(self._held, self.counters, self.warnings, drafter) | rule | {"replicas": replicas}
 
     @property
@@ -207,6 +232,7 @@ class ReplicatedEngine:
         for replica in self._replicas:
             replica.kill()
         self._replicas = []
+        self._starter.close()
         self._folder.cleanup()
 
     # ---- replicas ----
@@ -235,6 +261,7 @@ class ReplicatedEngine:
             replica.send("stream", list(self._job.prompts), self._job.sampling, self._job.n, sorted(wanted))
             replica.busy = True
             self._tell_watch(replica, "generate")
+            self._paces.begin(self._replicas.index(replica), time.perf_counter())
 
     def _try(self, index: int, action: Callable[[Replica], Any]) -> Any:
         """Do something with a replica; where it turns out to be lost, its successor is brought to the same state."""
@@ -247,20 +274,20 @@ class ReplicatedEngine:
         """Another process in its place, with the current version and the samples that it had not delivered.
 
         Raises:
-            UserError: too many were lost, or the successor refuses to start.
+            ReplicasLost: too many in a row. UserError: the successor refuses to start.
         """
         wanted = len(self._job.pending[index]) if self._job is not None else 0
         while True:
             self.lost += 1
             self.rerun += wanted
-            self._losses += 1
+            self._losses[index] += 1
             self._replicas[index].kill()
             self._tell_watch(self._replicas[index], "lost")
-            if self._losses > self.patience.losses:
-                raise UserError(f"Replica {index} of the rollout engine {reason}; {self._losses} were lost in a row")
+            if (losses := self._losses[index]) > self.patience.losses:
+                raise ReplicasLost(f"Replica {index} of the rollout engine {reason}; {losses} were lost in a row")
             self.warnings.append(f"Replica {index} {reason}. Another one takes its place; {wanted} samples run again")
-            self._replicas[index] = replica = Replica.start(self._order, self.patience)
             try:
+                self._replicas[index] = replica = self._starter.begin(self._order, self.patience)()
                 self._make(replica)
                 self._tell_watch(replica, "idle")
                 if self._job is not None:
@@ -300,6 +327,8 @@ class ReplicatedEngine:
             if fault := nonsense(content[0], job, pending, self._vocabulary):
                 raise Lost(f"talks nonsense: {fault}")
             pending.discard((content[0].prompt_index, content[0].sample_index))
+            self._losses[index] = 0
+            self._paces.delivered(index, len(content[0].tokens), time.perf_counter())
             return [content[0]]
         if kind == "done":
             replica.busy = False

@@ -1,7 +1,8 @@
 """Checkpoints: policy, optimizer, drafter with its optimizer, random state and history of a run, whole or not at all.
 
 A checkpoint is written beside its final name and renamed when everything in it has reached the disk; a folder without
-`complete` was cut off and is ignored. Left out: the prompts' order and the engine's seeds, which follow from the step.
+`complete`, which holds the size of every file, was cut off and is ignored. One that turns out broken is set aside for
+the one before. Left out: the prompts' order and the engine's seeds, which follow from the step.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from forerun.draft import Drafter
 from forerun.errors import UserError
@@ -23,6 +28,11 @@ from forerun.models import Policy, save_policy
 from forerun.report.metrics import disk_errors
 
 MARK = "complete"
+Loaded = TypeVar("Loaded")
+
+
+class BrokenCheckpoint(UserError):
+    """A checkpoint that cannot be used, and why."""
 
 
 def save_checkpoint(
@@ -54,10 +64,9 @@ def save_checkpoint(
                 torch.save(cotrainer.state_dict(), scratch / "cotrain.pt")
             torch.save({"torch": torch.get_rng_state(), "python": random.getstate()}, scratch / "random.pt")
             (scratch / "history.json").write_text(json.dumps(history))
-            (scratch / MARK).write_text(f"{step}\n")
+            (scratch / MARK).write_text(json.dumps({"step": step, "bytes": _sizes(scratch)}) + "\n")
             _flush(scratch)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(scratch, target)
+            _put_in_place(scratch, target)
     except (UserError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(scratch, ignore_errors=True)
         raise UserError(f"Cannot write the checkpoint {target}: {error}") from error
@@ -68,7 +77,7 @@ def save_checkpoint(
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    return sorted(p for p in folder.glob("step-*") if (p / MARK).is_file() and p.suffix != ".partial")
+    return sorted(p for p in folder.glob("step-*") if (p / MARK).is_file() and not p.suffix)
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -83,33 +92,104 @@ def newest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
-def read_history(checkpoint: Path) -> dict[str, Any]:
-    """The history that was saved with a checkpoint."""
+def from_newest(run: Path, load: Callable[[Path], Loaded], warn: Callable[[str], object]) -> Loaded:
+    """What `load` makes of the newest checkpoint that it can use; whatever is passed over is warned of.
+
+    Newer ones that cannot be used are renamed, so that none of them is taken for the newest later.
+
+    Args:
+        load: raises BrokenCheckpoint.
+
+    Raises:
+        UserError: there is no checkpoint, or none that can be used.
+    """
+    broken: list[str] = []  # not the errors, which hold on to half-loaded models
+    newest = newest_checkpoint(run)
+    for checkpoint in reversed(complete_checkpoints(newest.parent)):
+        try:
+            check_sizes(checkpoint)
+            loaded = load(checkpoint)
+        except BrokenCheckpoint as error:
+            broken.append(str(error))
+            continue
+        for newer in [p for p in complete_checkpoints(newest.parent) if p.name > checkpoint.name]:
+            shutil.rmtree(aside := newer.with_suffix(".broken"), ignore_errors=True)
+            os.replace(newer, aside)
+        for words in [*broken, *_cut_off(newest)]:
+            warn(f"{words}; the run goes on from {checkpoint.name}")
+        return loaded
+    raise UserError(f"{broken[0]}; no other checkpoint of {run} can be used: start the run again")
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """What goes wrong while files of a checkpoint are read makes it a BrokenCheckpoint."""
     try:
+        yield
+    except BrokenCheckpoint:
+        raise
+    except (UserError, OSError, EOFError, RuntimeError, KeyError, ValueError, TypeError, UnpicklingError,
+            SafetensorError) as error:  # fmt: skip
+        words = str(error).splitlines() or [type(error).__name__]
+        raise BrokenCheckpoint(f"The checkpoint {checkpoint} cannot be used: {words[0]}") from error
+
+
+def check_sizes(checkpoint: Path) -> None:
+    """Compare the files with what was written. Raises BrokenCheckpoint. One without sizes is not compared."""
+    with reading(checkpoint):
+        mark = json.loads((checkpoint / MARK).read_text())
+        expected: dict[str, int] = mark["bytes"] if isinstance(mark, dict) else {}
+        for name, size in expected.items():
+            held = (checkpoint / name).stat().st_size
+            if held != size:
+                raise BrokenCheckpoint(
+                    f"The checkpoint {checkpoint} cannot be used: {name} has {held} bytes and was written with {size}"
+                )
+
+
+def read_history(checkpoint: Path) -> dict[str, Any]:
+    """The history that was saved with a checkpoint. Raises BrokenCheckpoint."""
+    with reading(checkpoint):
         return json.loads((checkpoint / "history.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"The checkpoint {checkpoint} is broken: {error}; delete it to resume from the one before"
-        ) from None
 
 
 def restore(checkpoint: Path, optimizer: MasterOptimizer, cotrainer: CoTrainer | None = None) -> None:
     """Put optimizers and random state back (the policy and the drafter are loaded from the checkpoint's folders).
 
     A run that begins to train its drafter at a checkpoint made without begins with a new optimizer for it.
+
+    Raises:
+        BrokenCheckpoint: a file cannot be read.
     """
-    try:
+    with reading(checkpoint):
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
         if cotrainer is not None and (checkpoint / "cotrain.pt").exists():
             cotrainer.load_state_dict(torch.load(checkpoint / "cotrain.pt", weights_only=True))
         state = torch.load(checkpoint / "random.pt", weights_only=True)
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise UserError(
-            f"The checkpoint {checkpoint} is broken: {error}; delete it to resume from the one before"
-        ) from None
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _put_in_place(scratch: Path, target: Path) -> None:
+    """Rename, leaving at no time less than one whole checkpoint for longer than two renames take."""
+    old = target.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(scratch, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _cut_off(newest: Path) -> list[str]:
+    """Of the checkpoints that were being written when the run ended."""
+    partial = [p for p in newest.parent.glob("step-*.partial") if p.stem > newest.name]
+    return [f"The checkpoint {p.stem} of {newest.parent} was cut off while it was being written" for p in partial]
 
 
 def _flush(folder: Path) -> None:

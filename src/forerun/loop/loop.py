@@ -13,16 +13,14 @@ Evaluation, comparison with plain generation and checkpoints stand between steps
 
 from __future__ import annotations
 
+import gc
 import io
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -35,15 +33,25 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.schedule import request_seed
 from forerun.errors import Interrupted, UserError
 from forerun.learner.advantages import group_advantages
-from forerun.learner.checkpoint import newest_checkpoint, read_history, restore, save_checkpoint
+from forerun.learner.checkpoint import (
+    complete_checkpoints,
+    from_newest,
+    read_history,
+    reading,
+    restore,
+    save_checkpoint,
+)
 from forerun.learner.cotrain import CoTrainer
 from forerun.learner.forward import TokenBatch, completion_logits
 from forerun.learner.policy import Learner, mismatch
 from forerun.loop.buffer import RolloutsAhead, lag_of
+from forerun.loop.cluster import starter
 from forerun.loop.drafter import prepare_drafter
 from forerun.loop.generate import Generated, comparison, evaluation, generate, rollout_metrics
 from forerun.loop.history import STAGES, History
+from forerun.loop.recover import LOST, Restarts
 from forerun.loop.setup import encode, prepare_policy, prompts_of_step
+from forerun.loop.stop import stop_flag
 from forerun.loop.timing import StageTimer, WatchedEngine
 from forerun.loop.weights import publish
 from forerun.models import Policy, load_policy, save_policy
@@ -65,6 +73,8 @@ Forward = Callable[[Any, TokenBatch], torch.Tensor]
 def run(recipe: Recipe, console: Console | None = None, resume: Path | None = None) -> dict[str, Any]:
     """Train; returns the summary that is also written to the run folder.
 
+    When a part of the run is lost, it goes back to its newest checkpoint, see `recover.py`.
+
     Args:
         resume: run folder whose newest checkpoint to continue; the recipe is that run's own.
 
@@ -72,12 +82,22 @@ def run(recipe: Recipe, console: Console | None = None, resume: Path | None = No
         UserError: something of the user's is wrong. Interrupted: Ctrl-C; a checkpoint was written.
     """
     own_console = console or Console(recipe.train.steps)
-    with own_console, _stop_flag() as stop_requested:
-        training = Training.resumed(resume, recipe, own_console) if resume else Training.fresh(recipe, own_console)
-        try:
-            return training.run(stop_requested)
-        finally:
-            training.close()
+    restarts = Restarts(recipe.checkpoint.restarts, own_console.warn)
+    begin = partial(Training.resumed, resume) if resume else Training.fresh
+    with own_console, stop_flag() as stop_requested:
+        while True:
+            training = None
+            try:
+                training = begin(recipe, own_console)
+                return training.run(stop_requested)
+            except LOST as lost:
+                folder = restarts.grant(lost, training.folder.path if training else resume)
+            finally:
+                if training is not None:
+                    training.close()
+            del training
+            gc.collect()  # the lost run's policy, before another is loaded
+            begin = partial(Training.again, folder)
 
 
 def resumed_recipe(folder: Path, overrides: dict[str, Any]) -> Recipe:
@@ -112,7 +132,7 @@ class Training:
         self.problems = self.task.problems("train")
         self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
         speculation, eval_slots = recipe.speculation, recipe.eval.slots
-        engine = around(recipe.rollout, policy, drafter, speculation)
+        engine = around(recipe.rollout, policy, drafter, speculation, starter(recipe))
         self.timeline = Timeline(folder.timeline, history.wall_s, history.step)
         self.watched = WatchedEngine(engine, self.timeline)
         self.engine = self.watched.engine
@@ -129,12 +149,12 @@ class Training:
         self._prediction: Prediction | None = None
 
     @classmethod
-    def fresh(cls, recipe: Recipe, console: Console) -> Training:
-        """A new run folder, policy after its cold start, drafter loaded or trained."""
+    def fresh(cls, recipe: Recipe, console: Console, folder: RunFolder | None = None) -> Training:
+        """A new run (in a folder of its own, unless one is given), policy after its cold start, drafter made."""
         torch.manual_seed(recipe.seed)
         task = load_task(recipe.task, recipe.seed)
         task.problems("train")  # bad data is told before the model is loaded
-        folder = RunFolder.create(recipe.runs, recipe.name)
+        folder = folder or RunFolder.create(recipe.runs, recipe.name)
         folder.write_config(recipe.to_yaml())
         policy = prepare_policy(recipe, task, folder.path, console)
         drafter = prepare_drafter(recipe, policy, task, folder.path / "drafter", console)
@@ -142,19 +162,37 @@ class Training:
 
     @classmethod
     def resumed(cls, run_folder: Path, recipe: Recipe, console: Console) -> Training:
-        """A run as its newest whole checkpoint left it."""
+        """A run as its newest checkpoint that can be used left it. Raises UserError when none can."""
         folder = RunFolder.open(run_folder)
-        checkpoint = newest_checkpoint(folder.path)
-        history = History.from_json(read_history(checkpoint))
+        return from_newest(folder.path, lambda found: cls._from(found, folder, recipe, console), console.warn)
+
+    @classmethod
+    def again(cls, run_folder: Path, recipe: Recipe, console: Console) -> Training:
+        """The same, or the run from its beginning where it had no checkpoint yet."""
+        if complete_checkpoints(run_folder / "checkpoints"):
+            return cls.resumed(run_folder, recipe, console)
+        folder = RunFolder.open(run_folder)
+        folder.truncate_after(-1)
+        return cls.fresh(recipe, console, folder)
+
+    @classmethod
+    def _from(cls, checkpoint: Path, folder: RunFolder, recipe: Recipe, console: Console) -> Training:
+        """Raises BrokenCheckpoint."""
+        drafter = None
+        with reading(checkpoint):
+            history = History.from_json(read_history(checkpoint))
+            policy = load_policy(str(checkpoint / "policy"), recipe.policy.dtype, recipe.policy.device)
+            if recipe.speculation.tokens:
+                speculation = recipe.speculation.model_copy(update={"draft": str(checkpoint / "drafter")})
+                drafter = load_drafter(policy, speculation)
         dropped = folder.truncate_after(history.step)
         console.note(f"resuming {folder.path} after step {history.step} ({dropped} newer log lines dropped)")
-        policy = load_policy(str(checkpoint / "policy"), recipe.policy.dtype, recipe.policy.device)
-        drafter = None
-        if recipe.speculation.tokens:
-            speculation = recipe.speculation.model_copy(update={"draft": str(checkpoint / "drafter")})
-            drafter = load_drafter(policy, speculation)
         training = cls(recipe, console, folder, policy, drafter, history)
-        restore(checkpoint, training.learner.optimizer, training.cotrainer)
+        try:
+            restore(checkpoint, training.learner.optimizer, training.cotrainer)
+        except UserError:
+            training.close()
+            raise
         return training
 
     def run(self, stop_requested: Callable[[], bool]) -> dict[str, Any]:
@@ -168,8 +206,9 @@ class Training:
             self._run_ahead()
             while history.step < recipe.train.steps:
                 self._step(history.step, stop_requested)
-                if recipe.eval.every and history.step % recipe.eval.every == 0 and history.step < recipe.train.steps:
-                    self._evaluate(history.step, stop_requested)
+                last = history.step == recipe.train.steps
+                if last or (recipe.eval.every and history.step % recipe.eval.every == 0):
+                    self._evaluate(history.step, stop_requested)  # before the checkpoint, which must know of it
                 if recipe.checkpoint.every and history.step % recipe.checkpoint.every == 0:
                     self._checkpoint()
                 if stop_requested():
@@ -455,25 +494,3 @@ def _thin(timeline: list[tuple[float, int]], points: int = 400) -> list[tuple[fl
     """At most about `points` points, the last one kept."""
     stride = max(1, len(timeline) // points)
     return [*timeline[::stride], timeline[-1]] if timeline else []
-
-
-@contextmanager
-def _stop_flag() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C only asks to stop, at the next safe point; a second one ends the process at once."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    try:
-        before = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not in the main thread: the caller's own handling stays
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

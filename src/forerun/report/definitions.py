@@ -32,6 +32,7 @@ DEFINITIONS: dict[str, str] = {
     "replicas/count": "Engines in processes of their own. Unit: count.",
     "replicas/lost": "Replicas that died, hung or talked nonsense and were replaced, since the run began. Unit: count.",
     "replicas/samples_rerun": "Samples that were asked for again after such a loss, since the run began. Unit: count.",
+    "replicas/slowest_ratio": "Seconds per token of the slowest replica over the others' median. Unit: ratio.",
     # agreement between the engine that sampled and the learner that trains
     "mismatch/kl": "Estimated KL divergence from the engine's distribution to the learner's. Unit: nats per token.",
     "mismatch/logp_diff_max": "Largest absolute difference between engine and learner log-probability. Unit: nats.",

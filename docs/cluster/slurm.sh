@@ -1,0 +1,38 @@
+#!/bin/bash
+# One learner and its rollout replicas under SLURM:   sbatch docs/cluster/slurm.sh
+# The first machine of the allocation learns; Ray places the replicas on the others. `#` behind a line: yours to change.
+# Not run in this form by the authors: it follows Ray's documentation for SLURM. docs/scaling.md says what was run.
+# Ray 2.60 wants one token on all machines: a shared home folder has it, else set RAY_AUTH_MODE=disabled for all.
+#SBATCH --job-name=forerun
+#SBATCH --nodes=5                 # 1 learner + 4 machines of replicas
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8         #
+#SBATCH --cpus-per-task=64        #
+#SBATCH --time=12:00:00           #
+#SBATCH --requeue                 # a job that is put back starts this script again, and `--resume` below goes on
+set -euo pipefail
+
+RECIPE=gsm8k                      #
+RUNS=$SLURM_SUBMIT_DIR/runs       # on a file system that outlives the job
+nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
+head=${nodes[0]}
+address=$(srun --nodes=1 --ntasks=1 -w "$head" hostname --ip-address | awk '{print $1}'):6379
+
+# The learner's machine joins without resources, so that no replica is placed on it.
+srun --nodes=1 --ntasks=1 --overlap -w "$head" \
+  ray start --head --port=6379 --num-cpus=0 --num-gpus=0 --include-dashboard=false --block &
+sleep 20
+for node in "${nodes[@]:1}"; do
+  srun --nodes=1 --ntasks=1 --overlap -w "$node" ray start --address="$address" --num-gpus=8 --block &
+done
+sleep 30
+
+# A requeued job finds the run that it had begun; whatever was lost since its last checkpoint is run again.
+if compgen -G "$RUNS/latest/checkpoints/step-??????/complete" > /dev/null; then
+  what=(--resume "$RUNS/latest")
+else
+  what=("$RECIPE" runs="$RUNS")
+fi
+srun --nodes=1 --ntasks=1 --overlap -w "$head" forerun train "${what[@]}" \
+  rollout.engine=vllm rollout.replicas=32 loop.lag=1 compare.steps=0 \
+  cluster.address="$address" cluster.gpus_per_replica=1 cluster.cpus_per_replica=6 checkpoint.every=10

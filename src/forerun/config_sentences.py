@@ -1,0 +1,37 @@
+"""A validation that failed, as one sentence for the user: what, where, and the key that was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from typing import get_args
+
+from pydantic import BaseModel, ValidationError
+
+
+def sentence(error: ValidationError, recipe: type[BaseModel]) -> str:
+    """The first problem of a validation, as one sentence with the nearest key where a key is unknown."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+    if first["type"] == "extra_forbidden":
+        keys = known_keys(recipe)
+        near = difflib.get_close_matches(where, keys, 1, cutoff=0.5)
+        near = near or [k for k in keys if k.split(".")[-1] == where.split(".")[-1]][:1]
+        hint = f"did you mean '{near[0]}'?" if near else f"the top-level keys are {', '.join(recipe.model_fields)}"
+        return f"Unknown key '{where}'; {hint}"
+    if first["type"] == "missing":
+        return f"The recipe lacks '{where}', which has no default"
+    message = first["msg"].removeprefix("Value error, ")
+    if where == "":  # of several settings together: the message names them
+        return message
+    return f"'{where}': {message}" + (f" (got {first['input']!r})" if "input" in first else "")
+
+
+def known_keys(block: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted keys of a block and of those within it."""
+    keys: list[str] = []
+    for name, field in block.model_fields.items():
+        keys.append(prefix + name)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += known_keys(kind, f"{prefix}{name}.")
+    return keys
