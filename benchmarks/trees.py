@@ -32,7 +32,8 @@ from benchmarks.common import (
     tokens_per_round,
     write_result,
 )
-from forerun.config import GRAFT_PRESETS, GraftConfig, SpeculationConfig
+from forerun.config import GraftConfig, SpeculationConfig
+from forerun.config_drafters import GRAFT_PRESETS
 from forerun.draft import load_drafter
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
