@@ -27,7 +27,7 @@ def recipe(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Monkey
         "task": {"name": "jsonl", "path": str(tmp_path / "sums.jsonl"), "reward": "rewards_for_tests:has_digit"},
         "rollout": {"slots": 8, "max_new_tokens": 12},
         "train": {"steps": 2, "prompts_per_step": 3, "samples_per_prompt": 4, "learning_rate": 1e-3},
-        "eval": {"every": 0, "prompts": 2},
+        "eval": {"prompts": 0},
         "checkpoint": {"every": 1},
     }
     path = tmp_path / "ranks.yaml"

@@ -180,8 +180,8 @@ def _take_parts(folder: Path, model: Any, optimizer: MasterOptimizer, reference:
     for number, (master, values) in enumerate(zip(optimizer.masters, saved["masters"], strict=True)):
         master.copy_(_part(values, master))
         for what, value in state.get(number, {}).items():
-            alike = value is not None and value.shape == master.shape
-            optimizer.inner.state[master][what] = _part(value, master) if alike else value
+            alike = value.shape == master.shape  # else it is the number of steps
+            optimizer.inner.state[master][what] = _part(value, master) if alike else value.clone()
     optimizer.updates = saved["updates"]
     if reference is not None and (folder / "reference.pt").exists():
         kept = torch.load(folder / "reference.pt", weights_only=True, mmap=True)
