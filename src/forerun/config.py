@@ -184,6 +184,10 @@ class TrainConfig(Block):
         False, description="several sequences per row of a pass, apart from each other: less padding, wider attention"
     )
     gradient_checkpointing: bool = False
+    ranks: int = Field(
+        1, ge=1, description="processes over which the learner is sharded (FSDP2), one per GPU; 1: in this process"
+    )
+    silence_s: float = Field(300.0, gt=0, description="with ranks: without a word after which they are given up")
 
     @property
     def band(self) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 A checkpoint is written beside its final name and renamed when everything in it has reached the disk; a folder without
 `complete`, which holds the size of every file, was cut off and is ignored. One that turns out broken is set aside for
-the one before. Left out: the prompts' order and the engine's seeds, which follow from the step.
+the one before. The learner writes its own part: `optimizer.pt`, or, sharded, the folder `learner`. Left out: the
+prompts' order and the engine's seeds, which follow from the step.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,6 @@ from safetensors import SafetensorError
 from forerun.draft import Drafter
 from forerun.errors import UserError
 from forerun.learner.cotrain import CoTrainer
-from forerun.learner.optimizer import MasterOptimizer
 from forerun.models import Policy, save_policy
 from forerun.report.metrics import disk_errors
 
@@ -35,11 +35,21 @@ class BrokenCheckpoint(UserError):
     """A checkpoint that cannot be used, and why."""
 
 
+class Saved(Protocol):
+    """A learner: `Learner` or `LearnerGroup`."""
+
+    def save(self, folder: Path) -> None:
+        """Write what it needs to go on, beside the policy itself, into the folder of a checkpoint."""
+
+    def restore(self, folder: Path) -> None:
+        """Inverse of `save`."""
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
     policy: Policy,
-    optimizer: MasterOptimizer,
+    learner: Saved,
     drafter: Drafter | None,
     history: dict[str, Any],
     keep: int,
@@ -59,7 +69,7 @@ def save_checkpoint(
         if drafter is not None:
             drafter.save(scratch / "drafter", {})
         with disk_errors(scratch):
-            torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
+            learner.save(scratch)
             if cotrainer is not None:
                 torch.save(cotrainer.state_dict(), scratch / "cotrain.pt")
             torch.save({"torch": torch.get_rng_state(), "python": random.getstate()}, scratch / "random.pt")
@@ -153,8 +163,8 @@ def read_history(checkpoint: Path) -> dict[str, Any]:
         return json.loads((checkpoint / "history.json").read_text())
 
 
-def restore(checkpoint: Path, optimizer: MasterOptimizer, cotrainer: CoTrainer | None = None) -> None:
-    """Put optimizers and random state back (the policy and the drafter are loaded from the checkpoint's folders).
+def restore(checkpoint: Path, learner: Saved, cotrainer: CoTrainer | None = None) -> None:
+    """Put the learner, the drafter's optimizer and random state back (policy and drafter are loaded by themselves).
 
     A run that begins to train its drafter at a checkpoint made without begins with a new optimizer for it.
 
@@ -162,7 +172,7 @@ def restore(checkpoint: Path, optimizer: MasterOptimizer, cotrainer: CoTrainer |
         BrokenCheckpoint: a file cannot be read.
     """
     with reading(checkpoint):
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+        learner.restore(checkpoint)
         if cotrainer is not None and (checkpoint / "cotrain.pt").exists():
             cotrainer.load_state_dict(torch.load(checkpoint / "cotrain.pt", weights_only=True))
         state = torch.load(checkpoint / "random.pt", weights_only=True)

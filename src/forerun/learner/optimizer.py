@@ -5,6 +5,9 @@ Gradients of all micro-batches are summed in float32. A float32 parameter is its
 Masters are rounded to bfloat16 at random, up or down with the chances that make the mean right. An update of 1e-6 is a
 hundredth of the distance between two bfloat16 numbers around 0.02: rounded to the nearest, it would never arrive in the
 policy that generates. The draws are keyed by the number of updates, so that a resumed run rounds as the first one did.
+
+Parameters that are sharded over ranks (float32 DTensors, see `shard.py`) are their own masters too: every rank clips by
+the norm of the whole gradient and updates its part.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from forerun.config import TrainConfig
+from forerun.learner.parallel import whole
 
 
 class MasterOptimizer:
@@ -32,7 +36,7 @@ class MasterOptimizer:
 
     def step(self, learning_rate: float) -> float:
         """Clip the accumulated gradients, update masters and live parameters, clear. Returns the norm before."""
-        norm = float(nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)))
         for group in self.inner.param_groups:
             group["lr"] = learning_rate
         self.inner.step()

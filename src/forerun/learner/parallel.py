@@ -1,10 +1,11 @@
 """What the ranks of a data-parallel learner share: the rows, one normaliser, the sum of the gradients.
 
-Every rank holds the whole policy and runs its own rows. A loss that is a sum over tokens divided by the tokens of the
-whole batch, on whichever rank they are, has gradients that add up to those of one rank, so the update depends neither
-on the number of ranks nor on the split. All ranks must call in the same order. What follows the sum (clipping, moments,
-stochastic rounding) sees the same numbers everywhere and needs no communication.
-Left out: sharded parameters and moments; overlap of communication with the backward pass.
+Every rank runs its own rows. A loss that is a sum over tokens divided by the tokens of the whole batch, on whichever
+rank they are, has gradients that add up to those of one rank, so the update depends neither on the number of ranks nor
+on the split. All ranks must call in the same order. A module that every rank holds whole has its gradients summed here
+(`sum_gradients`); what follows the sum (clipping, moments, stochastic rounding) then sees the same numbers everywhere
+and needs no communication. A policy whose parameters are sharded is FSDP2's to sum (`shard.py`).
+Left out: overlap of communication with the backward pass.
 """
 
 from __future__ import annotations
@@ -44,6 +45,23 @@ def sum_over_ranks(
     total = torch.tensor(list(numbers), dtype=torch.float64, device=device)
     dist.all_reduce(total, group=group)
     return [float(x) for x in total]
+
+
+def most_over_ranks(number: int, group: dist.ProcessGroup | None = None) -> int:
+    """The largest of the ranks' numbers: micro-batches that all must run, or whether one of them has seen something."""
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return int(largest)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor (a DTensor); any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every rank, which all must ask for; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()

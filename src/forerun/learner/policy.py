@@ -4,13 +4,18 @@ One batch is P prompts with n samples each, flat: sample i belongs to prompt i /
 of padded tokens; their gradients are summed with one normaliser, the completion tokens of the whole batch, so that the
 update does not depend on how the batch was cut, nor on whether it was packed. Samples of zero advantage, and those that
 the off-policy correction masks whole, have zero gradient and are not run again.
+
+The same class is a rank's part of a sharded learner (`rank.py`): an update is planned (`plan_update`), carried out by
+`Learner.update` on whatever rows it is given, and summed up (`update_metrics`). Ranks take turns in the same
+collectives, so each runs as many micro-batches as the one that has most; the missing ones are empty.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +36,11 @@ from forerun.learner.forward import (
 from forerun.learner.losses import clipped_policy_loss, kl_k3
 from forerun.learner.optimizer import MasterOptimizer
 from forerun.learner.packing import packed_microbatches, require_packing
+from forerun.learner.parallel import local_part
 from forerun.models import Policy
 from forerun.records import Rollout
+
+SHARDS = "learner"  # folder of a checkpoint in which ranks keep theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +63,84 @@ class Targets:
     correction: Sequence[Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """All that an update is made of, settled before its first pass."""
+
+    rollouts: Sequence[Rollout]
+    targets: Targets
+    chunks: list[list[int]]  # rollouts of each optimizer step; a step that would have none is left out
+    size: float  # completion tokens by which the loss of each chunk is divided
+    metrics: dict[str, float]  # of the off-policy correction
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the completion tokens of an update, and the gradient's norm at each optimizer step."""
+
+    loss: float = 0.0
+    ratio: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    kl: float = 0.0
+    tokens: float = 0.0
+    norms: list[float] = field(default_factory=list)
+
+
+def plan_update(config: TrainConfig, rollouts: Sequence[Rollout], advantages: Tensor, scored: Scored) -> Update:
+    """Weigh and choose what teaches. `advantages` is [P·n]."""
+    lengths = [len(r.tokens) for r in rollouts]
+    correction = correct(config, torch.cat(scored.logprobs), _by_the_engine(rollouts), lengths)
+    spread = [a.expand(n) for a, n in zip(advantages.cpu(), lengths, strict=True)]
+    targets = Targets(scored.logprobs, scored.reference, spread, correction.weights.split(lengths))
+    taught = [bool(x.any() and w.any()) for x, w in zip(targets.advantages, targets.correction, strict=True)]
+    order = [i for i in range(len(rollouts)) if taught[i] or scored.reference is not None]
+    chunks = [order[u :: config.updates_per_step] for u in range(config.updates_per_step)]
+    size = sum(lengths) / len(chunks)
+    return Update(rollouts, targets, [c for c in chunks if c], size, correction.metrics(lengths))
+
+
+def update_metrics(
+    config: TrainConfig, update: Update, tally: Tally, learning_rate: float, scored: Scored
+) -> dict[str, float]:
+    """What `train` returns."""
+    tokens = max(1.0, tally.tokens)
+    return {
+        "policy/loss": tally.loss / config.updates_per_step,
+        "policy/grad_norm": sum(tally.norms) / max(1, len(tally.norms)),
+        "policy/lr": learning_rate,
+        "policy/ratio_mean": tally.ratio / tokens if update.chunks else 1.0,
+        "policy/clip_low": tally.low / tokens,
+        "policy/clip_high": tally.high / tokens,
+        "policy/kl": tally.kl / tokens,
+        "policy/entropy": scored.entropy,
+        **update.metrics,
+    }
+
+
 class Learner:
     """Trains the live policy module; the engine sees every update at once because it runs the same parameters."""
 
-    def __init__(self, policy: Policy, config: TrainConfig, temperature: float) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: TrainConfig,
+        temperature: float,
+        reference: Any | None = None,
+        most: Callable[[int], int] = lambda number: number,
+    ) -> None:
+        """See the class.
+
+        Args:
+            reference: model for the KL penalty; None: a copy of the policy as it is, where `config` asks for a penalty.
+            most: the largest of the numbers that all ranks of a sharded learner give here; alone, one's own.
+        """
         self.policy, self.config = policy, config
-        self.temperature = temperature
+        self.temperature, self.most = temperature, most
         self.optimizer = MasterOptimizer(policy.model.parameters(), config)
-        self._reference = copy.deepcopy(policy.model).requires_grad_(False) if config.kl > 0 else None
+        if reference is None and config.kl > 0:
+            reference = copy.deepcopy(policy.model).requires_grad_(False)
+        self.reference = reference
         if config.packing:
             require_packing(policy)
         if config.gradient_checkpointing:
@@ -82,7 +160,7 @@ class Learner:
                 other than the default is given one sequence per row, also where the recipe packs.
         """
         own, entropies = [torch.empty(0)] * len(rollouts), [torch.empty(0)] * len(rollouts)
-        reference = None if self._reference is None else list(own)
+        reference = None if self.reference is None else list(own)
         entropy_sum, done = 0.0, 0
         packed = self.config.packing and forward is completion_logits
         for rows, batch in self._batches(rollouts, range(len(rollouts)), packed):
@@ -92,7 +170,7 @@ class Learner:
             _scatter(entropy, rows, rollouts, entropies)
             entropy_sum += float(entropy.sum())
             if reference is not None:
-                logits = completion_logits(self._reference, batch)
+                logits = completion_logits(self.reference, batch)
                 _scatter(token_logprobs(logits, batch.targets, self.temperature), rows, rollouts, reference)
             done += len(rows)
             tick(done)
@@ -114,45 +192,54 @@ class Learner:
             Interrupted: `stop_requested` before the first optimizer step; the policy is as it was.
             UserError: the loss or the gradient is not finite; the policy is as it was before this optimizer step.
         """
-        lengths = [len(r.tokens) for r in rollouts]
-        correction = correct(self.config, torch.cat(scored.logprobs), _by_the_engine(rollouts), lengths)
-        spread = [a.expand(n) for a, n in zip(advantages.cpu(), lengths, strict=True)]
-        targets = Targets(scored.logprobs, scored.reference, spread, correction.weights.split(lengths))
-        taught = [bool(x.any() and w.any()) for x, w in zip(targets.advantages, targets.correction, strict=True)]
-        order = [i for i in range(len(rollouts)) if taught[i] or scored.reference is not None]
-        chunks = [order[u :: self.config.updates_per_step] for u in range(self.config.updates_per_step)]
-        totals = dict.fromkeys(("loss", "ratio", "low", "high", "kl", "tokens"), 0.0)
-        norms = []
-        for number, chunk in enumerate(chunks):
-            size = sum(lengths) / len(chunks)
-            for rows, batch in self._batches(rollouts, chunk, self.config.packing):
-                if number == 0 and stop_requested():
+        update = plan_update(self.config, rollouts, advantages, scored)
+        tally = self.update(update, learning_rate, stop_requested, tick)
+        return update_metrics(self.config, update, tally, learning_rate, scored)
+
+    def update(
+        self,
+        update: Update,
+        learning_rate: float,
+        stop_requested: Callable[[], bool] = lambda: False,
+        tick: Callable[[int], None] = lambda n: None,
+    ) -> Tally:
+        """Carry out an update, or this rank's part of one. Raises as `train` does, on all ranks or on none."""
+        tally = Tally()
+        for number, chunk in enumerate(update.chunks):
+            for rows, batch in self._batches(update.rollouts, chunk, self.config.packing):
+                if number == 0 and self.most(int(stop_requested())):
                     self.optimizer.clear()
                     raise Interrupted
-                self._accumulate(batch, rows, targets, size, totals)
+                self._accumulate(batch, rows, update.targets, update.size, tally)
                 tick(len(rows))
-            if chunk:
-                norms.append(self._step(learning_rate))
-        tokens = max(1.0, totals["tokens"])
-        return {
-            "policy/loss": totals["loss"] / len(chunks),
-            "policy/grad_norm": sum(norms) / max(1, len(norms)),
-            "policy/lr": learning_rate,
-            "policy/ratio_mean": totals["ratio"] / tokens if order else 1.0,
-            "policy/clip_low": totals["low"] / tokens,
-            "policy/clip_high": totals["high"] / tokens,
-            "policy/kl": totals["kl"] / tokens,
-            "policy/entropy": scored.entropy,
-            **correction.metrics(lengths),
-        }
+            tally.norms.append(self._step(learning_rate))
+        return tally
 
-    def _accumulate(
-        self, batch: TokenBatch, rows: list[int], targets: Targets, size: float, totals: dict[str, float]
-    ) -> None:
+    def save(self, folder: Path) -> None:
+        """Write the optimizer with its masters, and the reference, into the folder of a checkpoint."""
+        torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        if self.reference is not None:
+            torch.save(self.reference.state_dict(), folder / "reference.pt")
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what this class, or the ranks of a sharded learner, saved."""
+        if (folder / SHARDS).is_dir():
+            from forerun.learner.shard import load_shards  # torch's distributed checkpoints load slowly
+
+            load_shards(folder / SHARDS, self.policy.model, self.optimizer, self.reference, alone=True)
+            return
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+        if self.reference is not None and (folder / "reference.pt").exists():
+            self.reference.load_state_dict(torch.load(folder / "reference.pt", weights_only=True))
+
+    def close(self) -> None:
+        """Nothing to give back; the twin of `LearnerGroup.close`."""
+
+    def _accumulate(self, batch: TokenBatch, rows: list[int], targets: Targets, size: float, tally: Tally) -> None:
         """Forward and backward of one micro-batch; its loss is a sum over tokens divided by `size`."""
 
         def of(parts: Sequence[Tensor]) -> Tensor:
-            return torch.cat([parts[i] for i in rows]).to(self.policy.device)
+            return torch.cat([parts[i] for i in rows] or [torch.empty(0)]).to(self.policy.device)
 
         config, old = self.config, of(targets.old)
         logprobs = token_logprobs(completion_logits(self.policy.model, batch), batch.targets, self.temperature)
@@ -162,17 +249,17 @@ class Learner:
         if targets.reference is not None:
             kl = kl_k3(logprobs, of(targets.reference))
             loss = loss + config.kl * kl.sum() / size
-            totals["kl"] += float(kl.detach().sum())
+            tally.kl += float(kl.detach().sum())
         loss.backward()
-        totals["loss"] += float(loss.detach())
-        totals["ratio"] += float(terms.ratio.sum())
-        totals["low"] += float(terms.clipped_low.sum())
-        totals["high"] += float(terms.clipped_high.sum())
-        totals["tokens"] += len(old)
+        tally.loss += float(loss.detach())
+        tally.ratio += float(terms.ratio.sum())
+        tally.low += float(terms.clipped_low.sum())
+        tally.high += float(terms.clipped_high.sum())
+        tally.tokens += len(old)
 
     def _step(self, learning_rate: float) -> float:
-        finite = all(bool(torch.isfinite(m.grad).all()) for m in self.optimizer.masters if m.grad is not None)
-        if not finite:
+        gradients = [local_part(m.grad) for m in self.optimizer.masters if m.grad is not None]
+        if self.most(int(not all(bool(torch.isfinite(g).all()) for g in gradients))):
             self.optimizer.clear()
             raise UserError(
                 "The policy's gradient is not finite; nothing was updated. Lower train.learning_rate, "
@@ -187,12 +274,15 @@ class Learner:
         pairs = [(rollouts[i].prompt_ids, rollouts[i].tokens) for i in chosen]
         lengths, tokens = [len(prompt) + len(completion) for prompt, completion in pairs], self.config.microbatch_tokens
         if packed:
-            for group in packed_microbatches(lengths, tokens):
-                batch = packed_batch([[pairs[j] for j in row] for row in group], self.policy.device)
-                yield [chosen[j] for row in group for j in row], batch
+            groups = packed_microbatches(lengths, tokens)
         else:
-            for row in microbatches(lengths, tokens):
-                yield [chosen[j] for j in row], token_batch([pairs[j] for j in row], self.policy.device)
+            groups = [[[j] for j in group] for group in microbatches(lengths, tokens)]
+        missing = self.most(len(groups)) - len(groups)  # asked by all ranks before their first pass
+        for group in groups:
+            batch = packed_batch([[pairs[j] for j in row] for row in group], self.policy.device)
+            yield [chosen[j] for row in group for j in row], batch if packed else replace(batch, position_ids=None)
+        for _ in range(missing):
+            yield [], token_batch([([0], [])], self.policy.device)  # a pass that all ranks run and nobody learns from
 
 
 def mismatch(rollouts: Sequence[Rollout], scored: Scored) -> dict[str, float]:

@@ -43,7 +43,8 @@ from forerun.learner.checkpoint import (
 )
 from forerun.learner.cotrain import CoTrainer
 from forerun.learner.forward import TokenBatch, completion_logits
-from forerun.learner.policy import Learner, mismatch
+from forerun.learner.group import make_learner
+from forerun.learner.policy import mismatch
 from forerun.loop.buffer import RolloutsAhead, lag_of
 from forerun.loop.cluster import starter
 from forerun.loop.drafter import prepare_drafter
@@ -139,9 +140,10 @@ class Training:
         apart = eval_slots is not None or recipe.loop.lag > 0  # an engine that runs ahead has no time for it
         self.evaluator = LocalEngine(policy, slots=eval_slots or recipe.rollout.slots) if apart else self.engine
         self.ahead: RolloutsAhead | None = None
-        self.learner = Learner(policy, recipe.train, recipe.rollout.temperature)
+        cotrained = drafter is not None and speculation.train != "off"
+        self.learner = make_learner(policy, recipe.train, recipe.rollout.temperature, cotrained)
         self.cotrainer = None
-        if drafter is not None and speculation.train != "off":
+        if drafter is not None and cotrained:
             heat = recipe.rollout.temperature
             self.cotrainer = CoTrainer(drafter, policy, speculation.train, recipe.draft, heat, recipe.seed)
         self._started = time.perf_counter() - history.wall_s
@@ -189,8 +191,8 @@ class Training:
         console.note(f"resuming {folder.path} after step {history.step} ({dropped} newer log lines dropped)")
         training = cls(recipe, console, folder, policy, drafter, history)
         try:
-            restore(checkpoint, training.learner.optimizer, training.cotrainer)
-        except UserError:
+            restore(checkpoint, training.learner, training.cotrainer)
+        except BaseException:
             training.close()
             raise
         return training
@@ -241,10 +243,11 @@ class Training:
         self.ahead.publish(publish(step, self.policy, self.drafter, shared=False, frozen=True))
 
     def close(self) -> None:
-        """Give the engines back."""
+        """Give the engines and the learner back."""
         if self.ahead is not None:
             self.ahead.close()
         self.engine.close()
+        self.learner.close()
         if "plain" in vars(self):  # made when it was first asked for
             self.plain.close()
 
@@ -420,7 +423,7 @@ class Training:
         with self.console.stage("checkpoint"), self.timeline.span(LEARNER, "checkpoint", self.history.step):
             self.history.wall_s = time.perf_counter() - self._started
             save_checkpoint(
-                self.folder.path / "checkpoints", self.history.step, self.policy, self.learner.optimizer, self.drafter,
+                self.folder.path / "checkpoints", self.history.step, self.policy, self.learner, self.drafter,
                 self.history.to_json(), self.recipe.checkpoint.keep, self.cotrainer,
             )  # fmt: skip
         self.timeline.flush()

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from forerun.engine.replicas import ReplicasLost
 from forerun.learner.checkpoint import complete_checkpoints
+from forerun.learner.group import RanksLost
 
-LOST: tuple[type[Exception], ...] = (ReplicasLost,)  # part of the run is gone; its checkpoints are not
+LOST: tuple[type[Exception], ...] = (ReplicasLost, RanksLost)  # part of the run is gone; its checkpoints are not
 
 
 class Restarts:

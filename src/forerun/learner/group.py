@@ -1,0 +1,453 @@
+"""A learner in processes of its own, its model sharded over them: the parent's end. Has the methods of `Learner`.
+
+Rows are given out by tokens (`parallel.split_rows`); every rank answers for its own. After an update the ranks stream
+the new weights into the parent's policy, which generates, is evaluated and is saved. All ranks live and die together:
+one that ends, or falls silent, ends the group (`RanksLost`); the parent's policy may then hold parts of two versions.
+Rounding differs from one process: bfloat16 weights are the nearest to their masters, not rounded at random.
+Left out: drafters that train beside the policy, other machines, another group in place of a lost one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from forerun.config import TrainConfig
+from forerun.errors import Interrupted, UserError
+from forerun.learner.forward import TokenBatch, completion_logits
+from forerun.learner.parallel import split_rows
+from forerun.learner.policy import Learner, Scored, Tally, Targets, Update, plan_update, update_metrics
+from forerun.learner.wire import Message, receive, send
+from forerun.models import Policy
+from forerun.records import Rollout
+from forerun.report.metrics import disk_errors
+
+PROGRAM = "from forerun.learner.rank import main; main()"
+START_S = 600.0  # until the ranks have their model; to write or read a checkpoint
+TICK_S = 0.1  # the longest wait between two looks at all ranks
+LAST_WORDS_S = 2.0  # for the other ranks to say how they ended, when one is gone
+
+
+class RanksLost(Exception):
+    """The ranks of the learner are gone, all of them: which one was lost first, and how it ended."""
+
+
+class _Gone(Exception):
+    """A rank cannot be talked to."""
+
+
+@dataclass(slots=True)
+class RankHandle:
+    """The parent's end of one rank."""
+
+    connection: Connection
+    done: int = 0  # rows of the order under way
+    silent_s: float = 0.0  # listened to in vain
+    failed: tuple[float, str] | None = None  # when, and what it said of it
+
+    def hear(self) -> Message:
+        """Its next message. Raises _Gone."""
+        try:
+            message = receive(self.connection)
+        except (EOFError, OSError):
+            raise _Gone from None
+        self.silent_s = 0.0
+        if message[0] == "failed":
+            self.failed = (message[1], message[2])
+            raise _Gone
+        return message
+
+
+def make_learner(
+    policy: Policy, config: TrainConfig, temperature: float, cotrained: bool = False
+) -> Learner | LearnerGroup:
+    """The learner that `train.ranks` asks for.
+
+    Raises:
+        UserError: the machine has too few GPUs, a drafter is to train beside the policy (`cotrained`), or the policy
+            cannot be packed.
+    """
+    if config.ranks == 1:
+        return Learner(policy, config, temperature)
+    if cotrained:
+        raise UserError(
+            f"speculation.train needs the policy's hidden states in one process, and train.ranks={config.ranks} keeps "
+            "them in several; set speculation.train=off or train.ranks=1"
+        )
+    return LearnerGroup(policy, config, temperature)
+
+
+class LearnerGroup:
+    """`Learner`, over `config.ranks` processes. Any method but `close` raises RanksLost."""
+
+    def __init__(self, policy: Policy, config: TrainConfig, temperature: float, program: str = PROGRAM) -> None:
+        """Start the ranks with the weights of `policy`.
+
+        Args:
+            program: Python of the nursery, see `rank.main`.
+
+        Raises:
+            UserError: the machine has too few GPUs, or the policy cannot be packed.
+        """
+        self.policy, self.config = policy, config
+        self.pids: list[int] = []
+        self._folder = tempfile.TemporaryDirectory()
+        self._ended: dict[int, int] = {}  # exit codes by rank
+        self._said = ""  # by the nursery, the line under way
+        self._ranks: list[RankHandle] = []
+        devices = _devices(policy.device, config.ranks)
+        self._start(program)
+        self._make(devices, temperature)
+
+    # ---- the methods of Learner ----
+
+    def score(
+        self,
+        rollouts: Sequence[Rollout],
+        tick: Callable[[int], None] = lambda n: None,
+        forward: Callable[[Any, TokenBatch], Tensor] = completion_logits,
+    ) -> Scored:
+        """See `Learner.score`. Raises UserError for another `forward`: it would see nothing here."""
+        if forward is not completion_logits:
+            raise UserError(f"train.ranks={self.config.ranks} computes log-probabilities elsewhere; set train.ranks=1")
+        parts = self._split(rollouts, range(len(rollouts)))
+        done = 0
+
+        def heard(rows: int) -> None:
+            nonlocal done
+            done += rows
+            tick(done)
+
+        answers = self._run([("score", [rollouts[i] for i in part]) for part in parts], heard)
+        return _merge(rollouts, parts, [answer[1] for answer in answers])
+
+    def train(
+        self,
+        rollouts: Sequence[Rollout],
+        advantages: Tensor,  # [P·n]
+        scored: Scored,
+        learning_rate: float,
+        stop_requested: Callable[[], bool] = lambda: False,
+        tick: Callable[[int], None] = lambda n: None,
+    ) -> dict[str, float]:
+        """See `Learner.train`. A request to stop that comes after the first optimizer step is left to the caller."""
+        update, tally = plan_update(self.config, rollouts, advantages, scored), Tally()
+        if update.chunks:
+            if stop_requested():
+                raise Interrupted
+            tally = self._update(update, learning_rate, stop_requested, tick)
+        return update_metrics(self.config, update, tally, learning_rate, scored)
+
+    def save(self, folder: Path) -> None:
+        """Write masters, moments and reference, each rank its part. Raises UserError, RanksLost."""
+        self._all_agree("save", str(folder))
+
+    def restore(self, folder: Path) -> None:
+        """Go on from what `save`, on any number of ranks, or `Learner.save` wrote; the policy follows.
+
+        Raises:
+            UserError: the checkpoint is broken. RanksLost.
+        """
+        self._all_agree("restore", str(folder))
+        self._fetch()
+
+    def close(self) -> None:
+        """End all ranks at once; the nursery sees to it, and reaps them."""
+        self._lifeline.close()
+        try:
+            self._nursery.wait(timeout=5)
+        except subprocess.TimeoutExpired:  # it is not as far as that
+            self._nursery.kill()
+            self._nursery.wait()
+        if self._nursery.returncode != 0:
+            with contextlib.suppress(ProcessLookupError):  # there may be no ranks
+                os.killpg(self._nursery.pid, signal.SIGKILL)
+        for rank in self._ranks:
+            rank.connection.close()
+        self._ranks = []
+        self._output.close()
+        self._folder.cleanup()
+
+    # ---- processes ----
+
+    def _start(self, program: str) -> None:
+        """The nursery, with one end of a socket pair for each rank. In a session of its own: Ctrl-C is the parent's."""
+        theirs: list[socket.socket] = []
+        limit = struct.pack("ll", int(self.config.silence_s) + 1, 0)
+        for _ in range(self.config.ranks):
+            mine, other = socket.socketpair()
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # one stopped in mid-message must not stop us
+                mine.setsockopt(socket.SOL_SOCKET, option, limit)
+            self._ranks.append(RankHandle(Connection(mine.detach())))
+            theirs.append(other)
+        read, write = os.pipe()
+        self._lifeline = os.fdopen(write, "wb")  # only this process holds it: when it dies, the ranks are ended
+        passed = [read, *(other.fileno() for other in theirs)]
+        words = [str(read), type(self.policy.model).__module__, *map(str, passed[1:])]
+        local = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+        with open(Path(self._folder.name) / "nursery.log", "wb") as errors:
+            self._nursery = subprocess.Popen(
+                [sys.executable, "-c", program, *words], pass_fds=passed, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
+                env=local | os.environ | {"OMP_NUM_THREADS": str(self._threads)},
+            )  # fmt: skip
+        assert self._nursery.stdout is not None
+        self._output = self._nursery.stdout
+        os.set_blocking(self._output.fileno(), False)
+        os.close(read)
+        for other in theirs:
+            other.close()
+
+    @property
+    def _threads(self) -> int:
+        return max(1, torch.get_num_threads() // self.config.ranks)
+
+    def _make(self, devices: list[str], temperature: float) -> None:
+        """Have every rank build its part. Raises UserError, RanksLost."""
+        from forerun.learner.rank import Order  # FSDP2 and checkpoints load slowly
+        from forerun.learner.shard import blueprint, store_weights
+
+        folder, plan = Path(self._folder.name), blueprint(self.policy)
+        count, threads, patience_s = len(devices), self._threads, max(START_S, self.config.silence_s)
+        try:
+            with disk_errors(folder):
+                store_weights(self.policy, folder / "weights.pt")
+            orders = [
+                Order(plan, self.config, temperature, str(folder), rank, count, device, threads, patience_s)
+                for rank, device in enumerate(devices)
+            ]
+            self._agree(self._run([("make", order) for order in orders], limit_s=patience_s))
+            (folder / "weights.pt").unlink()
+        except BaseException:
+            self.close()
+            raise
+
+    def _hear_nursery(self) -> None:
+        """Take in which ranks it says have ended."""
+        if not self._output.closed and select.select([self._output], [], [], 0)[0]:
+            self._said += (self._output.read() or b"").decode()
+        *lines, self._said = self._said.split("\n")
+        for words in (line.split() for line in lines):
+            if words[:1] == ["pids"]:
+                self.pids = [int(word) for word in words[1:]]
+            elif words[:1] == ["ended"]:
+                self._ended[int(words[1])] = int(words[2])
+
+    # ---- orders ----
+
+    def _run(
+        self,
+        orders: Sequence[Message],
+        heard: Callable[[int], None] = lambda rows: None,
+        idle: Callable[[], None] = lambda: None,
+        limit_s: float | None = None,
+    ) -> list[Message]:
+        """Give each rank its order and await its answer.
+
+        Args:
+            heard: told how many more rows are done. idle: called several times a second.
+            limit_s: of silence; None: the recipe's.
+
+        Raises:
+            RanksLost: a rank ended, or was silent for too long.
+        """
+        if not self._ranks:
+            raise RanksLost("The learner's ranks were ended; make a new learner")
+        answers: dict[int, Message] = {}
+        for number, (rank, order) in enumerate(zip(self._ranks, orders, strict=True)):
+            rank.done, rank.silent_s = 0, 0.0
+            self._send(number, order)
+        while len(answers) < len(self._ranks):
+            open_ranks = {rank.connection: i for i, rank in enumerate(self._ranks) if i not in answers}
+            started = time.perf_counter()
+            ready = wait(list(open_ranks), TICK_S)
+            waited = min(time.perf_counter() - started, 2 * TICK_S)  # not what this process slept itself
+            for connection, number in open_ranks.items():
+                if connection in ready:
+                    self._take(number, answers, heard)
+                else:
+                    self._ranks[number].silent_s += waited
+            self._check_silence([i for i in open_ranks.values() if i not in answers], limit_s or self.config.silence_s)
+            idle()
+        self._hear_nursery()
+        return [answers[i] for i in range(len(self._ranks))]
+
+    def _send(self, number: int, order: Message) -> None:
+        try:
+            send(self._ranks[number].connection, order)
+        except OSError:
+            self._lose(number)
+
+    def _take(self, number: int, answers: dict[int, Message], heard: Callable[[int], None]) -> None:
+        """Act on a rank's next message. Raises RanksLost."""
+        rank = self._ranks[number]
+        try:
+            message = rank.hear()
+            if message[0] == "piece":
+                self._place(message[1], message[2], rank.connection.recv_bytes())
+            elif message[0] == "tick":
+                more, rank.done = message[1] - rank.done, max(rank.done, message[1])
+                heard(max(0, more))
+            else:
+                answers[number] = message
+        except (_Gone, EOFError, OSError):
+            self._lose(number)
+
+    def _check_silence(self, waiting: list[int], limit_s: float) -> None:
+        """A rank that hangs makes the others hang that wait for it: the one that fell silent first is named."""
+        silent = max(waiting, key=lambda i: self._ranks[i].silent_s, default=None)
+        if silent is not None and self._ranks[silent].silent_s > limit_s:
+            self._end(f"Rank {silent} of the learner has been silent for {self._ranks[silent].silent_s:.0f} s")
+
+    def _all_agree(self, *order: Any) -> None:
+        self._agree(self._run([order] * self.config.ranks, limit_s=START_S))
+
+    def _agree(self, answers: list[Message]) -> None:
+        """Raises UserError when the ranks have refused."""
+        for kind, *content in answers:
+            if kind == "refused":
+                raise UserError(content[0])
+
+    def _lose(self, number: int) -> NoReturn:
+        """A rank cannot be talked to: find out which was lost first, and end all."""
+        until = time.perf_counter() + LAST_WORDS_S
+        while time.perf_counter() < until and len(self._ended) < len(self._ranks):
+            all_said = self._nursery.poll() is not None
+            self._hear_nursery()
+            for rank in [r for r in self._ranks if r.failed is None]:
+                with contextlib.suppress(_Gone):
+                    while rank.connection.poll():
+                        rank.hear()
+            if all_said or (number in self._ended and any(code < 0 for code in self._ended.values())):
+                break
+            time.sleep(0.02)
+        killed = sorted(i for i, code in self._ended.items() if code < 0)
+        failed = sorted((r.failed[0], i) for i, r in enumerate(self._ranks) if r.failed is not None)
+        first = killed[0] if killed else failed[0][1] if failed else number
+        self._end(f"Rank {first} of the learner {self._last_words(first)}")
+
+    def _last_words(self, number: int) -> str:
+        """How a rank ended, with the last line that it wrote."""
+        code = self._ended.get(number)
+        handle, folder = self._ranks[number], Path(self._folder.name)
+        log = folder / f"rank-{number}.log"
+        text = (log if log.exists() else folder / "nursery.log").read_text(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        last = handle.failed[1] if handle.failed is not None else lines[-1].strip() if lines else ""
+        end = "cannot be talked to" if code is None else f"ended with code {code}"
+        end = f"was killed by signal {-code}" if code is not None and code < 0 else end
+        return f"{end}: {last}" if last else end
+
+    def _end(self, sentence: str) -> NoReturn:
+        self.close()
+        raise RanksLost(f"{sentence}; all {self.config.ranks} were ended")
+
+    # ---- updates ----
+
+    def _split(self, rollouts: Sequence[Rollout], chosen: Sequence[int]) -> list[list[int]]:
+        """Each rank's of the chosen rollouts."""
+        lengths = [len(rollouts[i].prompt_ids) + len(rollouts[i].tokens) for i in chosen]
+        return [[chosen[j] for j in part] for part in split_rows(lengths, self.config.ranks)]
+
+    def _update(
+        self, update: Update, learning_rate: float, stop_requested: Callable[[], bool], tick: Callable[[int], None]
+    ) -> Tally:
+        """Have the ranks carry out an update, and take their weights over."""
+        told = False
+
+        def idle() -> None:
+            nonlocal told
+            if not told and stop_requested():
+                told = True
+                for number in range(len(self._ranks)):
+                    self._send(number, ("stop",))
+
+        chunks = [self._split(update.rollouts, chunk) for chunk in update.chunks]
+        shares = [_share(update, [parts[rank] for parts in chunks]) for rank in range(self.config.ranks)]
+        answers = self._run([("train", share, learning_rate) for share in shares], tick, idle)
+        if answers[0][0] == "interrupted":
+            raise Interrupted
+        self._fetch()
+        self._agree(answers)
+        return _add([answer[1] for answer in answers])
+
+    def _fetch(self) -> None:
+        """Take the ranks' weights over, in place. Raises RanksLost."""
+        self._targets = {name: p.detach() for name, p in self.policy.model.named_parameters()}
+        self._missing = {name: p.numel() for name, p in self._targets.items()}
+        self._run([("weights",)] * self.config.ranks)
+        incomplete = [name for name, count in self._missing.items() if count]
+        self._targets = {}
+        if incomplete:
+            self._end(f"Rank 0 of the learner sent {len(incomplete)} parameters only in part: {', '.join(incomplete)}")
+
+    def _place(self, name: str, start: int, data: bytes) -> None:
+        """Put a piece of a parameter in its place."""
+        target = self._targets[name].view(-1)
+        values = torch.frombuffer(bytearray(data), dtype=target.dtype)
+        target[start : start + len(values)] = values.to(target.device)
+        self._missing[name] -= len(values)
+
+
+def _devices(device: torch.device, ranks: int) -> list[str]:
+    """Where each rank computes: the policy's device on a CPU, one GPU each otherwise."""
+    if device.type != "cuda":
+        return [str(device)] * ranks
+    if torch.cuda.device_count() < ranks:
+        raise UserError(
+            f"train.ranks={ranks} needs a GPU for each rank, and this machine has {torch.cuda.device_count()}; set "
+            "train.ranks to at most that"
+        )
+    return [f"cuda:{rank}" for rank in range(ranks)]
+
+
+def _share(update: Update, chunks: list[list[int]]) -> Update:
+    """What a rank needs of an update: the rollouts of its chunks, renumbered, with their targets."""
+    chosen = [i for chunk in chunks for i in chunk]
+    place = {i: number for number, i in enumerate(chosen)}
+
+    def of(parts: Sequence[Tensor] | None) -> list[Tensor] | None:
+        return None if parts is None else [parts[i].clone() for i in chosen]  # not the storage they are views of
+
+    t = update.targets
+    targets = Targets(of(t.old) or [], of(t.reference), of(t.advantages) or [], of(t.correction) or [])
+    return replace(
+        update, rollouts=[update.rollouts[i] for i in chosen], targets=targets,
+        chunks=[[place[i] for i in chunk] for chunk in chunks],
+    )  # fmt: skip
+
+
+def _add(tallies: list[Tally]) -> Tally:
+    """Sums of the sums; the norms are the same on every rank."""
+    names = [f.name for f in fields(Tally) if f.name != "norms"]
+    return Tally(**{name: sum(getattr(t, name) for t in tallies) for name in names}, norms=tallies[0].norms)
+
+
+def _merge(rollouts: Sequence[Rollout], parts: list[list[int]], scored: list[Scored]) -> Scored:
+    """What the ranks found, in the order of the batch."""
+    own, entropies = [torch.empty(0)] * len(rollouts), [0.0] * len(rollouts)
+    reference = None if scored[0].reference is None else list(own)
+    for part, found in zip(parts, scored, strict=True):
+        for place, i in enumerate(part):
+            own[i], entropies[i] = found.logprobs[place], found.entropies[place]
+            if reference is not None and found.reference is not None:
+                reference[i] = found.reference[place]
+    lengths = [len(r.tokens) for r in rollouts]
+    mean = sum(e * n for e, n in zip(entropies, lengths, strict=True)) / max(1, sum(lengths))
+    return Scored(own, reference, mean, entropies)

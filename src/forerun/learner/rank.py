@@ -1,0 +1,225 @@
+"""What runs in the processes of a sharded learner: a nursery that imports once and forks the ranks, and a rank.
+
+All ranks carry out the same order at the same time, each on its own rows; they meet in FSDP2's collectives. A rank says
+so after every micro-batch, parameter and order, which is why a hung one falls silent. The nursery tells how each rank
+ended, and ends all of them when the parent is gone, also one that is stopped. Left out: who listens (`group.py`).
+
+    to a rank    make, score, train, stop, weights, save, restore
+    from it      ready, tick, scored, trained, interrupted, piece (+ bytes), sent, done, refused, failed
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from forerun.config import TrainConfig
+from forerun.errors import Interrupted, UserError
+from forerun.learner.parallel import most_over_ranks
+from forerun.learner.policy import SHARDS, Learner, Scored, Update
+from forerun.learner.shard import Blueprint, build_sharded, load_shards, load_whole, save_shards, whole_parameters
+from forerun.learner.wire import receive, send
+from forerun.models import Policy
+from forerun.records import Rollout
+
+CHUNK_BYTES = 16 * 2**20  # of weights per message
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How a rank makes its part of the learner."""
+
+    plan: Blueprint
+    config: TrainConfig
+    temperature: float
+    folder: str  # with the weights, and where the ranks meet
+    rank: int
+    count: int
+    device: str
+    threads: int
+    patience_s: float  # for another rank
+
+
+class Server:
+    """Carries out orders until the parent is gone."""
+
+    def __init__(self, connection: Connection, order: Order) -> None:
+        self.connection, self.order = connection, order
+        self._stop = False
+        device, plan, file = torch.device(order.device), order.plan, Path(order.folder) / "weights.pt"
+        mesh = init_device_mesh(device.type, (order.count,))
+        policy = Policy(build_sharded(plan, file, mesh, device, learns=True), None, plan.name)
+        reference = build_sharded(plan, file, mesh, device, learns=False) if order.config.kl > 0 else None
+        self.learner = Learner(policy, order.config, order.temperature, reference, most_over_ranks)
+        self.model = policy.model
+
+    def run(self) -> None:
+        """Raises EOFError or ConnectionError when the parent is gone."""
+        self.tell("ready")
+        orders: dict[str, Callable[..., None]] = {
+            "score": self.score, "train": self.train, "stop": self.stop, "weights": self.weights,
+            "save": self.save, "restore": self.restore,
+        }  # fmt: skip
+        while True:
+            kind, *content = receive(self.connection)
+            if kind != "stop":
+                self.tell("tick", 0)  # who waits for another rank from here on is not the one that hangs
+            try:
+                orders[kind](*content)
+            except UserError as error:
+                self.tell("refused", str(error))
+
+    def tell(self, *message: Any) -> None:
+        """The kind first."""
+        send(self.connection, message)
+
+    def score(self, rollouts: list[Rollout]) -> None:
+        """This rank's rows of a batch."""
+        scored = self.learner.score(rollouts, lambda done: self.tell("tick", done))
+        own = [x.clone() for x in scored.logprobs]  # not the storage that they are views of
+        reference = None if scored.reference is None else [x.clone() for x in scored.reference]
+        self.tell("scored", Scored(own, reference, scored.entropy, scored.entropies))
+
+    def train(self, update: Update, learning_rate: float) -> None:
+        """This rank's part of an update."""
+        self._stop, done = False, 0
+
+        def tick(rows: int) -> None:
+            nonlocal done
+            done += rows
+            self.tell("tick", done)
+
+        try:
+            tally = self.learner.update(update, learning_rate, self.stop_requested, tick)
+        except Interrupted:
+            self.tell("interrupted")
+        else:
+            self.tell("trained", tally)
+
+    def stop_requested(self) -> bool:
+        """Whether the parent wants the update under way to be left."""
+        while self.connection.poll():
+            kind, *_ = receive(self.connection)
+            assert kind == "stop", kind
+            self.stop()
+        return self._stop
+
+    def stop(self) -> None:
+        """Leave the update under way; one that has ended is left alone."""
+        self._stop = True
+
+    def weights(self) -> None:
+        """Give out the policy, in the dtype that generates: rank 0 sends what all of them gather."""
+        for name, whole in whole_parameters(self.model, self.order.plan.dtype):
+            self.tell("tick", 0)
+            if self.order.rank == 0:
+                for start, part in _pieces(whole):
+                    self.tell("piece", name, start)
+                    self.connection.send_bytes(part.view(torch.uint8).numpy().data)
+        self.tell("sent")
+
+    def save(self, folder: str) -> None:
+        """Write this rank's part into the folder of a checkpoint."""
+        save_shards(Path(folder) / SHARDS, self.model, self.learner.optimizer, self.learner.reference)
+        self.tell("done")
+
+    def restore(self, folder: str) -> None:
+        """Go on from a checkpoint of any number of ranks, or of one process."""
+        state = (self.model, self.learner.optimizer, self.learner.reference)
+        if (Path(folder) / SHARDS).is_dir():
+            load_shards(Path(folder) / SHARDS, *state)
+        else:
+            load_whole(Path(folder), *state)
+        self.tell("done")
+
+
+def _pieces(tensor: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """(first element, flat slice) of at most `CHUNK_BYTES` each."""
+    flat = tensor.contiguous().view(-1)
+    size = max(1, CHUNK_BYTES // flat.element_size())
+    return [(start, flat[start : start + size]) for start in range(0, len(flat), size)]
+
+
+def _be_rank(connection: Connection) -> None:
+    """A rank's life."""
+    _, order = receive(connection)
+    log = os.open(Path(order.folder) / f"rank-{order.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(order.threads)
+    device = torch.device(order.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{order.folder}/meeting", rank=order.rank, world_size=order.count,
+        timeout=timedelta(seconds=order.patience_s),
+    )  # fmt: skip
+    try:
+        server = Server(connection, order)
+    except UserError as error:
+        send(connection, ("refused", str(error)))
+        return
+    server.run()
+
+
+def _run_rank(connection: Connection) -> None:
+    """A rank from fork to end. It leaves without tidying up: its peers may be gone, and wait for nobody."""
+    try:
+        _be_rank(connection)
+        os._exit(0)
+    except (EOFError, ConnectionError):
+        os._exit(0)  # the parent is gone
+    except BaseException as error:
+        failed_at = time.monotonic()  # the same clock in all ranks: the first to fail is the one to name
+        traceback.print_exc()
+        try:
+            lines = str(error).strip().splitlines() or [""]
+            send(connection, ("failed", failed_at, f"{type(error).__name__}: {lines[0]}"))
+        finally:
+            os._exit(1)
+
+
+def _end_with(lifeline: int, ranks: dict[int, int]) -> None:
+    """Wait until the parent's end of a pipe is closed, then end the ranks."""
+    os.read(lifeline, 1)
+    for pid in list(ranks):
+        os.kill(pid, signal.SIGKILL)
+
+
+def main() -> None:
+    """The nursery: `lifeline, module of the model, sockets of the ranks`; prints `pids ...` and `ended rank code`."""
+    lifeline, module, *sockets = sys.argv[1:]
+    importlib.import_module(module)
+    connections = [Connection(int(number)) for number in sockets]
+    ranks: dict[int, int] = {}  # by process id
+    for rank, connection in enumerate(connections):
+        pid = os.fork()  # nothing has been computed yet: no threads, no CUDA
+        if pid == 0:
+            for other in connections:
+                if other is not connection:
+                    other.close()
+            _run_rank(connection)
+        ranks[pid] = rank
+    print("pids", *ranks, flush=True)  # in the order of the ranks
+    for connection in connections:
+        connection.close()
+    threading.Thread(target=_end_with, args=(int(lifeline), ranks), daemon=True).start()
+    while ranks:
+        pid, status = os.wait()
+        print("ended", ranks.pop(pid), os.waitstatus_to_exitcode(status), flush=True)
