@@ -1,8 +1,9 @@
 """A sharded learner makes the updates of one process, goes on from checkpoints, and is not survived by its processes.
 
-float32: sums come in another order, so log-probabilities, losses and norms agree within 1e-5 of their size (1e-6 where
-they are near 0) and weights within 1e-5 of the largest change. SGD, whose step is as wrong as its gradient is; AdamW,
-which turns any small gradient into a full step, where the same ranks must repeat themselves bit for bit.
+float32: sums come in another order, and the second of two optimizer steps begins where that has led: log-probabilities,
+losses, norms and weights (of the largest change) agree within 2e-4 of their size, 1e-5 where they are near 0; 6e-5 was
+seen, and the negative control is 0.5 off. SGD, whose step is as wrong as its gradient is; AdamW, which turns any small
+gradient into a full step, where the same ranks must repeat themselves bit for bit.
 """
 
 from __future__ import annotations
@@ -69,14 +70,14 @@ class Outcome:
                 found[name] = max(found.get(name, 0.0), gap(torch.tensor(value), torch.tensor(theirs[name])))
         moved = max(float((w - start[name]).abs().max()) for name, w in other.weights.items())
         worst = max(float((w - other.weights[name]).abs().max()) for name, w in self.weights.items())
-        return found | {"weights": worst / (1e-5 * moved)}
+        return found | {"weights": worst / (2e-4 * moved)}
 
 
 def gap(x: Tensor, y: Tensor) -> float:
-    return float(((x - y).abs() / (1e-6 + 1e-5 * y.abs())).max())
+    return float(((x - y).abs() / (1e-5 + 2e-4 * y.abs())).max())
 
 
-def steps(learner: Learner | LearnerGroup, batches: list[Batch], rate: float = 0.05) -> Outcome:
+def steps(learner: Learner | LearnerGroup, batches: list[Batch], rate: float = 0.01) -> Outcome:
     outcome = Outcome()
     for rollouts, advantages in batches:
         scored = learner.score(rollouts)
@@ -186,7 +187,7 @@ def test_the_comparison_sees_gradients_that_are_averaged(fresh: Callable[[], Pol
     start, expected = weights(fresh()), steps(Learner(fresh(), PLAIN, 1.0), batches[:1])
     with ranks(fresh(), 2, PLAIN, AVERAGING) as group:
         differences = steps(group, batches[:1]).differs_from(expected, start)
-    assert differences["logprobs"] < 1 < 1000 < min(differences["weights"], differences["policy/grad_norm"])
+    assert differences["logprobs"] < 1 < 500 < min(differences["weights"], differences["policy/grad_norm"])
 
 
 def test_a_restored_group_goes_on_bit_for_bit(
