@@ -315,6 +315,11 @@ class Recipe(Block):
             raise ValueError(
                 f"speculation.vllm is for vLLM alone, and rollout.engine is {self.rollout.engine}; set it to vllm"
             )
+        if self.train.ranks > 1 and self.speculation.train != "off":
+            raise ValueError(
+                f"speculation.train={self.speculation.train} needs the policy's hidden states in one process, and "
+                f"train.ranks={self.train.ranks} keeps them in several; set one of them back"
+            )
         if self.cold_start is not None and self.policy.adapter is not None:
             raise ValueError("cold_start trains an adapter and policy.adapter loads one: keep one of the two")
         if self.loop.lag and not self.rollout.replicas:

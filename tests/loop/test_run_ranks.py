@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ import pytest
 import yaml
 
 import forerun
+from forerun.config import load_recipe
+from forerun.errors import UserError
+from forerun.learner.group import LearnerGroup
 from forerun.loop.loop import resumed_recipe, run
 
 
@@ -53,9 +58,32 @@ def test_two_ranks_are_the_run_of_one_process(recipe: Path) -> None:
                 assert mine[name] == value, name
             else:
                 assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-    assert ranks["weights"]["policy_checksum"] != alone["weights"]["policy_checksum"]  # another order of sums
 
     half = forerun.train(str(recipe), {"train.ranks": 2, "train.steps": 1})
     assert (Path(half["run"]) / "checkpoints" / "step-000001" / "learner" / ".metadata").is_file()
     continued = run(resumed_recipe(Path(half["run"]), {"train.steps": 2}), resume=Path(half["run"]))
     assert continued["weights"] == ranks["weights"] and steps_of(continued["run"]) == found
+
+
+def test_a_run_that_loses_a_rank_goes_back_by_itself(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the second step's update: from the first step's checkpoint it ends where an undisturbed run ends."""
+    undisturbed = forerun.train(str(recipe), {"train.ranks": 2})
+    train, calls = LearnerGroup.train, []
+
+    def killing(self: LearnerGroup, *arguments: Any) -> dict[str, float]:
+        calls.append(len(self.pids))
+        if len(calls) == 2:
+            os.kill(self.pids[1], signal.SIGKILL)
+        return train(self, *arguments)
+
+    monkeypatch.setattr(LearnerGroup, "train", killing)
+    summary = forerun.train(str(recipe), {"train.ranks": 2})
+    assert calls == [2, 2, 2]  # the second step's twice
+    (warning,) = (words for words in summary["warnings"] if "goes back" in words)
+    assert "goes back to step-000001" in warning and "Rank 1 of the learner" in warning
+    assert summary["weights"] == undisturbed["weights"] and steps_of(summary["run"]) == steps_of(undisturbed["run"])
+
+
+def test_a_drafter_that_trains_beside_ranks_is_refused_at_once(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.ranks=2"):
+        load_recipe(str(recipe), {"train.ranks": 2, "speculation.method": "eagle3", "speculation.train": "every-1"})
