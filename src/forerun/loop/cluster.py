@@ -26,6 +26,7 @@ from forerun.engine.replica import CHUNK_BYTES, Lost, Order, Patience, Replica, 
 from forerun.errors import UserError
 
 Files = list[tuple[str, int]]  # path below the actor's folder, bytes
+LOOPBACK = "127.0.0.1"  # nobody beyond this machine has to do with a private Ray
 
 
 def starter(recipe: Recipe) -> Starter | None:
@@ -52,7 +53,8 @@ class OnCluster:
     def begin(self, order: Order, patience: Patience) -> Callable[[], Replica]:
         """See `Starter`."""
         ray, cluster, key = self._ray, self.cluster, secrets.token_bytes(32)
-        server = socket.create_server(("", 0))
+        host = LOOPBACK if cluster.address == "local" else ray.util.get_node_ip_address()
+        server = socket.create_server((host, 0))
         server.settimeout(patience.start_s)
         place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._group)
         order = replace(order, threads=max(1, int(cluster.cpus_per_replica)))
@@ -64,7 +66,7 @@ class OnCluster:
             )
             .remote()
         )  # fmt: skip
-        running = actor.run.remote(ray.util.get_node_ip_address(), server.getsockname()[1], key)
+        running = actor.run.remote(host, server.getsockname()[1], key)
         process = RayProcess(ray, actor, running)
 
         def connected() -> Replica:
