@@ -1,10 +1,11 @@
 """Both engines on the same policy: tokens/s plain and with the recipe's drafter, at several batches, in one run.
 
-    python -m benchmarks.engines [--batches 1,8,32] [--max-new-tokens 64] [--repeats 5] [--engines local,vllm]
+    python -m benchmarks.engines [--batches 1,8,32] [--max-new-tokens N] [--repeats 5] [--engines local,vllm]
 
-Every sample gets exactly `--max-new-tokens` tokens at the recipe's temperature (ends are ignored), from held-out
-prompts. The engines take turns; medians. Each has as many slots as the batch has samples, hence one engine per cell:
-with vLLM the start is not in the time. Both verify by token rejection, the rule that vLLM has everywhere.
+A turn samples as many held-out prompts as the batch has slots (four at least), at the recipe's temperature, until they
+end by themselves or at the limit: tokens over seconds, the emptying end included. The engines take turns; medians. One
+engine per cell: with vLLM the start is not in the time. Both verify by token rejection, the rule that vLLM has
+everywhere.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from forerun.draft import load_drafter
 from forerun.engine import Counters, RolloutEngine, Sampling, around
 from forerun.report.environment import describe_environment, machine_line
 
+FEWEST = 4  # prompts of a turn
 CACHE_GIB = 2.0  # of each vLLM engine: two of them stand beside the local ones
 
 
@@ -37,19 +39,17 @@ def engine_of(setting: Setting, name: str, speculative: bool, slots: int) -> Rol
 
 
 def turn(engine: RolloutEngine, prompts: list[list[int]], sampling: Sampling) -> tuple[float, Counters]:
-    """Seconds and counters of one call."""
+    """Tokens per second, and counters, of one call."""
     before, started = engine.counters.copy(), time.perf_counter()
-    rollouts = list(engine.stream(prompts, sampling))
-    seconds = time.perf_counter() - started
-    assert all(len(r.tokens) == sampling.max_new_tokens for r in rollouts)
-    return seconds, engine.counters.minus(before)
+    tokens = sum(len(r.tokens) for r in engine.stream(prompts, sampling))
+    return tokens / (time.perf_counter() - started), engine.counters.minus(before)
 
 
 def measure(setting: Setting, engines: list[str], batch: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
     """One row per engine at one batch: medians over turns of plain and speculative tokens/s, and their ratio."""
-    prompts = setting.held_out(batch)
+    prompts = setting.held_out(max(FEWEST, batch))
     cells = [(name, speculative) for name in engines for speculative in (False, True)]
-    seconds: dict[tuple[str, bool], list[float]] = {cell: [] for cell in cells}
+    rates: dict[tuple[str, bool], list[float]] = {cell: [] for cell in cells}
     counters = dict.fromkeys(cells, Counters())
     with ExitStack() as stack:
         made = {cell: engine_of(setting, *cell, slots=batch) for cell in cells}
@@ -57,22 +57,22 @@ def measure(setting: Setting, engines: list[str], batch: int, tokens: int, repea
             stack.callback(engine.close)
         for number in range(repeats + 1):
             for cell in cells:
-                sampling = Sampling(tokens, setting.recipe.rollout.temperature, number, ignore_eos=True)
-                spent, counted = turn(made[cell], prompts, sampling)
+                sampling = Sampling(tokens, setting.recipe.rollout.temperature, number)
+                rate, counted = turn(made[cell], prompts, sampling)
                 if number:  # the first turn warms up
-                    seconds[cell].append(spent)
+                    rates[cell].append(rate)
                     counters[cell] = counters[cell].plus(counted)
-    return [row(name, batch, tokens, seconds, counters[name, True]) for name in engines]
+    return [row(name, batch, rates, counters[name, True]) for name in engines]
 
 
-def row(name: str, batch: int, tokens: int, seconds: dict[Any, list[float]], counted: Counters) -> dict[str, Any]:
+def row(name: str, batch: int, rates: dict[Any, list[float]], counted: Counters) -> dict[str, Any]:
     """What is shown and written of one engine at one batch."""
-    plain, speculative = (batch * tokens / statistics.median(seconds[name, kind]) for kind in (False, True))
+    plain, speculative = (statistics.median(rates[name, kind]) for kind in (False, True))
     return {
         "engine": name, "batch": batch, "plain_tokens_per_s": plain, "speculative_tokens_per_s": speculative,
         "speedup": speculative / plain, "acceptance_length": counted.acceptance_length,
         "acceptance_per_position": counted.acceptance_per_position,
-        "turns_s": {"plain": seconds[name, False], "speculative": seconds[name, True]},
+        "turns": {"plain": rates[name, False], "speculative": rates[name, True]},
     }  # fmt: skip
 
 
@@ -95,10 +95,10 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     setting = load_setting(arguments.recipe)
-    recipe, tokens = setting.recipe, arguments.max_new_tokens or 64
+    recipe, tokens = setting.recipe, arguments.max_new_tokens or setting.recipe.rollout.max_new_tokens
     speculation = recipe.speculation
     print(
-        f"{recipe.name}, {setting.policy.dtype}, {speculation.method} k = {speculation.tokens}, {tokens} tokens each, "
+        f"{recipe.name}, {setting.policy.dtype}, {speculation.method} k = {speculation.tokens}, at most {tokens} tokens each, "
         f"T = {recipe.rollout.temperature}; {machine_line(describe_environment())}"
     )
     print(f"{'batch':>5} {'engine':>7} {'plain':>9} {'spec':>9} tokens/s  {'ratio':>6}  tokens per round")

@@ -49,7 +49,7 @@ QUICKSTART_BATCHES = (8, 32, 128, 1, 64, 16, 4, 2)  # most important first
 TRAINED_HERE = ("eagle3", "mtp")
 SAMPLING_SLOTS = 128  # of the samples that drafters are trained on
 REPEATS = 3  # of the quickstart's generations, and of the engines'
-ENGINE_BATCHES, ENGINE_TOKENS = (32, 8, 1), 128  # most important first; tokens of each sample
+ENGINE_BATCHES, ENGINE_TOKENS = (32, 8, 1), 128  # most important first; the samples' limit
 HOW = {
     "policy": "random weights, made on the device; drafter: one EAGLE-3 layer as wide as the policy's, random weights",
     "context": "the caches are filled with random numbers in place of a prefill",

@@ -52,7 +52,7 @@ def test_both_engines_are_timed_at_every_batch(
     ]
     for row in section["rows"]:
         assert row["plain_tokens_per_s"] > 0 and 1 <= row["acceptance_length"] <= 3
-        assert len(row["turns_s"]["plain"]) == len(row["turns_s"]["speculative"]) == 1
+        assert len(row["turns"]["plain"]) == len(row["turns"]["speculative"]) == 1
 
 
 def test_what_the_time_leaves_out_is_said(setting: Setting, tmp_path: Path) -> None:
