@@ -97,10 +97,8 @@ def main() -> None:
     setting = load_setting(arguments.recipe)
     recipe, tokens = setting.recipe, arguments.max_new_tokens or setting.recipe.rollout.max_new_tokens
     speculation = recipe.speculation
-    print(
-        f"{recipe.name}, {setting.policy.dtype}, {speculation.method} k = {speculation.tokens}, at most {tokens} tokens "
-        f"each, T = {recipe.rollout.temperature}; {machine_line(describe_environment())}"
-    )
+    what = f"{setting.policy.dtype}, {speculation.method} k = {speculation.tokens}, at most {tokens} tokens each"
+    print(f"{recipe.name}, {what}, T = {recipe.rollout.temperature}; {machine_line(describe_environment())}")
     print(f"{'batch':>5} {'engine':>7} {'plain':>9} {'spec':>9} tokens/s  {'ratio':>6}  tokens per round")
     rows = []
     for batch in map(int, arguments.batches.split(",")):
