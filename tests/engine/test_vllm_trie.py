@@ -169,7 +169,7 @@ def test_drafts_come_from_the_same_prompts_samples_alone(
     trie: Any, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts that end alike. With all prompts in one trie, the control, the same look finds strangers' drafts."""
-    empty(trie, TrieConfig.model_validate({"scope": scope}))
+    empty(trie, TrieConfig.model_validate({"scope": scope, **EAGER}))
     prompts = [[first, 5, 6] for first in range(10, 22)]
     seen: list[tuple[tuple[int, ...], list[int], list[int]]] = []
     proposer = trie._vllm.collective_rpc(lambda worker: worker.model_runner.drafter)[0]
