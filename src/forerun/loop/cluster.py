@@ -25,7 +25,6 @@ from forerun.config import ClusterConfig, Recipe
 from forerun.engine.replica import CHUNK_BYTES, Lost, Order, Patience, Replica, Starter, impatient, serve
 from forerun.errors import UserError
 
-Files = list[tuple[str, int]]  # path below the actor's folder, bytes
 LOOPBACK = "127.0.0.1"  # nobody beyond this machine has to do with a private Ray
 
 
