@@ -271,7 +271,7 @@ def test_a_rank_that_hangs_ends_the_group(fresh: Callable[[], Policy], batches: 
 
 
 def test_a_rank_that_cannot_start_says_why(fresh: Callable[[], Policy]) -> None:
-    with pytest.raises(RanksLost, match=r"Rank 0 of the learner .*ModuleNotFoundError: No module named 'nowhere'"):
+    with pytest.raises(RanksLost, match=r"Rank \d of the learner .*ModuleNotFoundError: No module named 'nowhere'"):
         LearnerGroup(fresh(), TrainConfig(ranks=2), 1.0, "import nowhere")
 
 
