@@ -245,7 +245,7 @@ def _overlap_words(run: RunData) -> str:
     found = run.summary.get("overlap") or {}
     parts = [f"{who} idle {found[key]:.0%}" for key, who in _IDLE.items() if key in found]
     if "steps_waiting" in found:
-        parts.append(f"{found['steps_waiting']:.0f} steps waiting")
+        parts.append(f"steps waiting for the learner: {found['steps_waiting']:.0f}")
     return f"<p>{text('Median step: ' + ', '.join(parts))}.</p>" if parts else ""
 
 

@@ -258,7 +258,8 @@ def idle_curves(run: RunData) -> Figure | None:
 def waiting_curve(run: RunData) -> Figure | None:
     """Steps that were generated and waited for the learner."""
     names = {"async/steps_waiting": ("steps waiting", "--speculative")}
-    return _or_none(over_steps(run, "steps", names, {"yaxis.rangemode": "tozero", "yaxis.tickformat": "d"}))
+    most = max(run.series("async/steps_waiting")[1], default=0.0)
+    return _or_none(over_steps(run, "steps", names, {"yaxis.rangemode": "tozero", "yaxis.dtick": 1 + int(most) // 6}))
 
 
 def lag_bars(run: RunData) -> Figure | None:
