@@ -58,8 +58,7 @@ def run(recipe: str, mode: str, seed: int, steps: int, folder: Path, overrides: 
             [sys.executable, "-m", "forerun.cli", "train", recipe, *words], check=True, stdout=out, stderr=out,
             env=os.environ | threads,
         )  # fmt: skip
-    (found,) = runs.glob("*/summary.json")
-    kept.write_text((found.parent / "metrics.jsonl").read_text())
+    kept.write_text((runs / "latest" / "metrics.jsonl").read_text())
 
 
 def rows_of(folder: Path, mode: str, seed: int) -> list[dict[str, Any]]:

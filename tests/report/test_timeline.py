@@ -206,4 +206,5 @@ def test_what_a_run_does_not_have_is_not_drawn(run: RunFolder) -> None:
     run.summary.unlink()
     overlap = load_run(run.path).summary["overlap"]
     assert overlap == pytest.approx({"learner_idle": 12.5 / 30, "engine_idle": 17 / 30, "steps_waiting": 1})
-    assert "Median step: learner idle 42%, engine idle 57%, steps waiting for the learner: 1." in write_report(run.path).read_text()
+    words = "Median step: learner idle 42%, engine idle 57%, steps waiting for the learner: 1."
+    assert words in write_report(run.path).read_text()
