@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import plain_data
 from forerun.config import SpeculationConfig
 from forerun.engine.base import Counters, Requests, Sampling, Weights, nothing, requested
 from forerun.engine.replica import OnThisMachine
@@ -57,6 +56,7 @@ class Holder:
 
     def load(self, weights: Weights) -> Weights:
         """Copy a version into its own tensors."""
+        self._tensors = {group: own for group, own in self._tensors.items() if group in weights.checksums}
         for group, state in weights.groups.items():
             own = self._tensors.setdefault(group, {})
             for name, tensor in state.items():
@@ -209,10 +209,7 @@ def main() -> None:
             rows.append(measure(policy, replicas, way, options.loads))
             print(line(rows[-1]), flush=True)
     if options.out is not None:
-        result = {
-            "benchmark": "broadcast", "arguments": plain_data(options), "bytes": size, "rows": rows,
-            "environment": environment,
-        }  # fmt: skip
+        result = {"benchmark": "broadcast", "bytes": size, "rows": rows, "environment": environment}
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -8,15 +8,15 @@ this process writes it once, and all check it and put it in use side by side. To
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
 
 from forerun.engine.base import Weights
-from forerun.engine.replica import Patience, Replica, Status
+from forerun.engine.replica import Lost, Patience, Replica, Status
 from forerun.engine.segment import Segment
+from forerun.errors import UserError
 
-Ended = tuple[Replica, "Future[Status]"]
+Answer = Status | Lost | UserError
 
 
 class Broadcast:
@@ -27,7 +27,9 @@ class Broadcast:
         self._warn, self._warned = warn, False
         self.written_bytes = 0  # of weights: into shared memory, unless they were published there, and into connections
 
-    def send(self, weights: Weights, replicas: Sequence[Replica], patience: Patience) -> Iterator[Ended]:
+    def send(
+        self, weights: Weights, replicas: Sequence[Replica], patience: Patience
+    ) -> Iterator[tuple[Replica, Answer]]:
         """The replicas in the order in which they are done, with their answers, see `Replica.give`."""
         segment = self._laid(weights, replicas)
         for replica, answer in at_once(lambda r: r.give(weights, segment, patience), replicas):
@@ -55,19 +57,24 @@ class Broadcast:
         return segment
 
 
-def at_once(action: Callable[[Replica], Status], replicas: Sequence[Replica]) -> Iterator[Ended]:
+def at_once(action: Callable[[Replica], Status], replicas: Sequence[Replica]) -> Iterator[tuple[Replica, Answer]]:
     """What an action on each of the replicas came to, in the order in which they end."""
-    ended: SimpleQueue[Ended] = SimpleQueue()
+    ended: SimpleQueue[tuple[Replica, Answer | BaseException]] = SimpleQueue()
 
     def act(replica: Replica) -> None:
-        future: Future[Status] = Future()
+        answer: Answer | BaseException
         try:
-            future.set_result(action(replica))
-        except BaseException as error:  # told to whoever asks for the result
-            future.set_exception(error)
-        ended.put((replica, future))
+            answer = action(replica)
+        except (Lost, UserError) as error:
+            answer = type(error)(str(error))  # without the frames, which hold the version
+        except BaseException as error:
+            answer = error
+        ended.put((replica, answer))
 
     for replica in replicas:
         Thread(target=act, args=(replica,), name="weights", daemon=True).start()
     for _ in replicas:
-        yield ended.get()
+        replica, answer = ended.get()
+        if not isinstance(answer, Status | Lost | UserError):
+            raise answer
+        yield replica, answer

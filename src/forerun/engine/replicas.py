@@ -285,11 +285,11 @@ class ReplicatedEngine:
             self._tell_watch(replica, "load")
         for replica, answer in self._broadcast.send(self._weights, replicas, self.patience):
             index = self._replicas.index(replica)
-            try:
-                self._warn(index, answer.result())
+            if isinstance(answer, Status):
+                self._warn(index, answer)
                 self._tell_watch(replica, "generate" if replica.busy else "idle")
-            except (Lost, UserError) as error:
-                failed.append((index, error))
+            else:
+                failed.append((index, answer))
         return failed
 
     def _ask(self, replica: Replica) -> None:
