@@ -1,4 +1,4 @@
-"""Engines for the replicas of tests/engine, made in their processes: slow, lying, mortal, refusing."""
+"""Engines for the replicas of tests/engine, made in their processes: slow, lying, mortal, refusing, doubting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forerun.engine import load
-from forerun.engine.base import RolloutEngine
+from forerun.engine.base import RolloutEngine, Weights
 from forerun.errors import UserError
 from forerun.records import Rollout
 
@@ -81,3 +81,21 @@ def sleepy(engine: str, **settings: Any) -> RolloutEngine:
     except FileExistsError:
         return made
     return slowed(made, 0.6)
+
+
+def doubter(engine: str, **settings: Any) -> RolloutEngine:
+    """Holds weights, and the first process that is given any refuses them."""
+    from benchmarks.broadcast import holder
+
+    made = holder(engine, **settings)
+    original = made.load
+
+    def load_unless(weights: Weights) -> Weights:
+        try:
+            Path(os.environ["FORERUN_TEST_DOUBT"]).touch(exist_ok=False)
+        except FileExistsError:
+            return original(weights)
+        raise UserError("it doubts")
+
+    made.load = load_unless
+    return made

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from forerun.engine.segment import Segment
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.records import Rollout
@@ -43,6 +44,12 @@ class Weights:
     checksums: Mapping[str, str]
     policy: Mapping[str, Tensor] | None = None
     draft: Mapping[str, Tensor] | None = None
+    segment: Segment | None = None  # where these tensors are in shared memory already
+
+    @property
+    def groups(self) -> dict[str, Mapping[str, Tensor]]:
+        """The tensors that are carried, by group."""
+        return {g: s for g, s in (("policy", self.policy), ("draft", self.draft)) if s is not None}
 
 
 @dataclass(slots=True)

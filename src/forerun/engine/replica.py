@@ -1,12 +1,12 @@
 """A rollout engine in a process of its own: what runs there (`serve`), and the parent's end of it (`Replica`).
 
-A socket carries pickled tuples, the kind first; bytes of weights follow their header as they are. Between two
-rounds the replica tells that it lives, with what it has counted, and takes orders: that is why a hung engine falls
-silent, and why weights can change in flight. When the parent is gone it ends. Left out: who watches (`replicas.py`),
-and processes on other machines (`loop/cluster.py`).
+A socket carries pickled tuples, the kind first; bytes of weights follow their header as they are, or lie in shared
+memory whose descriptor follows (`segment.py`). Between two rounds the replica tells that it lives, with what it has
+counted, and takes orders: that is why a hung engine falls silent, and why weights can change in flight. When the parent
+is gone it ends. Left out: who watches (`replicas.py`), and processes on other machines (`loop/cluster.py`).
 
-    to the replica    make, begin, piece (+ bytes), commit, stream, pause, resume, abort
-    from it           ready, listening, held, round, rollout, done, refused: each with a `Status`
+    to the replica    make, map (+ descriptor), begin, piece (+ bytes), commit, stream, pause, resume, abort
+    from it           ready, held, round, rollout, done, refused: each with a `Status`; listening
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from forerun.engine.base import Counters, Requests, RolloutEngine, Sampling, Weights
-from forerun.engine.transfer import Piece, Shapes, Staging, chunks, shapes
+from forerun.engine.segment import Groups, Places, Segment, received
+from forerun.engine.transfer import Piece, Shapes, Staging, chunks, compare, shapes
 from forerun.errors import UserError
+from forerun.models.checksum import checksum
 
 PROGRAM = "from forerun.engine.replica import main; main()"  # not -m: its records must be those of the module
 CHUNK_BYTES = 16 * 2**20  # of weights per message
@@ -92,7 +93,7 @@ class Server:
         """One order. What is the user's mistake is answered with `refused`."""
         kind, *content = order
         orders: dict[str, Callable[..., None]] = {
-            "begin": self.begin, "piece": self.piece, "commit": self.commit, "stream": self.stream,
+            "map": self.map, "begin": self.begin, "piece": self.piece, "commit": self.commit, "stream": self.stream,
             "pause": self.pause, "resume": self.resume, "abort": self.abort,
         }  # fmt: skip
         try:
@@ -102,10 +103,17 @@ class Server:
 
     # ---- weights ----
 
+    def map(self, version: int, checksums: Mapping[str, str], places: Places, size_bytes: int) -> None:
+        """Check a version that lies in shared memory, whose descriptor is the next message, and put it in use."""
+        groups = received(self.connection, places, size_bytes)
+        self.connection.send(("listening", None))
+        compare({group: checksum(state) for group, state in groups.items()}, checksums)
+        self._use(version, checksums, groups)
+
     def begin(self, groups: dict[str, Shapes]) -> None:
         """Make room for the tensors of a version and listen until it is there: nobody sends while the other does."""
         self._staging = Staging.of(groups)
-        self.tell("listening")
+        self.connection.send(("listening", None))
         while self._staging is not None:
             self.obey(self.connection.recv())
 
@@ -119,10 +127,11 @@ class Server:
     def commit(self, version: int, checksums: Mapping[str, str]) -> None:
         """Check the version and put it in use."""
         staging, self._staging = self._staging, None
-        given: Mapping[str, Mapping[str, Tensor]] = {}
         if staging is not None:
             staging.check(checksums)
-            given = staging.tensors
+        self._use(version, checksums, staging.tensors if staging is not None else {})
+
+    def _use(self, version: int, checksums: Mapping[str, str], given: Groups) -> None:
         held = self.engine.load(Weights(version, checksums, given.get("policy"), given.get("draft")))
         self.tell("held", held.version, dict(held.checksums))
 
@@ -253,13 +262,15 @@ class LocalProcess:
         self.errors.close()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Replica:
     """The parent's end of one process."""
 
     process: Process
     connection: Connection
+    shares_memory: bool = False  # it is on this machine, at the other end of a Unix socket
     busy: bool = False  # in a stream
+    sent_bytes: int = 0  # of weights, into the connection, since it was last asked
     silent_s: float = 0.0  # listened to in vain
     counted: Counters = field(default_factory=Counters)  # in its last status
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -288,20 +299,40 @@ class Replica:
         except OSError as error:
             raise Lost(self._last_words(error)) from None
 
-    def send_weights(self, weights: Weights, timeout_s: float) -> None:
-        """A version, in pieces. Raises Lost."""
-        groups = {g: s for g, s in (("policy", weights.policy), ("draft", weights.draft)) if s is not None}
-        if groups:
-            self.send("begin", {g: shapes(s) for g, s in groups.items()})
-            self.await_reply("listening", timeout_s)
+    def give(self, weights: Weights, segment: Segment | None, patience: Patience) -> Status:
+        """A version, in pieces unless it lies in `segment` and can be mapped, until it is held.
+
+        Raises:
+            Lost: it died, was silent, or holds something else. UserError: it refused.
+        """
         try:
-            for pieces in chunks(groups, CHUNK_BYTES):
-                for piece in pieces:
-                    self.connection.send(("piece", piece.group, piece.name, piece.start))
-                    self.connection.send_bytes(piece.values.cpu().contiguous().view(torch.uint8).numpy().data)
-            self.connection.send(("commit", weights.version, dict(weights.checksums)))
+            if segment is not None and self.shares_memory:
+                self._hand_over(weights, segment, patience.silence_s)
+            else:
+                self._send_pieces(weights, patience.silence_s)
         except OSError as error:
             raise Lost(self._last_words(error)) from None
+        _, status, version, held = self.await_reply("held", patience.start_s)
+        if version != weights.version or held != dict(weights.checksums):
+            raise Lost(f"says it holds version {version} {held} after a load of version {weights.version}")
+        return status  # type: ignore[no-any-return]
+
+    def _hand_over(self, weights: Weights, segment: Segment, timeout_s: float) -> None:
+        self.send("map", weights.version, dict(weights.checksums), segment.places, segment.size_bytes)
+        segment.send(self.connection)
+        self.await_reply("listening", timeout_s)
+
+    def _send_pieces(self, weights: Weights, timeout_s: float) -> None:
+        if groups := weights.groups:
+            self.send("begin", {g: shapes(s) for g, s in groups.items()})
+            self.await_reply("listening", timeout_s)
+        for pieces in chunks(groups, CHUNK_BYTES):
+            for piece in pieces:
+                values = piece.values.cpu().contiguous().view(torch.uint8).numpy()
+                self.connection.send(("piece", piece.group, piece.name, piece.start))
+                self.connection.send_bytes(values.data)
+                self.sent_bytes += values.nbytes
+        self.send("commit", weights.version, dict(weights.checksums))
 
     def hear(self, timeout_s: float) -> Message:
         """Its next message. Raises Lost when it is dead, or silent for `timeout_s`."""
@@ -358,12 +389,16 @@ class Starter(Protocol):
         """No more will be needed, nor any that has only begun."""
 
 
+@dataclass(frozen=True, slots=True)
 class OnThisMachine:
     """The `Starter` of processes of this one."""
+
+    shared_memory: bool = True  # versions are laid down once for all of them; else each gets a stream and keeps a copy
 
     def begin(self, order: Order, patience: Patience) -> Callable[[], Replica]:
         """See `Starter`."""
         replica = Replica.start(order, patience)
+        replica.shares_memory = self.shared_memory
         return lambda: replica
 
     def close(self) -> None:

@@ -2,9 +2,11 @@
 
 A `RolloutEngine` over N replicas. Prompt i belongs to replica i mod N: its samples share a prefill and a trie.
 Every sample keeps the seed that it has in one process, and is taken once: what a lost replica had delivered
-stays, the rest is asked of its successor, which first gets the current version of policy and drafter. What the replicas
-hold is a copy; what they answer is checked against what was asked. Where their processes come from is a `Starter`'s.
-Left out: moving work between replicas.
+stays, the rest is asked of its successor, which first gets the current version of policy and drafter. All replicas get
+a version at the same time: those of this machine out of memory that they share, in which it is laid down once, others
+in pieces, each through its own connection. What they hold is a copy; what they answer is checked against what was
+asked. Where their processes come from is a `Starter`'s. Left out: moving work between replicas, and replicas that pass
+a version on to others.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from forerun.engine.base import (
     nothing,
     requested,
 )
+from forerun.engine.broadcast import Broadcast
 from forerun.engine.paces import Paces
 from forerun.engine.replica import (
     MAKER,
@@ -112,6 +115,7 @@ class ReplicatedEngine:
         self._vocabulary = policy.model.config.get_text_config().vocab_size
         self._held = Weights(0, _checksums(policy, drafter))
         self._weights: Weights | None = None  # None: as in the folder
+        self._broadcast = Broadcast(lambda text: self.warnings.append(text))
         self._job: Job | None = None
         self._paused = False
         self.watch: Watch = unwatched  # hears "load", "generate", "idle" as they begin, and "lost": another one starts
@@ -184,15 +188,18 @@ class ReplicatedEngine:
             self.counters.seconds += time.perf_counter() - started
 
     def load(self, weights: Weights) -> Weights:
-        """Give every replica a version; in a stream it takes effect between two rounds."""
+        """Give every replica a version, all at the same time; in a stream it takes effect between two rounds.
+
+        Raises:
+            UserError: no replica takes it; they go on with the one before.
+        """
         before, self._weights = self._weights, weights
         if self._job is None:
             self._losses = [0] * len(self._replicas)
         else:
             self._job.versions.add(weights.version)
         try:
-            for index in range(len(self._replicas)):
-                self._try(index, self._push)
+            self._push_all(weights.version)
         except UserError:
             self._weights = before
             raise
@@ -227,6 +234,11 @@ class ReplicatedEngine:
         """Of the processes."""
         return [replica.process.pid for replica in self._replicas]
 
+    @property
+    def written_bytes(self) -> int:
+        """Of weights, in all loads: into shared memory, unless they were published there, and into connections."""
+        return self._broadcast.written_bytes
+
     def close(self) -> None:
         """End the processes."""
         for replica in self._replicas:
@@ -244,14 +256,41 @@ class ReplicatedEngine:
             self._push(replica)
 
     def _push(self, replica: Replica) -> None:
-        """Send the current version, and hear that it is held. Raises Lost, UserError."""
+        """Bring one replica to the current version. Raises Lost, UserError."""
+        for _, error in self._give([replica]):
+            raise error
+
+    def _push_all(self, version: int) -> None:
+        """Bring all replicas to the current version; those that do not take it are replaced.
+
+        Raises:
+            UserError: none takes it, so that it is the version's fault.
+        """
+        failed = self._give(self._replicas)
+        refusals = [error for _, error in failed if isinstance(error, UserError)]
+        if refusals and len(failed) == len(self._replicas):
+            for index in (i for i, error in failed if isinstance(error, Lost)):
+                self._replicas[index].process.kill()  # another one is started when it is needed
+            raise refusals[0]
+        for index, error in failed:
+            if isinstance(error, UserError):
+                error = Lost(f"refuses version {version}, which others hold: {error}")
+            self._replace(index, error)
+
+    def _give(self, replicas: Sequence[Replica]) -> list[tuple[int, Lost | UserError]]:
+        """Send the current version to replicas at the same time; those that do not hold it then, and why."""
         assert self._weights is not None
-        self._tell_watch(replica, "load")
-        replica.send_weights(self._weights, self.patience.silence_s)
-        _, _, version, held = replica.await_reply("held", self.patience.start_s)
-        if version != self._weights.version or held != dict(self._weights.checksums):
-            raise Lost(f"says it holds version {version} {held} after a load of version {self._weights.version}")
-        self._tell_watch(replica, "generate" if replica.busy else "idle")
+        failed: list[tuple[int, Lost | UserError]] = []
+        for replica in replicas:
+            self._tell_watch(replica, "load")
+        for replica, answer in self._broadcast.send(self._weights, replicas, self.patience):
+            index = self._replicas.index(replica)
+            if isinstance(answer, Status):
+                self._warn(index, answer)
+                self._tell_watch(replica, "generate" if replica.busy else "idle")
+            else:
+                failed.append((index, answer))
+        return failed
 
     def _ask(self, replica: Replica) -> None:
         """Give it what it still has to do of the stream under way. Raises Lost."""
@@ -344,6 +383,9 @@ class ReplicatedEngine:
         added.seconds = 0.0  # they pass side by side
         self.counters = self.counters.plus(added)
         replica.counted, replica.metrics = status.counters, status.metrics
+        self._warn(index, status)
+
+    def _warn(self, index: int, status: Status) -> None:
         self.warnings += [f"Replica {index}: {warning}" for warning in status.warnings]
 
     def _call_off(self) -> None:

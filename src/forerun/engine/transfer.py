@@ -2,7 +2,7 @@
 
 Pieces are flat slices of one tensor each, so that no message is larger than the chunk size. The receiver gathers the
 whole version beside the weights in use (one more copy of them while it lasts) and compares checksums over it: a version
-that is partial or damaged leaves the engine as it was.
+that is partial or damaged leaves the engine as it was. Processes of one machine need neither: `segment.py`.
 """
 
 from __future__ import annotations
@@ -95,9 +95,18 @@ class Staging:
         Raises:
             UserError: a group is partial, damaged, or was not announced.
         """
-        for group, arrived in self.checksums().items():
-            if arrived != expected.get(group):
-                raise UserError(
-                    f"The {group} weights have checksum {expected.get(group)}, but {arrived} arrived: the transfer was "
-                    "damaged, or the version was changed while it was sent"
-                )
+        compare(self.checksums(), expected)
+
+
+def compare(arrived: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Checksums of groups against those that were announced.
+
+    Raises:
+        UserError: a group is damaged, or was not announced.
+    """
+    for group, found in arrived.items():
+        if found != expected.get(group):
+            raise UserError(
+                f"The {group} weights have checksum {expected.get(group)}, but {found} arrived: the transfer was "
+                "damaged, or the version was changed while it was sent"
+            )
