@@ -35,7 +35,7 @@ from forerun.report.metrics import disk_errors
 
 START_S = 600.0  # until the ranks have their model; to write or read a checkpoint
 TICK_S = 0.1  # the longest wait between two looks at all ranks
-LAST_WORDS_S = 2.0  # for the other ranks to say how they ended, when one is gone
+LAST_WORDS_S = 5.0  # until it is known how a rank ended, when one is gone
 
 
 class _Gone(Exception):

@@ -187,13 +187,14 @@ def run_rank(connection: Connection, store: dist.Store | None, built: Callable[[
         store: where all ranks meet, when this process holds it.
         built: called, perhaps twice, when the file of weights is not needed any more.
     """
-    code = 0
+    code = 1
     try:
         _be_rank(connection, store, built)
+        code = 0
     except (EOFError, ConnectionError):
-        pass  # the parent is gone
+        code = 0  # the parent is gone
     except BaseException as error:
-        code, failed_at = 1, time.time()  # about the same in all ranks: the first to fail is the one to name
+        failed_at = time.time()  # about the same in all ranks: the first to fail is the one to name
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
         with contextlib.suppress(OSError):  # the parent is gone as well

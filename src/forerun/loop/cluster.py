@@ -9,6 +9,7 @@ Left out: the learner's ranks, which are actors by the same means (`cluster_rank
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -256,7 +257,7 @@ def connect(cluster: ClusterConfig, replicas: int, ranks: int = 1) -> Any:
         }  # fmt: skip
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine
     try:
-        ray.init(**settings, log_to_driver=False, logging_level="ERROR")
+        ray.init(**settings, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         words = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cluster.address={cluster.address}: no Ray cluster answers there ({words})") from None
