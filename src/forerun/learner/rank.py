@@ -164,13 +164,10 @@ def _be_rank(connection: Connection, store: dist.Store | None, built: Callable[[
     device = torch.device(place.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if store is not None:
-        store.set_timeout(patience)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method=place.meeting if store is None else None, store=store, rank=order.rank, world_size=order.count,
-        timeout=patience,
-    )  # fmt: skip
+    store = store or _met(place.meeting, order)
+    store.set_timeout(patience)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=order.rank, world_size=order.count, timeout=patience)
     try:
         server = Server(connection, order)
     except UserError as error:
@@ -178,6 +175,15 @@ def _be_rank(connection: Connection, store: dist.Store | None, built: Callable[[
         return
     built()
     server.run()
+
+
+def _met(meeting: str, order: Order) -> dist.Store:
+    """The store at which the ranks meet; the same kind of access for all, or they would not find each other's keys."""
+    kind, where = meeting.split("://")
+    if kind == "file":
+        return dist.FileStore(where, order.count)
+    host, _, port = where.rpartition(":")
+    return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=order.patience_s))
 
 
 def run_rank(connection: Connection, store: dist.Store | None, built: Callable[[], None]) -> NoReturn:
