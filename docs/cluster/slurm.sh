@@ -1,10 +1,11 @@
 #!/bin/bash
-# One learner and its rollout replicas under SLURM:   sbatch docs/cluster/slurm.sh
-# The first machine of the allocation learns; Ray places the replicas on the others. `#` behind a line: yours to change.
+# Learner ranks and rollout replicas under SLURM:   sbatch docs/cluster/slurm.sh
+# The first machine of the allocation drives the run; Ray places ranks and replicas on all of them, one per GPU.
+# `#` behind a line: yours to change.
 # Not run in this form by the authors: it follows Ray's documentation for SLURM. docs/scaling.md says what was run.
 # Ray 2.60 wants one token on all machines: a shared home folder has it, else set RAY_AUTH_MODE=disabled for all.
 #SBATCH --job-name=forerun
-#SBATCH --nodes=5                 # 1 learner + 4 machines of replicas
+#SBATCH --nodes=5                 # 8 ranks + 32 replicas on 40 GPUs
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8         #
 #SBATCH --cpus-per-task=64        #
@@ -13,14 +14,15 @@
 set -euo pipefail
 
 RECIPE=gsm8k                      #
-RUNS=$SLURM_SUBMIT_DIR/runs       # on a file system that outlives the job
+RUNS=$SLURM_SUBMIT_DIR/runs       # on a file system that outlives the job and that all machines share: ranks write there
 nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 head=${nodes[0]}
 address=$(srun --nodes=1 --ntasks=1 -w "$head" hostname --ip-address | awk '{print $1}'):6379
 
-# The learner's machine joins without resources, so that no replica is placed on it.
+# To learn in the driver's process instead (train.ranks=1, no policy.device), let its machine join without resources,
+# --num-cpus=0 --num-gpus=0: no replica is placed on it then.
 srun --nodes=1 --ntasks=1 --overlap -w "$head" \
-  ray start --head --port=6379 --num-cpus=0 --num-gpus=0 --include-dashboard=false --block &
+  ray start --head --port=6379 --num-gpus=8 --include-dashboard=false --block &
 sleep 20
 for node in "${nodes[@]:1}"; do
   srun --nodes=1 --ntasks=1 --overlap -w "$node" ray start --address="$address" --num-gpus=8 --block &
@@ -34,5 +36,7 @@ else
   what=("$RECIPE" runs="$RUNS")
 fi
 srun --nodes=1 --ntasks=1 --overlap -w "$head" forerun train "${what[@]}" \
-  rollout.engine=vllm rollout.replicas=32 loop.lag=1 compare.steps=0 \
-  cluster.address="$address" cluster.gpus_per_replica=1 cluster.cpus_per_replica=6 checkpoint.every=10
+  rollout.engine=vllm rollout.replicas=32 train.ranks=8 policy.device=cpu policy.dtype=bfloat16 compare.steps=0 \
+  cluster.address="$address" cluster.gpus_per_replica=1 cluster.cpus_per_replica=6 \
+  cluster.gpus_per_rank=1 cluster.cpus_per_rank=6 checkpoint.every=10
+# With loop.lag above 0 the evaluations decode in the driver, on its CPU here: add eval.prompts=0, or keep lag 0.

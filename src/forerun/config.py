@@ -239,7 +239,7 @@ class CheckpointConfig(Block):
 
 
 class ClusterConfig(Block):
-    """Rollout replicas as Ray actors on any machine of a cluster."""
+    """Rollout replicas, and the learner's ranks, as Ray actors on any machine of a cluster."""
 
     address: str = Field(
         "none",
@@ -248,8 +248,11 @@ class ClusterConfig(Block):
     )
     gpus_per_replica: float = Field(0.0, ge=0, description="that Ray reserves for a replica")
     cpus_per_replica: float = Field(1.0, gt=0, description="that Ray reserves for a replica; also its threads")
+    gpus_per_rank: int = Field(0, ge=0, le=1, description="that Ray reserves for a rank of train.ranks")
+    cpus_per_rank: float = Field(1.0, gt=0, description="that Ray reserves for a rank; also its threads")
     placement: Literal["PACK", "SPREAD"] = Field(
-        "PACK", description="PACK: replicas on as few machines as hold them; SPREAD: on as many as there are"
+        "PACK",
+        description="PACK: replicas, and ranks, on as few machines as hold them; SPREAD: on as many as there are",
     )
 
 
@@ -332,11 +335,12 @@ class Recipe(Block):
                 f"loop.lag={self.loop.lag} keeps the engine busy, and compare.steps={self.compare.steps} needs it to "
                 "itself; set compare.steps=0"
             )
-        if self.cluster.address != "none" and not self.rollout.replicas:
+        if self.cluster.address != "none" and not self.rollout.replicas and self.train.ranks == 1:
             raise ValueError(
-                f"cluster.address={self.cluster.address} places replicas, and rollout.replicas is 0; set it to 1"
+                f"cluster.address={self.cluster.address} places replicas and ranks, and rollout.replicas is 0 and "
+                "train.ranks is 1; set one of them higher"
             )
-        if self.cluster.address != "none" and self.compare.steps:
+        if self.cluster.address != "none" and self.rollout.replicas and self.compare.steps:
             raise ValueError(
                 f"compare.steps={self.compare.steps} would take as many replicas of the cluster again; set "
                 "compare.steps=0"

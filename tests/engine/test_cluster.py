@@ -29,6 +29,7 @@ from forerun.errors import UserError
 from forerun.loop import cluster
 from forerun.loop.weights import publish
 from forerun.models import Policy, load_policy
+from private_ray import ray_settings
 
 PROMPTS = [[5, 6, 7], [9, 3], [3, 4, 5, 6, 7, 8], [20, 21]]
 GREEDY = Sampling(48, 0.0, 3, ignore_eos=True)
@@ -38,11 +39,8 @@ HASTY = Patience(silence_s=10.0, start_s=240.0)
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings() -> Iterator[None]:
-    """Actors find `replica_makers.py`; a private Ray needs no token."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(replica_makers.__file__).parent), prepend=os.pathsep)
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_worker_niceness", "0")  # Ray's own is 15, which gets nothing on a busy machine
+    """Actors find `replica_makers.py`."""
+    with ray_settings(Path(replica_makers.__file__).parent):
         yield
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()

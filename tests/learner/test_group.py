@@ -25,7 +25,8 @@ from forerun.config import TrainConfig
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
 from forerun.learner.advantages import group_advantages
-from forerun.learner.group import PROGRAM, LearnerGroup, RanksLost, make_learner
+from forerun.learner.group import LearnerGroup, make_learner
+from forerun.learner.nursery import PROGRAM, Nursery, RanksHere, RanksLost
 from forerun.learner.policy import Learner
 from forerun.models import Policy, load_policy
 from forerun.records import Rollout
@@ -98,7 +99,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @contextmanager
 def ranks(policy: Policy, count: int, config: TrainConfig, program: str = PROGRAM) -> Iterator[LearnerGroup]:
-    group = LearnerGroup(policy, config.model_copy(update={"ranks": count}), 1.0, program)
+    group = LearnerGroup(policy, config.model_copy(update={"ranks": count}), 1.0, Nursery(program))
     try:
         assert len(group.pids) == count
         yield group
@@ -228,13 +229,15 @@ def test_a_restored_group_goes_on_bit_for_bit(
         assert len(group.score(batches[1][0]).logprobs) == 2  # and is still at work
 
         os.kill(group.pids[1], signal.SIGSTOP)
-        group._lifeline.close()  # what the system does for a process that dies
-        wait_until_gone([*group.pids, group._nursery.pid], group)
+        here = group._processes
+        assert isinstance(here, RanksHere)
+        here._lifeline.close()  # what the system does for a process that dies
+        wait_until_gone([*group.pids, here._process.pid], here)
 
 
-def wait_until_gone(pids: list[int], group: LearnerGroup) -> None:
+def wait_until_gone(pids: list[int], ranks: RanksHere) -> None:
     until = time.monotonic() + 20
-    while group._nursery.poll() is None or alive(pids):
+    while ranks._process.poll() is None or alive(pids):
         assert time.monotonic() < until, f"{alive(pids)} are left"
         time.sleep(0.05)
 
@@ -272,7 +275,7 @@ def test_a_rank_that_hangs_ends_the_group(fresh: Callable[[], Policy], batches: 
 
 def test_a_rank_that_cannot_start_says_why(fresh: Callable[[], Policy]) -> None:
     with pytest.raises(RanksLost, match=r"Rank \d of the learner .*ModuleNotFoundError: No module named 'nowhere'"):
-        LearnerGroup(fresh(), TrainConfig(ranks=2), 1.0, "import nowhere")
+        LearnerGroup(fresh(), TrainConfig(ranks=2), 1.0, Nursery("import nowhere"))
 
 
 def test_a_drafter_cannot_train_beside_ranks(fresh: Callable[[], Policy]) -> None:

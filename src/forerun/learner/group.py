@@ -4,19 +4,13 @@ Rows are given out by tokens (`parallel.split_rows`); every rank answers for its
 the new weights into the parent's policy, which generates, is evaluated and is saved. All ranks live and die together:
 one that ends, or falls silent, ends the group (`RanksLost`); the parent's policy may then hold parts of two versions.
 Rounding differs from one process: bfloat16 weights are the nearest to their masters, not rounded at random.
-Left out: drafters that train beside the policy, other machines, another group in place of a lost one.
+Where the processes come from is a `Launcher`'s (`nursery.py`). Left out: drafters that train beside the policy, another
+group in place of a lost one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import select
-import signal
-import socket
-import struct
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +25,7 @@ from torch import Tensor
 from forerun.config import TrainConfig
 from forerun.errors import Interrupted, UserError
 from forerun.learner.forward import TokenBatch, completion_logits
+from forerun.learner.nursery import Job, Launcher, Nursery, RanksLost
 from forerun.learner.parallel import split_rows
 from forerun.learner.policy import Learner, Scored, Tally, Targets, Update, plan_update, update_metrics
 from forerun.learner.wire import Message, receive, send
@@ -38,14 +33,9 @@ from forerun.models import Policy
 from forerun.records import Rollout
 from forerun.report.metrics import disk_errors
 
-PROGRAM = "from forerun.learner.rank import main; main()"
 START_S = 600.0  # until the ranks have their model; to write or read a checkpoint
 TICK_S = 0.1  # the longest wait between two looks at all ranks
-LAST_WORDS_S = 2.0  # for the other ranks to say how they ended, when one is gone
-
-
-class RanksLost(Exception):
-    """The ranks of the learner are gone, all of them: which one was lost first, and how it ended."""
+LAST_WORDS_S = 5.0  # until it is known how a rank ended, when one is gone
 
 
 class _Gone(Exception):
@@ -59,6 +49,7 @@ class RankHandle:
     connection: Connection
     done: int = 0  # rows of the order under way
     silent_s: float = 0.0  # listened to in vain
+    gone: bool = False  # nothing more will be heard
     failed: tuple[float, str] | None = None  # when, and what it said of it
 
     def hear(self) -> Message:
@@ -66,18 +57,32 @@ class RankHandle:
         try:
             message = receive(self.connection)
         except (EOFError, OSError):
+            self.gone = True
             raise _Gone from None
         self.silent_s = 0.0
         if message[0] == "failed":
-            self.failed = (message[1], message[2])
+            self.failed, self.gone = (message[1], message[2]), True
             raise _Gone
         return message
 
+    def drain(self) -> None:
+        """Hear what it has said, for the sake of how it ended."""
+        with contextlib.suppress(_Gone):
+            while not self.gone and self.connection.poll():
+                self.hear()
+
 
 def make_learner(
-    policy: Policy, config: TrainConfig, temperature: float, cotrained: bool = False
+    policy: Policy,
+    config: TrainConfig,
+    temperature: float,
+    cotrained: bool = False,
+    launcher: Launcher | None = None,
 ) -> Learner | LearnerGroup:
     """The learner that `train.ranks` asks for.
+
+    Args:
+        launcher: where its ranks come from; None: this machine.
 
     Raises:
         UserError: the machine has too few GPUs, a drafter is to train beside the policy (`cotrained`), or the policy
@@ -90,30 +95,29 @@ def make_learner(
             f"speculation.train needs the policy's hidden states in one process, and train.ranks={config.ranks} keeps "
             "them in several; set speculation.train=off or train.ranks=1"
         )
-    return LearnerGroup(policy, config, temperature)
+    return LearnerGroup(policy, config, temperature, launcher)
 
 
 class LearnerGroup:
     """`Learner`, over `config.ranks` processes. Any method but `close` raises RanksLost."""
 
-    def __init__(self, policy: Policy, config: TrainConfig, temperature: float, program: str = PROGRAM) -> None:
+    def __init__(
+        self, policy: Policy, config: TrainConfig, temperature: float, launcher: Launcher | None = None
+    ) -> None:
         """Start the ranks with the weights of `policy`.
 
         Args:
-            program: Python of the nursery, see `rank.main`.
+            launcher: where they come from; None: this machine.
 
         Raises:
-            UserError: the machine has too few GPUs, or the policy cannot be packed.
+            UserError: there are too few GPUs, the ranks cannot be placed, or the policy cannot be packed.
         """
         self.policy, self.config = policy, config
-        self.pids: list[int] = []
-        self._folder = tempfile.TemporaryDirectory()
-        self._ended: dict[int, int] = {}  # exit codes by rank
-        self._said = ""  # by the nursery, the line under way
         self._ranks: list[RankHandle] = []
-        devices = _devices(policy.device, config.ranks)
-        self._start(program)
-        self._make(devices, temperature)
+        module = type(policy.model).__module__
+        job = Job(config.ranks, policy.device, module, config.silence_s, START_S)
+        self._processes = (launcher or Nursery()).start(job)
+        self._make(temperature)
 
     # ---- the methods of Learner ----
 
@@ -156,7 +160,7 @@ class LearnerGroup:
 
     def save(self, folder: Path) -> None:
         """Write masters, moments and reference, each rank its part. Raises UserError, RanksLost."""
-        self._all_agree("save", str(folder))
+        self._all_agree("save", str(folder.absolute()))
 
     def restore(self, folder: Path) -> None:
         """Go on from what `save`, on any number of ranks, or `Learner.save` wrote; the policy follows.
@@ -164,90 +168,39 @@ class LearnerGroup:
         Raises:
             UserError: the checkpoint is broken. RanksLost.
         """
-        self._all_agree("restore", str(folder))
+        self._all_agree("restore", str(folder.absolute()))
         self._fetch()
 
     def close(self) -> None:
-        """End all ranks at once; the nursery sees to it, and reaps them."""
-        self._lifeline.close()
-        try:
-            self._nursery.wait(timeout=5)
-        except subprocess.TimeoutExpired:  # it is not as far as that
-            self._nursery.kill()
-            self._nursery.wait()
-        if self._nursery.returncode != 0:
-            with contextlib.suppress(ProcessLookupError):  # there may be no ranks
-                os.killpg(self._nursery.pid, signal.SIGKILL)
-        for rank in self._ranks:
-            rank.connection.close()
+        """End all ranks at once."""
+        self._processes.close()
         self._ranks = []
-        self._output.close()
-        self._folder.cleanup()
-
-    # ---- processes ----
-
-    def _start(self, program: str) -> None:
-        """The nursery, with one end of a socket pair for each rank. In a session of its own: Ctrl-C is the parent's."""
-        theirs: list[socket.socket] = []
-        limit = struct.pack("ll", int(self.config.silence_s) + 1, 0)
-        for _ in range(self.config.ranks):
-            mine, other = socket.socketpair()
-            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # one stopped in mid-message must not stop us
-                mine.setsockopt(socket.SOL_SOCKET, option, limit)
-            self._ranks.append(RankHandle(Connection(mine.detach())))
-            theirs.append(other)
-        read, write = os.pipe()
-        self._lifeline = os.fdopen(write, "wb")  # only this process holds it: when it dies, the ranks are ended
-        passed = [read, *(other.fileno() for other in theirs)]
-        words = [str(read), type(self.policy.model).__module__, *map(str, passed[1:])]
-        local = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-        with open(Path(self._folder.name) / "nursery.log", "wb") as errors:
-            self._nursery = subprocess.Popen(
-                [sys.executable, "-c", program, *words], pass_fds=passed, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
-                env=local | os.environ | {"OMP_NUM_THREADS": str(self._threads)},
-            )  # fmt: skip
-        assert self._nursery.stdout is not None
-        self._output = self._nursery.stdout
-        os.set_blocking(self._output.fileno(), False)
-        os.close(read)
-        for other in theirs:
-            other.close()
 
     @property
-    def _threads(self) -> int:
-        return max(1, torch.get_num_threads() // self.config.ranks)
+    def pids(self) -> list[int]:
+        """Of the ranks, each on its own machine."""
+        return self._processes.pids
 
-    def _make(self, devices: list[str], temperature: float) -> None:
+    def _make(self, temperature: float) -> None:
         """Have every rank build its part. Raises UserError, RanksLost."""
         from forerun.learner.rank import Order  # FSDP2 and checkpoints load slowly
         from forerun.learner.shard import blueprint, store_weights
 
-        folder, plan = Path(self._folder.name), blueprint(self.policy)
-        count, threads, patience_s = len(devices), self._threads, max(START_S, self.config.silence_s)
+        plan, patience_s = blueprint(self.policy), max(START_S, self.config.silence_s)
         try:
-            with disk_errors(folder):
-                store_weights(self.policy, folder / "weights.pt")
-            orders = [
-                Order(plan, self.config, temperature, str(folder), rank, count, device, threads, patience_s)
-                for rank, device in enumerate(devices)
-            ]
-            self._agree(self._run([("make", order) for order in orders], limit_s=patience_s))
-            (folder / "weights.pt").unlink()
+            with tempfile.TemporaryDirectory() as folder:
+                with disk_errors(file := Path(folder) / "weights.pt"):
+                    store_weights(self.policy, file)
+                places = self._processes.settle(file)
+                self._ranks = [RankHandle(connection) for connection in self._processes.connections]
+                orders = [
+                    Order(plan, self.config, temperature, rank, len(places), place, patience_s)
+                    for rank, place in enumerate(places)
+                ]
+                self._agree(self._run([("make", order) for order in orders], limit_s=patience_s))
         except BaseException:
             self.close()
             raise
-
-    def _hear_nursery(self) -> None:
-        """Take in which ranks it says have ended."""
-        if not self._output.closed and select.select([self._output], [], [], 0)[0]:
-            self._said += (self._output.read() or b"").decode()
-        *lines, self._said = self._said.split("\n")
-        for words in (line.split() for line in lines):
-            if words[:1] == ["pids"]:
-                self.pids = [int(word) for word in words[1:]]
-            elif words[:1] == ["ended"]:
-                self._ended[int(words[1])] = int(words[2])
 
     # ---- orders ----
 
@@ -285,7 +238,6 @@ class LearnerGroup:
                     self._ranks[number].silent_s += waited
             self._check_silence([i for i in open_ranks.values() if i not in answers], limit_s or self.config.silence_s)
             idle()
-        self._hear_nursery()
         return [answers[i] for i in range(len(self._ranks))]
 
     def _send(self, number: int, order: Message) -> None:
@@ -325,34 +277,26 @@ class LearnerGroup:
                 raise UserError(content[0])
 
     def _lose(self, number: int) -> NoReturn:
-        """A rank cannot be talked to: find out which was lost first, and end all."""
+        """A rank cannot be talked to: find out which was lost first, and end all.
+
+        One that went without a word was killed; those that failed by its loss have said so, and when.
+        """
         until = time.perf_counter() + LAST_WORDS_S
-        while time.perf_counter() < until and len(self._ended) < len(self._ranks):
-            all_said = self._nursery.poll() is not None
-            self._hear_nursery()
-            for rank in [r for r in self._ranks if r.failed is None]:
-                with contextlib.suppress(_Gone):
-                    while rank.connection.poll():
-                        rank.hear()
-            if all_said or (number in self._ended and any(code < 0 for code in self._ended.values())):
+        while True:
+            ended = self._processes.ended()
+            for rank in self._ranks:
+                rank.drain()
+            mute = [i for i, rank in enumerate(self._ranks) if rank.gone and rank.failed is None]
+            told = all(i in ended for i in mute) if mute else all(rank.gone for rank in self._ranks)
+            if told or time.perf_counter() > until:
                 break
             time.sleep(0.02)
-        killed = sorted(i for i, code in self._ended.items() if code < 0)
         failed = sorted((r.failed[0], i) for i, r in enumerate(self._ranks) if r.failed is not None)
-        first = killed[0] if killed else failed[0][1] if failed else number
-        self._end(f"Rank {first} of the learner {self._last_words(first)}")
-
-    def _last_words(self, number: int) -> str:
-        """How a rank ended, with the last line that it wrote."""
-        code = self._ended.get(number)
-        handle, folder = self._ranks[number], Path(self._folder.name)
-        log = folder / f"rank-{number}.log"
-        text = (log if log.exists() else folder / "nursery.log").read_text(errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
-        last = handle.failed[1] if handle.failed is not None else lines[-1].strip() if lines else ""
-        end = "cannot be talked to" if code is None else f"ended with code {code}"
-        end = f"was killed by signal {-code}" if code is not None and code < 0 else end
-        return f"{end}: {last}" if last else end
+        first = mute[0] if mute else failed[0][1] if failed else number
+        words = self._ranks[first].failed
+        last = words[1] if words is not None else self._processes.last_line(first)
+        how = ended.get(first, "cannot be talked to")
+        self._end(f"Rank {first} of the learner {how}{f': {last}' if last else ''}")
 
     def _end(self, sentence: str) -> NoReturn:
         self.close()
@@ -403,18 +347,6 @@ class LearnerGroup:
         values = torch.frombuffer(bytearray(data), dtype=target.dtype)
         target[start : start + len(values)] = values.to(target.device)
         self._missing[name] -= len(values)
-
-
-def _devices(device: torch.device, ranks: int) -> list[str]:
-    """Where each rank computes: the policy's device on a CPU, one GPU each otherwise."""
-    if device.type != "cuda":
-        return [str(device)] * ranks
-    if torch.cuda.device_count() < ranks:
-        raise UserError(
-            f"train.ranks={ranks} needs a GPU for each rank, and this machine has {torch.cuda.device_count()}; set "
-            "train.ranks to at most that"
-        )
-    return [f"cuda:{rank}" for rank in range(ranks)]
 
 
 def _share(update: Update, chunks: list[list[int]]) -> Update:

@@ -2,7 +2,8 @@
 
 All ranks carry out the same order at the same time, each on its own rows; they meet in FSDP2's collectives. A rank says
 so after every micro-batch, parameter and order, which is why a hung one falls silent. The nursery tells how each rank
-ended, and ends all of them when the parent is gone, also one that is stopped. Left out: who listens (`group.py`).
+ended, and ends all of them when the parent is gone, also one that is stopped (its parent's end: `nursery.py`); a rank
+may have been started otherwise, too (`run_rank`). Left out: who listens (`group.py`).
 
     to a rank    make, score, train, stop, weights, save, restore
     from it      ready, tick, scored, trained, interrupted, piece (+ bytes), sent, done, refused, failed
@@ -10,6 +11,7 @@ ended, and ends all of them when the parent is gone, also one that is stopped. L
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import signal
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from forerun.config import TrainConfig
 from forerun.errors import Interrupted, UserError
+from forerun.learner.nursery import Place
 from forerun.learner.parallel import most_over_ranks
 from forerun.learner.policy import SHARDS, Learner, Scored, Update
 from forerun.learner.shard import Blueprint, build_sharded, load_shards, load_whole, save_shards, whole_parameters
@@ -47,11 +50,9 @@ class Order:
     plan: Blueprint
     config: TrainConfig
     temperature: float
-    folder: str  # with the weights, and where the ranks meet
     rank: int
     count: int
-    device: str
-    threads: int
+    place: Place
     patience_s: float  # for another rank
 
 
@@ -61,7 +62,7 @@ class Server:
     def __init__(self, connection: Connection, order: Order) -> None:
         self.connection, self.order = connection, order
         self._stop = False
-        device, plan, file = torch.device(order.device), order.plan, Path(order.folder) / "weights.pt"
+        device, plan, file = torch.device(order.place.device), order.plan, Path(order.place.weights)
         mesh = init_device_mesh(device.type, (order.count,))
         policy = Policy(build_sharded(plan, file, mesh, device, learns=True), None, plan.name)
         reference = build_sharded(plan, file, mesh, device, learns=False) if order.config.kl > 0 else None
@@ -155,44 +156,59 @@ def _pieces(tensor: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     return [(start, flat[start : start + size]) for start in range(0, len(flat), size)]
 
 
-def _be_rank(connection: Connection) -> None:
+def _be_rank(connection: Connection, store: dist.Store | None, built: Callable[[], None]) -> None:
     """A rank's life."""
     _, order = receive(connection)
-    log = os.open(Path(order.folder) / f"rank-{order.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    torch.set_num_threads(order.threads)
-    device = torch.device(order.device)
+    place, patience = order.place, timedelta(seconds=order.patience_s)
+    torch.set_num_threads(place.threads)
+    device = torch.device(place.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        init_method=f"file://{order.folder}/meeting", rank=order.rank, world_size=order.count,
-        timeout=timedelta(seconds=order.patience_s),
-    )  # fmt: skip
+    store = store or _met(place.meeting, order)
+    store.set_timeout(patience)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=order.rank, world_size=order.count, timeout=patience)
     try:
         server = Server(connection, order)
     except UserError as error:
         send(connection, ("refused", str(error)))
         return
+    built()
     server.run()
 
 
-def _run_rank(connection: Connection) -> None:
-    """A rank from fork to end. It leaves without tidying up: its peers may be gone, and wait for nobody."""
+def _met(meeting: str, order: Order) -> dist.Store:
+    """The store at which the ranks meet; the same kind of access for all, or they would not find each other's keys."""
+    kind, where = meeting.split("://")
+    if kind == "file":
+        return dist.FileStore(where, order.count)
+    host, _, port = where.rpartition(":")
+    return dist.TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=order.patience_s))
+
+
+def run_rank(connection: Connection, store: dist.Store | None, built: Callable[[], None]) -> NoReturn:
+    """A rank from start to end. It leaves without tidying up: its peers may be gone, and wait for nobody.
+
+    Args:
+        store: where all ranks meet, when this process holds it.
+        built: called, perhaps twice, when the file of weights is not needed any more.
+    """
+    code = 1
     try:
-        _be_rank(connection)
-        os._exit(0)
+        _be_rank(connection, store, built)
+        code = 0
     except (EOFError, ConnectionError):
-        os._exit(0)  # the parent is gone
+        code = 0  # the parent is gone
     except BaseException as error:
-        failed_at = time.monotonic()  # the same clock in all ranks: the first to fail is the one to name
+        failed_at = time.time()  # about the same in all ranks: the first to fail is the one to name
         traceback.print_exc()
-        try:
-            lines = str(error).strip().splitlines() or [""]
+        lines = str(error).strip().splitlines() or [""]
+        with contextlib.suppress(OSError):  # the parent is gone as well
             send(connection, ("failed", failed_at, f"{type(error).__name__}: {lines[0]}"))
-        finally:
-            os._exit(1)
+    finally:
+        built()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _end_with(lifeline: int, ranks: dict[int, int]) -> None:
@@ -203,8 +219,11 @@ def _end_with(lifeline: int, ranks: dict[int, int]) -> None:
 
 
 def main() -> None:
-    """The nursery: `lifeline, module of the model, sockets of the ranks`; prints `pids ...` and `ended rank code`."""
-    lifeline, module, *sockets = sys.argv[1:]
+    """The nursery: `lifeline, module of the model, folder for logs, sockets of the ranks`.
+
+    Prints `pids ...` and `ended rank code`.
+    """
+    lifeline, module, folder, *sockets = sys.argv[1:]
     importlib.import_module(module)
     connections = [Connection(int(number)) for number in sockets]
     ranks: dict[int, int] = {}  # by process id
@@ -214,7 +233,10 @@ def main() -> None:
             for other in connections:
                 if other is not connection:
                     other.close()
-            _run_rank(connection)
+            log = os.open(Path(folder) / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            run_rank(connection, None, lambda: None)
         ranks[pid] = rank
     print("pids", *ranks, flush=True)  # in the order of the ranks
     for connection in connections:

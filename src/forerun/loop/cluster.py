@@ -1,19 +1,20 @@
-"""Rollout replicas as Ray actors, on whatever machines Ray finds for them.
+"""Rollout replicas as Ray actors, on whatever machines Ray finds for them, and what all actors have in common.
 
-Only who starts a replica's process is different here, and how it is reached: the actor connects back to this process by
-TCP, gets the folders that its engine is made of (the first policy, the drafter) in pieces, and then runs the server of
+Only who starts a process is different here, and how it is reached: the actor connects back to this process by
+TCP, gets the files that it works on (first policy, drafter) in pieces, and then runs the server of
 `engine/replica.py`. Ray's part is to place it, again after a machine was lost, and to end it. The key of a connection
 is drawn for it and travels through Ray; what follows is pickled and not encrypted: the network must be trusted.
-Left out: the learner, which stays where the run was started.
+Left out: the learner's ranks, which are actors by the same means (`cluster_ranks.py`).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import AuthenticationError
@@ -26,6 +27,8 @@ from forerun.engine.replica import CHUNK_BYTES, Lost, Order, Patience, Replica, 
 from forerun.errors import UserError
 
 LOOPBACK = "127.0.0.1"  # nobody beyond this machine has to do with a private Ray
+STORE_BYTES = 100 * 2**20  # for Ray's objects, of which there are next to none
+ALIVE_S = 60  # of silence after which the system asks whether the other machine is still there
 
 
 def starter(recipe: Recipe) -> Starter | None:
@@ -34,95 +37,149 @@ def starter(recipe: Recipe) -> Starter | None:
     Raises:
         UserError: Ray is not installed, or its cluster cannot be reached.
     """
-    if recipe.cluster.address == "none":
+    if recipe.cluster.address == "none" or not recipe.rollout.replicas:
         return None
-    return OnCluster(recipe.cluster, recipe.rollout.replicas)
+    return OnCluster(recipe.cluster, recipe.rollout.replicas, recipe.train.ranks)
 
 
 class OnCluster:
     """The `Starter` of Ray actors. The resources of all replicas are reserved together."""
 
-    def __init__(self, cluster: ClusterConfig, replicas: int) -> None:
-        self.cluster, self._ray = cluster, connect(cluster, replicas)
-        need = {"CPU": cluster.cpus_per_replica} | (
-            {"GPU": cluster.gpus_per_replica} if cluster.gpus_per_replica else {}
-        )
-        self._group = self._ray.util.placement_group([need] * replicas, strategy=cluster.placement)
+    def __init__(self, cluster: ClusterConfig, replicas: int, ranks: int = 1) -> None:
+        """`ranks`: of the learner, for which a private Ray keeps room."""
+        ray = connect(cluster, replicas, ranks)
+        self._room = Room(ray, cluster, replicas, cluster.cpus_per_replica, cluster.gpus_per_replica)
 
     def begin(self, order: Order, patience: Patience) -> Callable[[], Replica]:
         """See `Starter`."""
-        ray, cluster, key = self._ray, self.cluster, secrets.token_bytes(32)
-        host = LOOPBACK if cluster.address == "local" else ray.util.get_node_ip_address()
-        server = socket.create_server((host, 0))
-        server.settimeout(patience.start_s)
-        place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._group)
-        order = replace(order, threads=max(1, int(cluster.cpus_per_replica)))
-        actor = (
-            ray.remote(Actor)
-            .options(
-                num_cpus=cluster.cpus_per_replica, num_gpus=cluster.gpus_per_replica, scheduling_strategy=place,
-                max_restarts=0,
-            )
-            .remote()
-        )  # fmt: skip
-        running = actor.run.remote(host, server.getsockname()[1], key)
-        process = RayProcess(ray, actor, running)
+        call = self._room.call(Actor, patience)
+        order = replace(order, threads=self._room.threads)
 
         def connected() -> Replica:
-            try:
-                return self._meet(server, process, key, order, patience)
-            except Lost:
-                process.kill()
-                raise
+            connection = call.answered(dict(files_in(folders_of(order))))
+            replica = Replica(call.process, connection)
+            replica.send("make", order)
+            return replica
 
         return connected
 
     def close(self) -> None:
         """Give the resources back; actors in them end."""
-        if self._ray.is_initialized():
-            self._ray.util.remove_placement_group(self._group)
+        self._room.close()
 
-    def _meet(
-        self, server: socket.socket, process: RayProcess, key: bytes, order: Order, patience: Patience
-    ) -> Replica:
-        """Wait for the actor, send it its folders and its order. Raises Lost."""
-        with server:
-            mine = self._accept(server, process, patience)
-        impatient(mine, patience)
-        mine.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = Connection(mine.detach())
+
+# ---- actors of any kind ----
+
+
+class NotPlaced(Lost):
+    """The cluster had no room for an actor."""
+
+
+class Room:
+    """The resources of some actors that are alike, reserved together."""
+
+    def __init__(self, ray: Any, cluster: ClusterConfig, actors: int, cpus: float, gpus: float) -> None:
+        self.ray, self.cluster, self.cpus, self.gpus = ray, cluster, cpus, gpus
+        need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+        self._group = ray.util.placement_group([need] * actors, strategy=cluster.placement)
+
+    @property
+    def threads(self) -> int:
+        """Of an actor."""
+        return max(1, int(self.cpus))
+
+    def call(self, kind: type, patience: Patience, *words: Any) -> Call:
+        """Ask for an actor; its method `run` gets a host, a port and a key to call back with, and the words."""
+        ray, key = self.ray, secrets.token_bytes(32)
+        host = LOOPBACK if self.cluster.address == "local" else ray.util.get_node_ip_address()
+        server = socket.create_server((host, 0))
+        place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._group)
+        options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "scheduling_strategy": place, "max_restarts": 0}
+        actor = ray.remote(kind).options(**options).remote()
+        running = actor.run.remote(host, server.getsockname()[1], key, *words)
+        return Call(RayProcess(ray, actor, running), server, key, patience, self)
+
+    def close(self) -> None:
+        """Give the resources back; actors in them end."""
+        if self.ray.is_initialized():
+            self.ray.util.remove_placement_group(self._group)
+
+
+@dataclass(slots=True)
+class Call:
+    """An actor that was asked for, and has not called back yet."""
+
+    process: RayProcess
+    server: socket.socket
+    key: bytes
+    patience: Patience
+    room: Room
+
+    def answered(self, files: Mapping[str, Path]) -> Connection:
+        """Wait for the actor, and send it files, by their paths in its folder. Raises Lost."""
         try:
-            deliver_challenge(connection, key)
-            answer_challenge(connection, key)
-            process.pid, process.node = connection.recv()
-            folders = folders_of(order)
-            connection.send([(name, path.stat().st_size) for name, path in files_in(folders)])
-            for _, path in files_in(folders):
+            with self.server:
+                mine = self._accept()
+            impatient(mine, self.patience)
+            keep_alive(mine)
+            connection = Connection(mine.detach())
+            return self._greet(connection, files)
+        except Lost:
+            self.process.kill()
+            raise
+
+    def _greet(self, connection: Connection, files: Mapping[str, Path]) -> Connection:
+        process = self.process
+        try:
+            deliver_challenge(connection, self.key)
+            answer_challenge(connection, self.key)
+            process.pid, process.node, process.said = connection.recv()
+            connection.send([(name, path.stat().st_size) for name, path in files.items()])
+            for path in files.values():
                 send_file(connection, path)
         except (OSError, EOFError, AuthenticationError) as error:
             connection.close()
             raise Lost(f"did not get its files: {type(error).__name__} {error}. {process.end()}".rstrip(" .")) from None
-        replica = Replica(process, connection)
-        replica.send("make", order)
-        return replica
+        return connection
 
-    def _accept(self, server: socket.socket, process: RayProcess, patience: Patience) -> socket.socket:
+    def _accept(self) -> socket.socket:
         """The actor's connection, unless the actor ends before it makes one. Raises Lost."""
-        waited = 0.0
-        while waited < patience.start_s:
-            server.settimeout(1.0)
+        waited, limit_s = 0.0, self.patience.start_s
+        while waited < limit_s:
+            self.server.settimeout(1.0)
             try:
-                return server.accept()[0]
+                return self.server.accept()[0]
             except TimeoutError:
                 waited += 1.0
-            if end := process.end(0.0):
+            if end := self.process.end(0.0):
                 raise Lost(end)
-        free, cluster = self._ray.available_resources(), self.cluster
-        raise Lost(
-            f"was not placed in {patience.start_s:.0f} s: it needs {cluster.cpus_per_replica:g} CPUs and "
-            f"{cluster.gpus_per_replica:g} GPUs, and the cluster has {free.get('CPU', 0):g} and "
-            f"{free.get('GPU', 0):g} free"
+        free, room = self.room.ray.available_resources(), self.room
+        raise NotPlaced(
+            f"was not placed in {limit_s:.0f} s: it needs {room.cpus:g} CPUs and {room.gpus:g} GPUs, and the cluster "
+            f"has {free.get('CPU', 0):g} and {free.get('GPU', 0):g} free"
         )
+
+
+def call_back(host: str, port: int, key: bytes, folder: Path, said: Any = None) -> Connection:
+    """The actor's end of `Call.answered`: connect, tell who it is (and `said`), take the files."""
+    mine = socket.create_connection((host, port))
+    keep_alive(mine)
+    connection = Connection(mine.detach())
+    answer_challenge(connection, key)
+    deliver_challenge(connection, key)
+    connection.send((os.getpid(), node_id(), said))
+    for name, size in connection.recv():
+        receive_file(connection, folder / name, size)
+    return connection
+
+
+def keep_alive(end: socket.socket) -> None:
+    """Send small messages at once, and find out when the other machine has gone without a word."""
+    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):  # Linux; elsewhere the system's own patience holds
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ALIVE_S)
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ALIVE_S // 4)
 
 
 @dataclass(slots=True)
@@ -134,6 +191,7 @@ class RayProcess:
     running: Any  # what `Actor.run` will have returned
     pid: int = 0  # on its own machine
     node: str = ""  # that machine's name in the cluster
+    said: Any = None  # as it called back
 
     def kill(self) -> None:
         """See `Process`."""
@@ -161,15 +219,8 @@ class Actor:
 
     def run(self, host: str, port: int, key: bytes) -> None:
         """Connect, take the folders, serve until the driver is gone."""
-        with socket.create_connection((host, port)) as mine:
-            mine.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection = Connection(mine.detach())
-        answer_challenge(connection, key)
-        deliver_challenge(connection, key)
-        connection.send((os.getpid(), node_id()))
         with tempfile.TemporaryDirectory() as folder:
-            for name, size in connection.recv():
-                receive_file(connection, Path(folder) / name, size)
+            connection = call_back(host, port, key, Path(folder))
             serve(connection, lambda order: placed(order, Path(folder)))
 
 
@@ -180,8 +231,12 @@ def node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def connect(cluster: ClusterConfig, replicas: int) -> Any:
-    """The `ray` module, connected. Raises UserError."""
+def connect(cluster: ClusterConfig, replicas: int, ranks: int = 1) -> Any:
+    """The `ray` module, connected. Raises UserError.
+
+    Args:
+        replicas, ranks: for which a private Ray has room; a single rank is no actor.
+    """
     try:
         import ray
         import ray.util.scheduling_strategies
@@ -193,10 +248,16 @@ def connect(cluster: ClusterConfig, replicas: int) -> Any:
         return ray
     settings: dict[str, Any] = {"address": cluster.address}
     if cluster.address == "local":
-        cpus, gpus = replicas * cluster.cpus_per_replica, replicas * cluster.gpus_per_replica
-        settings |= {"num_cpus": -int(-cpus // 1), "num_gpus": -int(-gpus // 1), "include_dashboard": False}
+        placed_ranks = ranks if ranks > 1 else 0
+        cpus = replicas * cluster.cpus_per_replica + placed_ranks * cluster.cpus_per_rank
+        gpus = replicas * cluster.gpus_per_replica + placed_ranks * cluster.gpus_per_rank
+        settings |= {
+            "num_cpus": -int(-cpus // 1), "num_gpus": -int(-gpus // 1), "include_dashboard": False,
+            "object_store_memory": STORE_BYTES,
+        }  # fmt: skip
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine
     try:
-        ray.init(**settings, log_to_driver=False, logging_level="ERROR")
+        ray.init(**settings, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         words = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cluster.address={cluster.address}: no Ray cluster answers there ({words})") from None

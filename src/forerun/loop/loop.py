@@ -47,6 +47,7 @@ from forerun.learner.group import make_learner
 from forerun.learner.policy import mismatch
 from forerun.loop.buffer import RolloutsAhead, lag_of
 from forerun.loop.cluster import starter
+from forerun.loop.cluster_ranks import launcher
 from forerun.loop.drafter import prepare_drafter
 from forerun.loop.generate import Generated, comparison, evaluation, generate, rollout_metrics
 from forerun.loop.history import STAGES, History
@@ -141,7 +142,12 @@ class Training:
         self.evaluator = LocalEngine(policy, slots=eval_slots or recipe.rollout.slots) if apart else self.engine
         self.ahead: RolloutsAhead | None = None
         cotrained = drafter is not None and speculation.train != "off"
-        self.learner = make_learner(policy, recipe.train, recipe.rollout.temperature, cotrained)
+        try:
+            ranks = launcher(recipe, folder.path)
+            self.learner = make_learner(policy, recipe.train, recipe.rollout.temperature, cotrained, ranks)
+        except BaseException:
+            self.engine.close()  # what a run that goes back will need
+            raise
         self.cotrainer = None
         if drafter is not None and cotrained:
             heat = recipe.rollout.temperature
@@ -394,19 +400,11 @@ class Training:
         if self.evaluator is self.engine:
             self.watched.begin("evaluate", step)
         with self.console.stage("evaluation"), self.timeline.span(LEARNER, "evaluation", step):
-            result = evaluation(
-                generate(
-                    self.evaluator,
-                    self.policy,
-                    self.task,
-                    self.held_out,
-                    prompts,
-                    sampling,
-                    recipe.eval.samples,
-                    self.console,
-                    stop_requested,
-                )
-            )
+            generated = generate(
+                self.evaluator, self.policy, self.task, self.held_out, prompts, sampling, recipe.eval.samples,
+                self.console, stop_requested,
+            )  # fmt: skip
+            result = evaluation(generated)
         self.folder.log(step, dict(result))
         self.history.evaluations.append({"step": step, **result})
         self.console.note(
