@@ -4,7 +4,8 @@ Rows are given out by tokens (`parallel.split_rows`); every rank answers for its
 the new weights into the parent's policy, which generates, is evaluated and is saved. All ranks live and die together:
 one that ends, or falls silent, ends the group (`RanksLost`); the parent's policy may then hold parts of two versions.
 Rounding differs from one process: bfloat16 weights are the nearest to their masters, not rounded at random.
-Left out: drafters that train beside the policy, other machines, another group in place of a lost one.
+A drafter may train beside the policy in the same ranks (`cotrain_ranks.py`).
+Left out: other machines, another group in place of a lost one.
 """
 
 from __future__ import annotations
@@ -19,24 +20,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from forerun.config import TrainConfig
+from forerun.config import DraftConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
-from forerun.learner.forward import TokenBatch, completion_logits
 from forerun.learner.parallel import split_rows
 from forerun.learner.policy import Learner, Scored, Tally, Targets, Update, plan_update, update_metrics
 from forerun.learner.wire import Message, receive, send
 from forerun.models import Policy
 from forerun.records import Rollout
 from forerun.report.metrics import disk_errors
+
+if TYPE_CHECKING:
+    from forerun.learner.pupil import Taught
 
 PROGRAM = "from forerun.learner.rank import main; main()"
 START_S = 600.0  # until the ranks have their model; to write or read a checkpoint
@@ -74,22 +77,14 @@ class RankHandle:
         return message
 
 
-def make_learner(
-    policy: Policy, config: TrainConfig, temperature: float, cotrained: bool = False
-) -> Learner | LearnerGroup:
+def make_learner(policy: Policy, config: TrainConfig, temperature: float) -> Learner | LearnerGroup:
     """The learner that `train.ranks` asks for.
 
     Raises:
-        UserError: the machine has too few GPUs, a drafter is to train beside the policy (`cotrained`), or the policy
-            cannot be packed.
+        UserError: the machine has too few GPUs, or the policy cannot be packed.
     """
     if config.ranks == 1:
         return Learner(policy, config, temperature)
-    if cotrained:
-        raise UserError(
-            f"speculation.train needs the policy's hidden states in one process, and train.ranks={config.ranks} keeps "
-            "them in several; set speculation.train=off or train.ranks=1"
-        )
     return LearnerGroup(policy, config, temperature)
 
 
@@ -121,11 +116,9 @@ class LearnerGroup:
         self,
         rollouts: Sequence[Rollout],
         tick: Callable[[int], None] = lambda n: None,
-        forward: Callable[[Any, TokenBatch], Tensor] = completion_logits,
+        batches: Sequence[Sequence[int]] = (),
     ) -> Scored:
-        """See `Learner.score`. Raises UserError for another `forward`: it would see nothing here."""
-        if forward is not completion_logits:
-            raise UserError(f"train.ranks={self.config.ranks} computes log-probabilities elsewhere; set train.ranks=1")
+        """See `Learner.score`. `batches`: of rollouts, from which the ranks keep what `study` learns from."""
         parts = self._split(rollouts, range(len(rollouts)))
         done = 0
 
@@ -134,7 +127,8 @@ class LearnerGroup:
             done += rows
             tick(done)
 
-        answers = self._run([("score", [rollouts[i] for i in part]) for part in parts], heard)
+        orders = [("score", [rollouts[i] for i in part], _within(batches, part)) for part in parts]
+        answers = self._run(orders, heard)
         return _merge(rollouts, parts, [answer[1] for answer in answers])
 
     def train(
@@ -165,7 +159,51 @@ class LearnerGroup:
             UserError: the checkpoint is broken. RanksLost.
         """
         self._all_agree("restore", str(folder))
-        self._fetch()
+        self._fetch("weights", self.policy.model)
+
+    # ---- a drafter beside the policy, see `cotrain_ranks.py` ----
+
+    def enrol(self, head: nn.Module, config: DraftConfig) -> None:
+        """Have every rank hold this drafter from here on. Raises UserError, RanksLost."""
+        with self._file("drafter.pt") as file:
+            with disk_errors(file):
+                torch.save(head, file)
+            self._all_agree("enrol", str(file), config)
+
+    def study(self, head: nn.Module) -> list[Taught]:
+        """Have the ranks train it on what the last `score` taught; `head` follows. Raises UserError, RanksLost."""
+        answers = self._run([("study",)] * self.config.ranks)
+        self._fetch("drafter", head)
+        self._agree(answers)
+        return [answer[1] for answer in answers]
+
+    def compare(self, held: Sequence[str], received: str) -> None:
+        """Checksums of the ranks' drafters, and of what they sent. Raises RanksLost when they are not one."""
+        if set(held) != {received}:
+            self._end(f"The learner's ranks hold drafters {', '.join(held)} and have sent {received}")
+
+    def draft_optimizer(self) -> dict[str, Any]:
+        """State of the drafter's optimizer. Raises UserError, RanksLost."""
+        with self._file("draft-optimizer.pt") as file:
+            self._all_agree("note", str(file))
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+    def set_draft_optimizer(self, state: dict[str, Any], head: nn.Module) -> None:
+        """Inverse of `draft_optimizer`; the drafter follows. Raises UserError, RanksLost."""
+        with self._file("draft-optimizer.pt") as file:
+            with disk_errors(file):
+                torch.save(state, file)
+            self._all_agree("recall", str(file))
+        self._fetch("drafter", head)
+
+    @contextlib.contextmanager
+    def _file(self, name: str) -> Iterator[Path]:
+        """In the folder that the ranks share, until it has been read."""
+        file = Path(self._folder.name) / name
+        try:
+            yield file
+        finally:
+            file.unlink(missing_ok=True)
 
     def close(self) -> None:
         """End all ranks at once; the nursery sees to it, and reaps them."""
@@ -383,15 +421,15 @@ class LearnerGroup:
         answers = self._run([("train", share, learning_rate) for share in shares], tick, idle)
         if answers[0][0] == "interrupted":
             raise Interrupted
-        self._fetch()
+        self._fetch("weights", self.policy.model)
         self._agree(answers)
         return _add([answer[1] for answer in answers])
 
-    def _fetch(self) -> None:
+    def _fetch(self, order: str, module: nn.Module) -> None:
         """Take the ranks' weights over, in place. Raises RanksLost."""
-        self._targets = {name: p.detach() for name, p in self.policy.model.named_parameters()}
+        self._targets = {name: p.detach() for name, p in module.named_parameters()}
         self._missing = {name: p.numel() for name, p in self._targets.items()}
-        self._run([("weights",)] * self.config.ranks)
+        self._run([(order,)] * self.config.ranks)
         incomplete = [name for name, count in self._missing.items() if count]
         self._targets = {}
         if incomplete:
@@ -415,6 +453,12 @@ def _devices(device: torch.device, ranks: int) -> list[str]:
             "train.ranks to at most that"
         )
     return [f"cuda:{rank}" for rank in range(ranks)]
+
+
+def _within(batches: Sequence[Sequence[int]], part: list[int]) -> list[list[int]]:
+    """Which of a rank's rollouts are in each batch."""
+    place = {i: number for number, i in enumerate(part)}
+    return [[place[i] for i in batch if i in place] for batch in batches]
 
 
 def _share(update: Update, chunks: list[list[int]]) -> Update:
