@@ -264,7 +264,8 @@ def weighted_loss(passes: list[Pass], decay: float, rows: Sequence[int] | None =
 
 def rows_by_position(scored: Tensor, depth: int) -> list[int]:
     """How many rows each draft position of a batch is judged on, see `judge`. `scored`: [N, L]"""
-    return [int(_bases(scored, j).sum()) for j in range(depth)]
+    length = scored.shape[1]
+    return [int((scored[:, 1 : max(1, length - j)] & scored[:, 1 + j :]).sum()) for j in range(depth)]
 
 
 def unroll(
