@@ -1,8 +1,9 @@
 """A drafter beside a sharded policy: the drafter that one process trains, and a policy that does not notice.
 
 float32 sums come in another order, and AdamW turns any small gradient into a full step: a weight whose gradient is near
-0 may step the other way. So the drafters agree when fewer than one weight in a thousand differs by more than 1e-4, a
-tenth of a step. AdamW does not see the size of a gradient; the metrics do, and they agree within 1e-3 of theirs.
+0 may step the other way. So the drafters agree when fewer than one weight in a hundred differs by more than 1e-4, a
+tenth of a step (4 in 10,000 were seen, 92 in a hundred in the negative control). AdamW does not see the size of a
+gradient; the metrics do, and they agree within 1e-3 of theirs.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def test_the_drafter_is_that_of_one_process_and_the_policy_does_not_notice(
     for row, off in zip(found, bench.off, strict=True):
         assert {name: row[name] for name in off} == off
     assert apart(before, expected.state_dict()) > 0.5
-    assert apart(trainer.head.state_dict(), expected.state_dict()) < 1e-3
+    assert apart(trainer.head.state_dict(), expected.state_dict()) < 0.01
     assert len(found) == 3 and found[2]["draft/loss"] < found[0]["draft/loss"]
     for mine, theirs in zip(found, metrics, strict=True):
         assert mine["draft/tokens"] == theirs["draft/tokens"] > 0
@@ -211,7 +212,7 @@ def test_the_comparison_sees_rows_that_are_left_out(tiny: Callable[..., Path]) -
     with ranks(policy, LEFT_OUT) as group:
         trainer = GroupCoTrainer(group, drafter_for("eagle3", policy), "every-1", CONFIG, 0)
         found = steps(group, trainer.score, trainer, batches)
-    assert apart(trainer.head.state_dict(), expected.state_dict()) > 0.1
+    assert apart(trainer.head.state_dict(), expected.state_dict()) > 0.5
     assert found[0]["draft/loss"] != pytest.approx(metrics[0]["draft/loss"], rel=1e-3)
 
 
@@ -224,7 +225,7 @@ def test_what_does_not_fit_is_left_out_as_in_one_process(bench: Bench, tiny: Cal
             found = bench.steps(trainer, bench.batches[:1])
             assert metrics[0]["draft/tokens_left_out"] > 0
             assert found[0] == pytest.approx(metrics[0], rel=1e-3, abs=1e-5)
-            assert apart(trainer.head.state_dict(), expected.state_dict()) < 1e-3
+            assert apart(trainer.head.state_dict(), expected.state_dict()) < 0.01
 
 
 def test_drift_starts_updates_as_in_one_process(bench: Bench, tiny: Callable[..., Path]) -> None:
@@ -239,7 +240,7 @@ def test_drift_starts_updates_as_in_one_process(bench: Bench, tiny: Callable[...
     found = bench.steps(trainer, batches)
     assert ["draft/loss" in row for row in found] == [False, False, False, True]
     assert all(a == pytest.approx(b, rel=1e-3, abs=1e-5) for a, b in zip(found, metrics, strict=True))
-    assert apart(trainer.head.state_dict(), expected.state_dict()) < 1e-3
+    assert apart(trainer.head.state_dict(), expected.state_dict()) < 0.01
 
 
 @pytest.mark.parametrize("method", ["eagle3", "mtp"])
@@ -271,7 +272,7 @@ def test_a_restored_drafter_goes_on_bit_for_bit(
     assert gap(drafter.state_dict(), saved) == 0
     assert list(single.state_dict()["optimizer"]["inner"]["state"]) == list(state["optimizer"]["inner"]["state"])
     steps(learner, lambda r, tick: learner.score(r, tick, single.forward), single, bench.batches[2:], 2)
-    assert apart(drafter.state_dict(), expected) < 1e-3
+    assert apart(drafter.state_dict(), expected) < 0.01
 
 
 def test_a_gradient_that_is_not_finite_is_refused_by_all_ranks(bench: Bench) -> None:
