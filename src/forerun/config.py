@@ -282,7 +282,10 @@ class DraftConfig(Block):
     intermediate: int | None = Field(None, description="width of the drafter's MLP; null: the policy's")
     mtp_layers: int = Field(1, ge=1, description="mtp: layers, one per draft position; the last one is applied again")
     cache_gib: float = Field(
-        2.0, ge=0, description="memory for the policy's outputs between epochs; beyond it: run again"
+        2.0,
+        ge=0,
+        description="memory for the policy's outputs; beyond it the policy runs again every epoch, and beside a policy "
+        "that trains (all ranks together) tokens are left out",
     )
     validation: float = Field(0.1, gt=0, lt=1, description="share of rollouts kept for validation")
     online_learning_rate: float = Field(1e-4, gt=0, description="beside the policy (speculation.train)")
@@ -317,11 +320,6 @@ class Recipe(Block):
         if (self.speculation.method == "vllm" or self.speculation.vllm) and self.rollout.engine != "vllm":
             raise ValueError(
                 f"speculation.vllm is for vLLM alone, and rollout.engine is {self.rollout.engine}; set it to vllm"
-            )
-        if self.train.ranks > 1 and self.speculation.train != "off":
-            raise ValueError(
-                f"speculation.train={self.speculation.train} needs the policy's hidden states in one process, and "
-                f"train.ranks={self.train.ranks} keeps them in several; set one of them back"
             )
         if self.cold_start is not None and self.policy.adapter is not None:
             raise ValueError("cold_start trains an adapter and policy.adapter loads one: keep one of the two")

@@ -25,7 +25,7 @@ from forerun.config import TrainConfig
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
 from forerun.learner.advantages import group_advantages
-from forerun.learner.group import LearnerGroup, make_learner
+from forerun.learner.group import LearnerGroup
 from forerun.learner.nursery import PROGRAM, Nursery, RanksHere, RanksLost
 from forerun.learner.policy import Learner
 from forerun.models import Policy, load_policy
@@ -276,10 +276,3 @@ def test_a_rank_that_hangs_ends_the_group(fresh: Callable[[], Policy], batches: 
 def test_a_rank_that_cannot_start_says_why(fresh: Callable[[], Policy]) -> None:
     with pytest.raises(RanksLost, match=r"Rank \d of the learner .*ModuleNotFoundError: No module named 'nowhere'"):
         LearnerGroup(fresh(), TrainConfig(ranks=2), 1.0, Nursery("import nowhere"))
-
-
-def test_a_drafter_cannot_train_beside_ranks(fresh: Callable[[], Policy]) -> None:
-    policy = fresh()
-    assert isinstance(make_learner(policy, TrainConfig(), 1.0, cotrained=True), Learner)
-    with pytest.raises(UserError, match=r"train\.ranks=2"):
-        make_learner(policy, TrainConfig(ranks=2), 1.0, cotrained=True)

@@ -13,8 +13,6 @@ import pytest
 import yaml
 
 import forerun
-from forerun.config import load_recipe
-from forerun.errors import UserError
 from forerun.learner.group import LearnerGroup
 from forerun.loop.loop import resumed_recipe, run
 
@@ -82,8 +80,3 @@ def test_a_run_that_loses_a_rank_goes_back_by_itself(recipe: Path, monkeypatch: 
     (warning,) = (words for words in summary["warnings"] if "goes back" in words)
     assert "goes back to step-000001" in warning and "Rank 1 of the learner" in warning
     assert summary["weights"] == undisturbed["weights"] and steps_of(summary["run"]) == steps_of(undisturbed["run"])
-
-
-def test_a_drafter_that_trains_beside_ranks_is_refused_at_once(recipe: Path) -> None:
-    with pytest.raises(UserError, match=r"train\.ranks=2"):
-        load_recipe(str(recipe), {"train.ranks": 2, "speculation.method": "eagle3", "speculation.train": "every-1"})

@@ -127,13 +127,23 @@ class MtpHead(nn.Module):
         source = _source_layer(policy)
         self.config = MtpConfig(target.hidden_size, target.vocab_size, len(decoder_layers(policy.model)), layers)
         self.layers = nn.ModuleList(MtpLayer(policy, index, source) for index in range(layers))
-        self._shared = (_shared(policy, source),)  # a tuple: its modules are not submodules
+        self.share(policy)
         self.register_buffer("draft_ids", vocabulary)
         with torch.no_grad():
             for layer in self.layers:
                 layer.eh_proj.weight.normal_(0, 0.01)
                 layer.eh_proj.weight[:, target.hidden_size :] += torch.eye(target.hidden_size)
         self.float().to(policy.device).eval().requires_grad_(True)
+
+    def share(self, policy: Policy) -> None:
+        """Use embedding, rotary angles and output head of `policy` from here on."""
+        self._shared = (_shared(policy, _source_layer(policy)),)  # a tuple: its modules are not submodules
+
+    def apart(self) -> MtpHead:
+        """The same parameters without what it uses of the policy: a head to be sent elsewhere, there to `share`."""
+        head = copy.copy(self)
+        del head._shared
+        return head
 
     @property
     def shared(self) -> Shared:

@@ -173,6 +173,13 @@ def lesson(head: Head, model: Any, batch: TokenBatch, temperature: float) -> tup
     return TeacherBatch(batch.input_ids, features, log_p, scored), logits
 
 
+def place_bytes(head: Head, dtype: torch.dtype) -> int:
+    """Bytes that a lesson of a policy in `dtype` has for every place of its padded batch."""
+    width = head.config.hidden_size if isinstance(head, MtpHead) else head.config.tap_width
+    drafted = 0 if _whole(head) else len(head.vocabulary)
+    return 8 + len(head.config.layers) * width * dtype.itemsize + 4 * drafted + 1
+
+
 def judge(head: Head, policy: Policy, teacher: TeacherBatch, config: DraftConfig, temperature: float) -> list[Pass]:
     """Loss and acceptance of every draft position on one batch; positions without rows are left out.
 
@@ -242,10 +249,23 @@ def _judge_rows(
     return torch.cat([x for x, _ in parts]), torch.cat([x for _, x in parts])
 
 
-def weighted_loss(passes: list[Pass], decay: float) -> Tensor:
-    """Mean of the positions' losses, each `decay` times the weight of the one before."""
-    weights = [decay**j for j in range(len(passes))]
-    return torch.stack([w * x.loss for w, x in zip(weights, passes, strict=True)]).sum() / sum(weights)
+def weighted_loss(passes: list[Pass], decay: float, rows: Sequence[int] | None = None) -> Tensor:
+    """Mean of the positions' losses, each `decay` times the weight of the one before.
+
+    Args:
+        rows: of each position in a batch of which `passes` are a part. The parts' losses add up to the batch's, and so
+            do their gradients; a part may lack the last positions. None: they are the whole batch.
+    """
+    rows = [x.rows for x in passes] if rows is None else rows
+    weights = [decay**j for j in range(len(rows))]
+    shares = [w * x.loss * (x.rows / n) for w, x, n in zip(weights, passes, rows, strict=False)]
+    return torch.stack(shares).sum() / sum(weights)
+
+
+def rows_by_position(scored: Tensor, depth: int) -> list[int]:
+    """How many rows each draft position of a batch is judged on, see `judge`. `scored`: [N, L]"""
+    length = scored.shape[1]
+    return [int((scored[:, 1 : max(1, length - j)] & scored[:, 1 + j :]).sum()) for j in range(depth)]
 
 
 def unroll(

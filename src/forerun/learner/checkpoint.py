@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 
 from forerun.draft import Drafter
 from forerun.errors import UserError
-from forerun.learner.cotrain import CoTrainer
 from forerun.models import Policy, save_policy
 from forerun.report.metrics import disk_errors
 
@@ -45,6 +44,16 @@ class Saved(Protocol):
         """Inverse of `save`."""
 
 
+class Resumable(Protocol):
+    """What trains the drafter: `CoTrainer` or `GroupCoTrainer`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it needs to go on, beside the drafter itself: tensors, numbers and lists."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -53,7 +62,7 @@ def save_checkpoint(
     drafter: Drafter | None,
     history: dict[str, Any],
     keep: int,
-    cotrainer: CoTrainer | None = None,
+    cotrainer: Resumable | None = None,
 ) -> Path:
     """Write `folder/step-N` and drop all but the `keep` newest. `history` must be JSON.
 
@@ -163,7 +172,7 @@ def read_history(checkpoint: Path) -> dict[str, Any]:
         return json.loads((checkpoint / "history.json").read_text())
 
 
-def restore(checkpoint: Path, learner: Saved, cotrainer: CoTrainer | None = None) -> None:
+def restore(checkpoint: Path, learner: Saved, cotrainer: Resumable | None = None) -> None:
     """Put the learner, the drafter's optimizer and random state back (policy and drafter are loaded by themselves).
 
     A run that begins to train its drafter at a checkpoint made without begins with a new optimizer for it.

@@ -6,6 +6,7 @@ masters, its own rate and its own clipping: no gradient and no norm is shared wi
 policy's in stage train, so that a step that is broken off has changed neither. An EAGLE-3 head is taught the policy's
 distributions of before that update, an MTP head the updated output head's on the hidden states of before.
 When: `every-N` on every N-th step; `drift` on the step after one whose acceptance, at matched entropy, had fallen.
+With a policy that is sharded over ranks: `cotrain_ranks.py`.
 Left out: sequence packing; more than one pass over a step's rollouts.
 """
 
@@ -24,7 +25,7 @@ from forerun.config import COTRAINED, DraftConfig, TrainConfig
 from forerun.draft import Drafter
 from forerun.draft.eagle3 import Eagle3Drafter
 from forerun.draft.mtp import MtpDrafter
-from forerun.draft.training import Pass, TeacherBatch, judge, lesson, summarise, weighted_loss
+from forerun.draft.training import Head, Pass, TeacherBatch, judge, lesson, summarise, weighted_loss
 from forerun.errors import UserError
 from forerun.learner.forward import TokenBatch, completion_logits
 from forerun.learner.optimizer import MasterOptimizer
@@ -91,6 +92,25 @@ def fit_line(points: Sequence[tuple[float, float, float]]) -> tuple[float, float
     return mean_y - slope * mean_x, slope, min(xs), max(xs)
 
 
+class Schedule:
+    """When the drafter is trained, as `speculation.train` says: every-N or drift."""
+
+    def __init__(self, train: str, config: DraftConfig) -> None:
+        self.every = int(train.removeprefix("every-")) if train != "drift" else None
+        self.share, self.meter = config.drift_share, DriftMeter(config.drift_window)
+
+    def due(self, step: int) -> bool:
+        """Whether a step (0-based) ends with an update, as it begins."""
+        return (step + 1) % self.every == 0 if self.every is not None else self.meter.drift > self.share
+
+    def look(self, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> dict[str, float]:
+        """Take in the acceptance of a step; metrics."""
+        if self.every is not None:
+            return {}
+        self.meter.look(entropies, [len(r.tokens) for r in rollouts], [r.rounds for r in rollouts])
+        return {"spec/drift": self.meter.drift}
+
+
 class CoTrainer:
     """Trains the drafter that the engine is using; the engine sees every update with the next weight version."""
 
@@ -102,17 +122,10 @@ class CoTrainer:
         Raises:
             UserError: the drafter is of a kind that cannot train beside the policy.
         """
-        if not isinstance(drafter, Eagle3Drafter | MtpDrafter):
-            raise UserError(
-                f"speculation.train={train} needs one of {', '.join(COTRAINED)}, but the drafter is "
-                f"'{drafter.method}'; set speculation.train=off"
-            )
-        self.head, self.policy, self.config = drafter.head, policy, config
+        self.head, self.policy, self.config = trained_head(drafter, train), policy, config
         self.temperature, self.seed = temperature, seed
-        self.every = int(train.removeprefix("every-")) if train != "drift" else None
-        self.meter = DriftMeter(config.drift_window)
-        settings = TrainConfig(betas=(0.9, 0.95), max_grad_norm=config.online_max_grad_norm)
-        self.optimizer = MasterOptimizer(self.head.parameters(), settings)
+        self.schedule = Schedule(train, config)
+        self.optimizer = draft_optimizer(self.head, config)
         self._lessons: list[TeacherBatch] = []
         self._room_bytes = self._left_out = 0
         self._due = False
@@ -120,10 +133,7 @@ class CoTrainer:
     def begin(self, step: int) -> None:
         """A step (0-based) begins; whether it ends with an update is settled here."""
         self._lessons, self._left_out, self._room_bytes = [], 0, int(self.config.cache_gib * 2**30)
-        if self.every is not None:
-            self._due = (step + 1) % self.every == 0
-        else:
-            self._due = self.meter.drift > self.config.drift_share
+        self._due = self.schedule.due(step)
 
     def forward(self, model: Any, batch: TokenBatch) -> Tensor:
         """`completion_logits`, keeping what it teaches when an update is due and memory allows."""
@@ -146,48 +156,76 @@ class CoTrainer:
         """
         metrics = self._update(step) if self._due else {}
         self._lessons = []
-        if self.every is None:
-            self.meter.look(entropies, [len(r.tokens) for r in rollouts], [r.rounds for r in rollouts])
-            metrics["spec/drift"] = self.meter.drift
-        return metrics
+        return metrics | self.schedule.look(rollouts, entropies)
 
     def _update(self, step: int) -> dict[str, float]:
-        """One optimizer step per batch of the logprob stage, in an order that the step's number settles."""
+        """One optimizer step per batch of the logprob stage."""
         started = time.perf_counter()
         losses, norms, judged = [], [], []
-        for index in random.Random(f"{self.seed}/{step}").sample(range(len(self._lessons)), len(self._lessons)):
+        for index in order_of_batches(self.seed, step, len(self._lessons)):
             passes = judge(self.head, self.policy, self._lessons[index], self.config, self.temperature)
             if not passes:
                 continue
             loss = weighted_loss(passes, self.config.decay)
             loss.backward()
-            norms.append(self._step())
+            norms.append(draft_step(self.optimizer, self.config.online_learning_rate))
             losses.append(float(loss.detach()))
             judged.append([Pass(p.loss.detach(), p.accepted, p.rows) for p in passes])
-        return {
-            "draft/loss": sum(losses) / max(1, len(losses)),
-            "draft/acceptance_simulated": summarise(judged).length,
-            "draft/grad_norm": sum(norms) / max(1, len(norms)),
-            "draft/tokens": float(sum(int(x.scored.sum()) for x in self._lessons)),
-            "draft/tokens_left_out": float(self._left_out),
-            "time/draft_train": time.perf_counter() - started,
-        }
-
-    def _step(self) -> float:
-        masters = self.optimizer.masters
-        if not all(bool(torch.isfinite(m.grad).all()) for m in masters if m.grad is not None):
-            self.optimizer.clear()
-            raise UserError(
-                "The drafter's gradient is not finite; it was not updated. Lower draft.online_learning_rate, or set "
-                "speculation.train=off"
-            )
-        return self.optimizer.step(self.config.online_learning_rate)
+        tokens = sum(int(x.scored.sum()) for x in self._lessons)
+        return draft_metrics(losses, norms, judged, tokens, self._left_out, started)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer and drift; the drafter's weights are saved as a drafter."""
-        return {"optimizer": self.optimizer.state_dict(), "drift": self.meter.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "drift": self.schedule.meter.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`; the drafter's weights follow the masters."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.meter.load_state_dict(state["drift"])
+        self.schedule.meter.load_state_dict(state["drift"])
+
+
+def trained_head(drafter: Drafter, train: str) -> Head:
+    """What trains of a drafter. Raises UserError when nothing does beside a policy."""
+    if not isinstance(drafter, Eagle3Drafter | MtpDrafter):
+        raise UserError(
+            f"speculation.train={train} needs one of {', '.join(COTRAINED)}, but the drafter is "
+            f"'{drafter.method}'; set speculation.train=off"
+        )
+    return drafter.head
+
+
+def draft_optimizer(head: Head, config: DraftConfig) -> MasterOptimizer:
+    """Of a head that trains beside the policy."""
+    settings = TrainConfig(betas=(0.9, 0.95), max_grad_norm=config.online_max_grad_norm)
+    return MasterOptimizer(head.parameters(), settings)
+
+
+def order_of_batches(seed: int, step: int, count: int) -> list[int]:
+    """In which order a step's batches are trained on: the step's number settles it."""
+    return random.Random(f"{seed}/{step}").sample(range(count), count)
+
+
+def draft_step(optimizer: MasterOptimizer, rate: float) -> float:
+    """One optimizer step; the gradient's norm. Raises UserError when the gradient is not finite."""
+    if not all(bool(torch.isfinite(m.grad).all()) for m in optimizer.masters if m.grad is not None):
+        optimizer.clear()
+        raise UserError(
+            "The drafter's gradient is not finite; it was not updated. Lower draft.online_learning_rate, or set "
+            "speculation.train=off"
+        )
+    return optimizer.step(rate)
+
+
+def draft_metrics(
+    losses: Sequence[float], norms: Sequence[float], judged: Sequence[Sequence[Pass]], tokens: int, left_out: int,
+    started: float,
+) -> dict[str, float]:  # fmt: skip
+    """Of an update. `losses`, `norms`: of each optimizer step. `started`: by time.perf_counter."""
+    return {
+        "draft/loss": sum(losses) / max(1, len(losses)),
+        "draft/acceptance_simulated": summarise(judged).length,
+        "draft/grad_norm": sum(norms) / max(1, len(norms)),
+        "draft/tokens": float(tokens),
+        "draft/tokens_left_out": float(left_out),
+        "time/draft_train": time.perf_counter() - started,
+    }

@@ -4,8 +4,8 @@ Rows are given out by tokens (`parallel.split_rows`); every rank answers for its
 the new weights into the parent's policy, which generates, is evaluated and is saved. All ranks live and die together:
 one that ends, or falls silent, ends the group (`RanksLost`); the parent's policy may then hold parts of two versions.
 Rounding differs from one process: bfloat16 weights are the nearest to their masters, not rounded at random.
-Where the processes come from is a `Launcher`'s (`nursery.py`). Left out: drafters that train beside the policy, another
-group in place of a lost one.
+Where the processes come from is a `Launcher`'s (`nursery.py`). A drafter may train beside the policy in the same ranks
+(`cotrain_ranks.py`). Left out: another group in place of a lost one.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from forerun.config import TrainConfig
+from forerun.config import DraftConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
-from forerun.learner.forward import TokenBatch, completion_logits
 from forerun.learner.nursery import Job, Launcher, Nursery, RanksLost
 from forerun.learner.parallel import split_rows
 from forerun.learner.policy import Learner, Scored, Tally, Targets, Update, plan_update, update_metrics
-from forerun.learner.wire import Message, receive, send
+from forerun.learner.wire import Message, packed, receive, send, unpacked
 from forerun.models import Policy
 from forerun.records import Rollout
 from forerun.report.metrics import disk_errors
+
+if TYPE_CHECKING:
+    from forerun.learner.pupil import Taught
 
 START_S = 600.0  # until the ranks have their model; to write or read a checkpoint
 TICK_S = 0.1  # the longest wait between two looks at all ranks
@@ -73,11 +75,7 @@ class RankHandle:
 
 
 def make_learner(
-    policy: Policy,
-    config: TrainConfig,
-    temperature: float,
-    cotrained: bool = False,
-    launcher: Launcher | None = None,
+    policy: Policy, config: TrainConfig, temperature: float, launcher: Launcher | None = None
 ) -> Learner | LearnerGroup:
     """The learner that `train.ranks` asks for.
 
@@ -85,16 +83,10 @@ def make_learner(
         launcher: where its ranks come from; None: this machine.
 
     Raises:
-        UserError: the machine has too few GPUs, a drafter is to train beside the policy (`cotrained`), or the policy
-            cannot be packed.
+        UserError: the machine has too few GPUs, or the policy cannot be packed.
     """
     if config.ranks == 1:
         return Learner(policy, config, temperature)
-    if cotrained:
-        raise UserError(
-            f"speculation.train needs the policy's hidden states in one process, and train.ranks={config.ranks} keeps "
-            "them in several; set speculation.train=off or train.ranks=1"
-        )
     return LearnerGroup(policy, config, temperature, launcher)
 
 
@@ -125,11 +117,9 @@ class LearnerGroup:
         self,
         rollouts: Sequence[Rollout],
         tick: Callable[[int], None] = lambda n: None,
-        forward: Callable[[Any, TokenBatch], Tensor] = completion_logits,
+        batches: Sequence[Sequence[int]] = (),
     ) -> Scored:
-        """See `Learner.score`. Raises UserError for another `forward`: it would see nothing here."""
-        if forward is not completion_logits:
-            raise UserError(f"train.ranks={self.config.ranks} computes log-probabilities elsewhere; set train.ranks=1")
+        """See `Learner.score`. `batches`: of rollouts, from which the ranks keep what `study` learns from."""
         parts = self._split(rollouts, range(len(rollouts)))
         done = 0
 
@@ -138,7 +128,8 @@ class LearnerGroup:
             done += rows
             tick(done)
 
-        answers = self._run([("score", [rollouts[i] for i in part]) for part in parts], heard)
+        orders = [("score", [rollouts[i] for i in part], _within(batches, part)) for part in parts]
+        answers = self._run(orders, heard)
         return _merge(rollouts, parts, [answer[1] for answer in answers])
 
     def train(
@@ -169,7 +160,37 @@ class LearnerGroup:
             UserError: the checkpoint is broken. RanksLost.
         """
         self._all_agree("restore", str(folder.absolute()))
-        self._fetch()
+        self._fetch("weights", self.policy.model)
+
+    # ---- a drafter beside the policy, see `cotrain_ranks.py` ----
+
+    def enrol(self, head: nn.Module, config: DraftConfig) -> None:
+        """Have every rank hold this drafter from here on. Raises UserError, RanksLost."""
+        self._all_agree("enrol", packed(head), config)
+
+    def study(self, head: nn.Module) -> list[Taught]:
+        """Have the ranks train it on what the last `score` taught; `head` follows. Raises UserError, RanksLost."""
+        answers = self._run([("study",)] * self.config.ranks)
+        self._fetch("drafter", head)
+        self._agree(answers)
+        return [answer[1] for answer in answers]
+
+    def compare(self, held: Sequence[str], received: str) -> None:
+        """Checksums of the ranks' drafters, and of what they sent. Raises RanksLost when they are not one."""
+        if set(held) != {received}:
+            self._end(f"The learner's ranks hold drafters {', '.join(held)} and have sent {received}")
+
+    def draft_optimizer(self) -> dict[str, Any]:
+        """State of the drafter's optimizer. Raises UserError, RanksLost."""
+        answers = self._run([("note",)] * self.config.ranks, limit_s=START_S)
+        self._agree(answers)
+        state: dict[str, Any] = unpacked(answers[0][1])
+        return state
+
+    def set_draft_optimizer(self, state: dict[str, Any], head: nn.Module) -> None:
+        """Inverse of `draft_optimizer`; the drafter follows. Raises UserError, RanksLost."""
+        self._all_agree("recall", packed(state))
+        self._fetch("drafter", head)
 
     def close(self) -> None:
         """End all ranks at once."""
@@ -327,15 +348,15 @@ class LearnerGroup:
         answers = self._run([("train", share, learning_rate) for share in shares], tick, idle)
         if answers[0][0] == "interrupted":
             raise Interrupted
-        self._fetch()
+        self._fetch("weights", self.policy.model)
         self._agree(answers)
         return _add([answer[1] for answer in answers])
 
-    def _fetch(self) -> None:
+    def _fetch(self, order: str, module: nn.Module) -> None:
         """Take the ranks' weights over, in place. Raises RanksLost."""
-        self._targets = {name: p.detach() for name, p in self.policy.model.named_parameters()}
+        self._targets = {name: p.detach() for name, p in module.named_parameters()}
         self._missing = {name: p.numel() for name, p in self._targets.items()}
-        self._run([("weights",)] * self.config.ranks)
+        self._run([(order,)] * self.config.ranks)
         incomplete = [name for name, count in self._missing.items() if count]
         self._targets = {}
         if incomplete:
@@ -347,6 +368,12 @@ class LearnerGroup:
         values = torch.frombuffer(bytearray(data), dtype=target.dtype)
         target[start : start + len(values)] = values.to(target.device)
         self._missing[name] -= len(values)
+
+
+def _within(batches: Sequence[Sequence[int]], part: list[int]) -> list[list[int]]:
+    """Which of a rank's rollouts are in each batch."""
+    place = {i: number for number, i in enumerate(part)}
+    return [[place[i] for i in batch if i in place] for batch in batches]
 
 
 def _share(update: Update, chunks: list[list[int]]) -> Update:

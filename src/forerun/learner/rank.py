@@ -5,8 +5,10 @@ so after every micro-batch, parameter and order, which is why a hung one falls s
 ended, and ends all of them when the parent is gone, also one that is stopped (its parent's end: `nursery.py`); a rank
 may have been started otherwise, too (`run_rank`). Left out: who listens (`group.py`).
 
-    to a rank    make, score, train, stop, weights, save, restore
-    from it      ready, tick, scored, trained, interrupted, piece (+ bytes), sent, done, refused, failed
+    to a rank    make, score, train, stop, weights, save, restore; enrol, study, drafter, note, recall
+    from it      ready, tick, scored, trained, interrupted, studied, noted, piece (+ bytes), sent, done, refused, failed
+
+The second five are for a drafter that trains beside the policy (`pupil.py`).
 """
 
 from __future__ import annotations
@@ -19,26 +21,30 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from forerun.config import TrainConfig
+from forerun.config import DraftConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
+from forerun.learner.forward import completion_logits
 from forerun.learner.nursery import Place
 from forerun.learner.parallel import most_over_ranks
 from forerun.learner.policy import SHARDS, Learner, Scored, Update
 from forerun.learner.shard import Blueprint, build_sharded, load_shards, load_whole, save_shards, whole_parameters
-from forerun.learner.wire import receive, send
+from forerun.learner.wire import packed, receive, send, unpacked
 from forerun.models import Policy
 from forerun.records import Rollout
+
+if TYPE_CHECKING:
+    from forerun.learner.pupil import Pupil
 
 CHUNK_BYTES = 16 * 2**20  # of weights per message
 
@@ -68,13 +74,15 @@ class Server:
         reference = build_sharded(plan, file, mesh, device, learns=False) if order.config.kl > 0 else None
         self.learner = Learner(policy, order.config, order.temperature, reference, most_over_ranks)
         self.model = policy.model
+        self.pupil: Pupil | None = None
 
     def run(self) -> None:
         """Raises EOFError or ConnectionError when the parent is gone."""
         self.tell("ready")
         orders: dict[str, Callable[..., None]] = {
             "score": self.score, "train": self.train, "stop": self.stop, "weights": self.weights,
-            "save": self.save, "restore": self.restore,
+            "save": self.save, "restore": self.restore, "enrol": self.enrol, "study": self.study,
+            "drafter": self.drafter, "note": self.note, "recall": self.recall,
         }  # fmt: skip
         while True:
             kind, *content = receive(self.connection)
@@ -89,9 +97,10 @@ class Server:
         """The kind first."""
         send(self.connection, message)
 
-    def score(self, rollouts: list[Rollout]) -> None:
-        """This rank's rows of a batch."""
-        scored = self.learner.score(rollouts, lambda done: self.tell("tick", done))
+    def score(self, rollouts: list[Rollout], batches: list[list[int]]) -> None:
+        """This rank's rows of a batch; `batches` of them are kept for the drafter, see `Pupil.listen`."""
+        forward = completion_logits if self.pupil is None else self.pupil.listen(rollouts, batches)
+        scored = self.learner.score(rollouts, lambda done: self.tell("tick", done), forward)
         own = [x.clone() for x in scored.logprobs]  # not the storage that they are views of
         reference = None if scored.reference is None else [x.clone() for x in scored.reference]
         self.tell("scored", Scored(own, reference, scored.entropy, scored.entropies))
@@ -126,7 +135,10 @@ class Server:
 
     def weights(self) -> None:
         """Give out the policy, in the dtype that generates: rank 0 sends what all of them gather."""
-        for name, whole in whole_parameters(self.model, self.order.plan.dtype):
+        self._give_out(whole_parameters(self.model, self.order.plan.dtype))
+
+    def _give_out(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, whole in tensors:
             self.tell("tick", 0)
             if self.order.rank == 0:
                 for start, part in _pieces(whole):
@@ -146,6 +158,42 @@ class Server:
             load_shards(Path(folder) / SHARDS, *state)
         else:
             load_whole(Path(folder), *state)
+        self.tell("done")
+
+    # ---- a drafter beside the policy ----
+
+    def enrol(self, head: bytes, config: DraftConfig) -> None:
+        """Hold a drafter, in place of an earlier one."""
+        from forerun.learner.pupil import Pupil  # drafters load slowly
+
+        learner, dtype = self.learner, self.order.plan.dtype
+        tokens, heat = learner.config.microbatch_tokens, learner.temperature
+        module = unpacked(head, learner.policy.device, whole_objects=True)
+        self.pupil = Pupil(module, learner.policy, dtype, config, tokens, heat)
+        self.tell("done")
+
+    def study(self) -> None:
+        """Train the drafter on what the last scoring taught."""
+        assert self.pupil is not None
+        self.tell("studied", self.pupil.study(lambda: self.tell("tick", 0)))
+
+    def drafter(self) -> None:
+        """Give out the drafter's weights."""
+        assert self.pupil is not None
+        self._give_out((name, p.detach().cpu()) for name, p in self.pupil.head.named_parameters())
+
+    def note(self) -> None:
+        """Give out the drafter's optimizer, which is the same on every rank: rank 0 does."""
+        assert self.pupil is not None
+        self.tell("noted", packed(self.pupil.optimizer.state_dict()) if self.order.rank == 0 else b"")
+
+    def recall(self, state: bytes) -> None:
+        """Inverse of `note`; the drafter follows. Raises UserError when the state is of another drafter."""
+        assert self.pupil is not None
+        try:
+            self.pupil.optimizer.load_state_dict(unpacked(state))
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise UserError(f"The state of the drafter's optimizer does not fit the drafter: {error}") from None
         self.tell("done")
 
 

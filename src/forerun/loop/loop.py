@@ -41,8 +41,7 @@ from forerun.learner.checkpoint import (
     restore,
     save_checkpoint,
 )
-from forerun.learner.cotrain import CoTrainer
-from forerun.learner.forward import TokenBatch, completion_logits
+from forerun.learner.cotrain_ranks import beside
 from forerun.learner.group import make_learner
 from forerun.learner.policy import mismatch
 from forerun.loop.buffer import RolloutsAhead, lag_of
@@ -69,7 +68,6 @@ from forerun.tasks import Problem, load_task
 
 EVAL_SEED, COMPARE_SEED = 1_000_003, 2_000_003  # streams of requests apart from training's
 SAMPLES_KEPT = 16  # rollouts of a step that go into rollouts.jsonl
-Forward = Callable[[Any, TokenBatch], torch.Tensor]
 
 
 def run(recipe: Recipe, console: Console | None = None, resume: Path | None = None) -> dict[str, Any]:
@@ -141,17 +139,13 @@ class Training:
         apart = eval_slots is not None or recipe.loop.lag > 0  # an engine that runs ahead has no time for it
         self.evaluator = LocalEngine(policy, slots=eval_slots or recipe.rollout.slots) if apart else self.engine
         self.ahead: RolloutsAhead | None = None
-        cotrained = drafter is not None and speculation.train != "off"
         try:
             ranks = launcher(recipe, folder.path)
-            self.learner = make_learner(policy, recipe.train, recipe.rollout.temperature, cotrained, ranks)
+            self.learner = make_learner(policy, recipe.train, recipe.rollout.temperature, ranks)
+            self.cotrainer, self.score = beside(self.learner, policy, drafter, recipe)
         except BaseException:
             self.engine.close()  # what a run that goes back will need
             raise
-        self.cotrainer = None
-        if drafter is not None and cotrained:
-            heat = recipe.rollout.temperature
-            self.cotrainer = CoTrainer(drafter, policy, speculation.train, recipe.draft, heat, recipe.seed)
         self._started = time.perf_counter() - history.wall_s
         self._env: dict[str, Any] = {}
         self._prediction: Prediction | None = None
@@ -287,12 +281,9 @@ class Training:
                 generated = self.ahead.take(step, stop_requested)
         rows = len(generated.rollouts)
         with timer.stage("logprob"), console.stage("log-probabilities"):
-            forward: Forward = completion_logits
             if self.cotrainer is not None:
                 self.cotrainer.begin(step)
-                forward = self.cotrainer.forward
-            report = Progress(console, rows)
-            scored = self.learner.score(generated.rollouts, report.at, forward)
+            scored = self.score(generated.rollouts, Progress(console, rows).at)
         with timer.stage("train"), console.stage("training"):
             advantages = group_advantages(generated.rewards, recipe.train.normalize_std).view(-1)
             rate = recipe.train.learning_rate * min(1.0, (step + 1) / max(1, recipe.train.warmup))
