@@ -31,6 +31,7 @@ from torch import Tensor
 from forerun.config import TrainConfig
 from forerun.errors import Interrupted, UserError
 from forerun.learner.forward import TokenBatch, completion_logits
+from forerun.learner.lora import LoraAdapter
 from forerun.learner.parallel import split_rows
 from forerun.learner.policy import Learner, Scored, Tally, Targets, Update, plan_update, update_metrics
 from forerun.learner.wire import Message, receive, send
@@ -95,6 +96,8 @@ def make_learner(
 
 class LearnerGroup:
     """`Learner`, over `config.ranks` processes. Any method but `close` raises RanksLost."""
+
+    adapter: LoraAdapter | None = None  # `train.lora` is for one process
 
     def __init__(self, policy: Policy, config: TrainConfig, temperature: float, program: str = PROGRAM) -> None:
         """Start the ranks with the weights of `policy`.

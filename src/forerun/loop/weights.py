@@ -1,11 +1,16 @@
-"""One version of everything, with a checksum per group: what the learner publishes and every engine must hold."""
+"""One version of everything: what the learner publishes, with a checksum per group that every engine must hold, and
+what a run leaves behind in other programs' formats.
+"""
 
 from __future__ import annotations
 
+from forerun.config import Recipe
 from forerun.draft import Drafter
 from forerun.engine import Weights
-from forerun.models import Policy
+from forerun.learner.lora import LoraAdapter
+from forerun.models import Policy, save_policy
 from forerun.models.checksum import checksum
+from forerun.report.metrics import RunFolder, disk_errors
 
 
 def publish(
@@ -23,3 +28,27 @@ def publish(
         draft = None if draft is None else {name: tensor.clone() for name, tensor in draft.items()}
     sums = {"policy": checksum(state)} | ({} if draft is None else {"draft": checksum(draft)})
     return Weights(version, sums) if shared else Weights(version, sums, state, draft)
+
+
+def export(
+    run: RunFolder, recipe: Recipe, policy: Policy, drafter: Drafter | None, adapter: LoraAdapter | None
+) -> dict[str, str]:
+    """Write policy, drafter and adapter of a finished run to its folder `hf`; returns their folders.
+
+    The adapter stands on the policy that the run began with, which has a name only where nothing was merged into it.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    folder = run.path / "hf"
+    save_policy(policy, folder / "policy")
+    paths = {"policy": str(folder / "policy")}
+    if drafter is not None:
+        drafter.save(folder / "drafter", {"run": run.path.name})
+        paths["draft"] = str(folder / "drafter")
+    if adapter is not None:
+        merged = recipe.policy.adapter is not None or recipe.cold_start is not None
+        with disk_errors(folder):
+            adapter.save(folder / "adapter", None if merged else recipe.policy.model)
+        paths["adapter"] = str(folder / "adapter")
+    return paths
