@@ -421,7 +421,7 @@ def test_a_whole_run_with_a_replica_leaves_an_adapter_that_peft_loads(recipe: Pa
     run = Path(summary["run"])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     gaps = [row["mismatch/logp_diff_max"] for row in rows if "reward/mean" in row]
-    assert len(gaps) == 4 and max(gaps) < 1e-4  # every version reached the replica
+    assert len(gaps) == 4 and max(gaps) < 1e-3  # every version reached the replica
     adapter = Path(summary["paths"]["adapter"])
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny("llama"))
     start = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
@@ -475,6 +475,20 @@ def test_refusals_are_sentences(tiny: Tiny) -> None:
         with pytest.raises(UserError, match=said) as told:
             load_recipe("quickstart", words)
         assert "\n" not in str(told.value)
+
+
+def test_a_layer_that_is_never_called_is_refused(tiny: Tiny) -> None:
+    policy = fresh(tiny)
+    rollouts, advantages = sampled(policy)
+    for block in policy.model.model.layers:  # as fused kernels do
+
+        def forward(x: torch.Tensor, mlp: Any = block.mlp) -> torch.Tensor:
+            return torch.nn.functional.linear(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x), mlp.down_proj.weight)
+
+        block.mlp.forward = forward
+    learner = Learner(policy, TrainConfig(lora=LORA), 1.0)
+    with pytest.raises(UserError, match="adapts 'down_proj', and LlamaForCausalLM reads its weight without calling it"):
+        learner.train(rollouts, advantages, learner.score(rollouts), 1e-3)
 
 
 def test_the_command_line_reaches_into_the_block() -> None:

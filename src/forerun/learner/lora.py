@@ -10,7 +10,7 @@ as written last: dW [out, in] is never made. A, B and their moments are float32.
 bfloat16 weights are rounded at random as in `optimizer.py`: for long, s·B·A is far below the distance between two
 bfloat16 numbers. The reference of the KL penalty is the same model with W0 in place of its weights (`left_out`).
 Left out: dropout (the policy that learns is the one that generated), matrices that are no nn.Linear (fused experts,
-Conv1D, embeddings), models that read a layer's weight without calling the layer, adapters sharded over ranks.
+Conv1D, embeddings), layers whose weight is read without calling them (refused), adapters sharded over ranks.
 """
 
 from __future__ import annotations
@@ -109,6 +109,20 @@ class LoraAdapter:
         trained, whole = (sum(p.numel() for p in x.parameters()) for x in (self, self.model))
         return f"LoRA: {trained:,} parameters on {len(self.layers)} layers are trained, the policy has {whole:,}"
 
+    def require_gradients(self) -> None:
+        """After a backward pass: every kind of layer must have had its part in it (single experts may sit out).
+
+        Raises:
+            UserError: one had none.
+        """
+        reached = {_last(name) for name, layer in self.layers.items() if layer.b.grad is not None}
+        missed = sorted({_last(name) for name in self.layers} - reached)
+        if missed:
+            raise UserError(
+                f"train.lora adapts '{missed[0]}', and {type(self.model).__name__} reads its weight without calling "
+                "it: nothing would be learnt there; leave it out of train.lora.targets"
+            )
+
     def merge(self, updates: int) -> None:
         """Make the live weights anew. The same number of updates rounds in the same way."""
         source = torch.Generator().manual_seed(updates)
@@ -159,8 +173,8 @@ class LoraAdapter:
 
     def _names(self) -> list[str]:
         """Last parts of the layers' names, unless those would name other modules too."""
-        last = {name.rsplit(".", 1)[-1] for name in self.layers}
-        named = {name for name, _ in self.model.named_modules() if name.rsplit(".", 1)[-1] in last}
+        last = {_last(name) for name in self.layers}
+        named = {name for name, _ in self.model.named_modules() if _last(name) in last}
         return sorted(last if named == set(self.layers) else self.layers)
 
     def close(self) -> None:
@@ -188,7 +202,7 @@ def find_targets(model: Any, targets: Sequence[str] | Literal["all-linear"]) -> 
     else:
         for target in targets:
             if not any(_matches(name, target) for name in modules):
-                linear = sorted({n.rsplit(".", 1)[-1] for n, m in modules.items() if isinstance(m, nn.Linear)})
+                linear = sorted({_last(n) for n, m in modules.items() if isinstance(m, nn.Linear)})
                 raise UserError(
                     f"train.lora.targets names '{target}', and no module of {type(model).__name__} is called so; its "
                     f"linear layers are: {', '.join(linear)}"
@@ -196,6 +210,10 @@ def find_targets(model: Any, targets: Sequence[str] | Literal["all-linear"]) -> 
         names = [name for name in modules if any(_matches(name, target) for target in targets)]
     _require_adaptable(model, {name: modules[name] for name in names})
     return {name: modules[name] for name in names}
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _matches(name: str, target: str) -> bool:

@@ -280,6 +280,8 @@ class Learner:
         tally.tokens += len(old)
 
     def _step(self, learning_rate: float) -> float:
+        if self.adapter is not None:
+            self.adapter.require_gradients()
         gradients = [local_part(m.grad) for m in self.optimizer.masters if m.grad is not None]
         if self.most(int(not all(bool(torch.isfinite(g).all()) for g in gradients))):
             self.optimizer.clear()
