@@ -335,14 +335,11 @@ def ten_steps(
 
 def cotrainer(policy: Policy, method: str) -> CoTrainer:
     torch.manual_seed(0)
-    drafter: Eagle3Drafter | MtpDrafter
-    if method == "mtp":
-        drafter = MtpDrafter(MtpHead(policy), policy)
-    else:
-        drafter = Eagle3Drafter(
-            new_head(policy, [([1], list(range(40)))], DraftConfig(vocab=40, intermediate=32)), policy
-        )
-    return CoTrainer(drafter, policy, "every-1", DraftConfig(depth=3, online_learning_rate=1e-3), 1.0, 0)
+    config = DraftConfig(depth=3, online_learning_rate=1e-3, vocab=40, intermediate=32)
+    drafter: Eagle3Drafter | MtpDrafter = MtpDrafter(MtpHead(policy), policy)
+    if method == "eagle3":
+        drafter = Eagle3Drafter(new_head(policy, [([1], list(range(40)))], config), policy)
+    return CoTrainer(drafter, policy, "every-1", config, 1.0, 0)
 
 
 @pytest.mark.parametrize("method", ["eagle3", "mtp"])
@@ -487,7 +484,7 @@ def test_a_layer_that_is_never_called_is_refused(tiny: Tiny) -> None:
 
         block.mlp.forward = forward
     learner = Learner(policy, TrainConfig(lora=LORA), 1.0)
-    with pytest.raises(UserError, match="adapts 'down_proj', and LlamaForCausalLM reads its weight without calling it"):
+    with pytest.raises(UserError, match="adapts 'down_proj', which LlamaForCausalLM does not call"):
         learner.train(rollouts, advantages, learner.score(rollouts), 1e-3)
 
 

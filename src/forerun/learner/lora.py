@@ -10,7 +10,7 @@ as written last: dW [out, in] is never made. A, B and their moments are float32.
 bfloat16 weights are rounded at random as in `optimizer.py`: for long, s·B·A is far below the distance between two
 bfloat16 numbers. The reference of the KL penalty is the same model with W0 in place of its weights (`left_out`).
 Left out: dropout (the policy that learns is the one that generated), matrices that are no nn.Linear (fused experts,
-Conv1D, embeddings), layers whose weight is read without calling them (refused), adapters sharded over ranks.
+Conv1D, embeddings), layers that the model does not call (refused), adapters sharded over ranks.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ class LoraAdapter:
         missed = sorted({_last(name) for name in self.layers} - reached)
         if missed:
             raise UserError(
-                f"train.lora adapts '{missed[0]}', and {type(self.model).__name__} reads its weight without calling "
-                "it: nothing would be learnt there; leave it out of train.lora.targets"
+                f"train.lora adapts '{missed[0]}', which {type(self.model).__name__} does not call (its weight is read "
+                "directly, or not at all): nothing would be learnt there; name the other layers in train.lora.targets"
             )
 
     def merge(self, updates: int) -> None:
