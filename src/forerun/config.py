@@ -153,6 +153,25 @@ class RolloutConfig(Block):
     stop: list[str] = Field(default_factory=list, description="strings that end a completion (kept in it)")
 
 
+class LoraConfig(Block):
+    """Low-rank adapters in place of the policy's weights (2106.09685), see `learner/lora.py`."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(
+        None, gt=0, description="the product of the matrices counts alpha / rank times; null: twice the rank"
+    )
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear",
+        description="names of linear layers, or their ends, e.g. [q_proj, v_proj]; all-linear: all but the head",
+    )
+    seed: int = Field(0, description="of the matrices that do not start at zero")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the matrices' product."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+
 class TrainConfig(Block):
     steps: int = Field(100, ge=0)
     prompts_per_step: int = Field(8, ge=1)
@@ -184,6 +203,7 @@ class TrainConfig(Block):
         False, description="several sequences per row of a pass, apart from each other: less padding, wider attention"
     )
     gradient_checkpointing: bool = False
+    lora: LoraConfig | None = Field(None, description="train an adapter alone; null: all weights")
     ranks: int = Field(
         1, ge=1, description="processes over which the learner is sharded (FSDP2), one per GPU; 1: in this process"
     )
@@ -320,6 +340,11 @@ class Recipe(Block):
         if (self.speculation.method == "vllm" or self.speculation.vllm) and self.rollout.engine != "vllm":
             raise ValueError(
                 f"speculation.vllm is for vLLM alone, and rollout.engine is {self.rollout.engine}; set it to vllm"
+            )
+        if self.train.ranks > 1 and self.train.lora is not None:
+            raise ValueError(
+                f"train.lora trains an adapter in one process, and train.ranks={self.train.ranks} shards the policy; "
+                "set train.ranks=1 or train.lora=null"
             )
         if self.cold_start is not None and self.policy.adapter is not None:
             raise ValueError("cold_start trains an adapter and policy.adapter loads one: keep one of the two")

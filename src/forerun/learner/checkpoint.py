@@ -2,8 +2,9 @@
 
 A checkpoint is written beside its final name and renamed when everything in it has reached the disk; a folder without
 `complete`, which holds the size of every file, was cut off and is ignored. One that turns out broken is set aside for
-the one before. The learner writes its own part: `optimizer.pt`, or, sharded, the folder `learner`. Left out: the
-prompts' order and the engine's seeds, which follow from the step.
+the one before. The learner writes its own part: `optimizer.pt`, or, sharded, the folder `learner`. With `train.lora`
+there is no `policy` but the `base` that the run began with and the `adapter` on it, in peft's format: once merged and
+rounded, they could not be told apart. Left out: the prompts' order and the engine's seeds, which follow from the step.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from forerun.config import LoraConfig
 from forerun.draft import Drafter
 from forerun.errors import UserError
+from forerun.learner.lora import LoraAdapter, read_settings
 from forerun.models import Policy, save_policy
 from forerun.report.metrics import disk_errors
 
@@ -36,6 +39,8 @@ class BrokenCheckpoint(UserError):
 
 class Saved(Protocol):
     """A learner: `Learner` or `LearnerGroup`."""
+
+    adapter: LoraAdapter | None
 
     def save(self, folder: Path) -> None:
         """Write what it needs to go on, beside the policy itself, into the folder of a checkpoint."""
@@ -74,7 +79,10 @@ def save_checkpoint(
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     try:
-        save_policy(policy, scratch / "policy")
+        if learner.adapter is None:
+            save_policy(policy, scratch / "policy")
+        else:
+            save_policy(policy, scratch / "base", learner.adapter.starting_state())
         if drafter is not None:
             drafter.save(scratch / "drafter", {})
         with disk_errors(scratch):
@@ -170,6 +178,23 @@ def read_history(checkpoint: Path) -> dict[str, Any]:
     """The history that was saved with a checkpoint. Raises BrokenCheckpoint."""
     with reading(checkpoint):
         return json.loads((checkpoint / "history.json").read_text())
+
+
+def policy_folder(checkpoint: Path, lora: LoraConfig | None) -> Path:
+    """The policy to load before `restore`: the checkpoint's, or the one that its adapter stands on.
+
+    Raises:
+        UserError: the checkpoint was made with another `train.lora`. BrokenCheckpoint.
+    """
+    with reading(checkpoint):
+        made = read_settings(checkpoint)
+    if made != lora:
+        before, now = ("null" if x is None else json.dumps(x.model_dump()) for x in (made, lora))
+        raise UserError(
+            f"The checkpoint {checkpoint} was made with train.lora={before}, and the recipe says {now}; go on with the "
+            "former, or begin a run with the latter whose policy.model is an earlier run's hf/policy"
+        )
+    return checkpoint / ("policy" if lora is None else "base")
 
 
 def restore(checkpoint: Path, learner: Saved, cotrainer: Resumable | None = None) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from forerun.config import DraftConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
+from forerun.learner.lora import LoraAdapter
 from forerun.learner.nursery import Job, Launcher, Nursery, RanksLost
 from forerun.learner.parallel import split_rows
 from forerun.learner.policy import Learner, Scored, Tally, Targets, Update, plan_update, update_metrics
@@ -92,6 +93,8 @@ def make_learner(
 
 class LearnerGroup:
     """`Learner`, over `config.ranks` processes. Any method but `close` raises RanksLost."""
+
+    adapter: LoraAdapter | None = None  # `train.lora` is for one process
 
     def __init__(
         self, policy: Policy, config: TrainConfig, temperature: float, launcher: Launcher | None = None

@@ -5,6 +5,7 @@ of padded tokens; their gradients are summed with one normaliser, the completion
 update does not depend on how the batch was cut, nor on whether it was packed. Samples of zero advantage, and those that
 the off-policy correction masks whole, have zero gradient and are not run again.
 
+With `train.lora` the adapter's matrices learn in place of the weights (`lora.py`).
 The same class is a rank's part of a sharded learner (`rank.py`): an update is planned (`plan_update`), carried out by
 `Learner.update` on whatever rows it is given, and summed up (`update_metrics`). Ranks take turns in the same
 collectives, so each runs as many micro-batches as the one that has most; the missing ones are empty.
@@ -33,6 +34,7 @@ from forerun.learner.forward import (
     token_entropy,
     token_logprobs,
 )
+from forerun.learner.lora import LoraAdapter, save_settings
 from forerun.learner.losses import clipped_policy_loss, kl_k3
 from forerun.learner.optimizer import MasterOptimizer
 from forerun.learner.packing import packed_microbatches, require_packing
@@ -132,13 +134,19 @@ class Learner:
         """See the class.
 
         Args:
-            reference: model for the KL penalty; None: a copy of the policy as it is, where `config` asks for a penalty.
+            reference: model for the KL penalty; None: a copy of the policy as it is, where `config` asks for a penalty
+                (with an adapter no copy: the policy without it).
             most: the largest of the numbers that all ranks of a sharded learner give here; alone, one's own.
+
+        Raises:
+            UserError: the policy cannot be packed, or cannot be adapted as `config.lora` says.
         """
         self.policy, self.config = policy, config
         self.temperature, self.most = temperature, most
-        self.optimizer = MasterOptimizer(policy.model.parameters(), config)
-        if reference is None and config.kl > 0:
+        self.adapter = None if config.lora is None else LoraAdapter(policy.model, config.lora)
+        trained = policy.model if self.adapter is None else self.adapter
+        self.optimizer = MasterOptimizer(trained.parameters(), config)
+        if reference is None and config.kl > 0 and self.adapter is None:
             reference = copy.deepcopy(policy.model).requires_grad_(False)
         self.reference = reference
         if config.packing:
@@ -160,7 +168,8 @@ class Learner:
                 other than the default is given one sequence per row, also where the recipe packs.
         """
         own, entropies = [torch.empty(0)] * len(rollouts), [torch.empty(0)] * len(rollouts)
-        reference = None if self.reference is None else list(own)
+        adapted = self.adapter is not None and self.config.kl > 0
+        reference = list(own) if adapted or self.reference is not None else None
         entropy_sum, done = 0.0, 0
         packed = self.config.packing and forward is completion_logits
         for rows, batch in self._batches(rollouts, range(len(rollouts)), packed):
@@ -170,7 +179,7 @@ class Learner:
             _scatter(entropy, rows, rollouts, entropies)
             entropy_sum += float(entropy.sum())
             if reference is not None:
-                logits = completion_logits(self.reference, batch)
+                logits = self._reference_logits(batch)
                 _scatter(token_logprobs(logits, batch.targets, self.temperature), rows, rollouts, reference)
             done += len(rows)
             tick(done)
@@ -216,8 +225,11 @@ class Learner:
         return tally
 
     def save(self, folder: Path) -> None:
-        """Write the optimizer with its masters, and the reference, into the folder of a checkpoint."""
+        """Write the optimizer with its masters, the adapter, and the reference, into the folder of a checkpoint."""
         torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+        if self.adapter is not None:
+            self.adapter.save(folder / "adapter", None)
+            save_settings(folder, self.adapter.config)
         if self.reference is not None:
             torch.save(self.reference.state_dict(), folder / "reference.pt")
 
@@ -229,11 +241,21 @@ class Learner:
             load_shards(folder / SHARDS, self.policy.model, self.optimizer, self.reference, alone=True)
             return
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+        if self.adapter is not None:
+            self.adapter.merge(self.optimizer.updates)
         if self.reference is not None and (folder / "reference.pt").exists():
             self.reference.load_state_dict(torch.load(folder / "reference.pt", weights_only=True))
 
     def close(self) -> None:
-        """Nothing to give back; the twin of `LearnerGroup.close`."""
+        """Leave the policy as it was found, but for what it has learnt; the twin of `LearnerGroup.close`."""
+        if self.adapter is not None:
+            self.adapter.close()
+
+    def _reference_logits(self, batch: TokenBatch) -> Tensor:  # [M, V]
+        if self.reference is not None or self.adapter is None:
+            return completion_logits(self.reference, batch)
+        with self.adapter.left_out():
+            return completion_logits(self.policy.model, batch)
 
     def _accumulate(self, batch: TokenBatch, rows: list[int], targets: Targets, size: float, tally: Tally) -> None:
         """Forward and backward of one micro-batch; its loss is a sum over tokens divided by `size`."""
@@ -258,6 +280,8 @@ class Learner:
         tally.tokens += len(old)
 
     def _step(self, learning_rate: float) -> float:
+        if self.adapter is not None:
+            self.adapter.require_gradients()
         gradients = [local_part(m.grad) for m in self.optimizer.masters if m.grad is not None]
         if self.most(int(not all(bool(torch.isfinite(g).all()) for g in gradients))):
             self.optimizer.clear()
@@ -265,7 +289,10 @@ class Learner:
                 "The policy's gradient is not finite; nothing was updated. Lower train.learning_rate, "
                 "or use policy.dtype=float32"
             )
-        return self.optimizer.step(learning_rate)
+        norm = self.optimizer.step(learning_rate)
+        if self.adapter is not None:
+            self.adapter.merge(self.optimizer.updates)
+        return norm
 
     def _batches(
         self, rollouts: Sequence[Rollout], chosen: Sequence[int], packed: bool

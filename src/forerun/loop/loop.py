@@ -36,6 +36,7 @@ from forerun.learner.advantages import group_advantages
 from forerun.learner.checkpoint import (
     complete_checkpoints,
     from_newest,
+    policy_folder,
     read_history,
     reading,
     restore,
@@ -54,8 +55,8 @@ from forerun.loop.recover import LOST, Restarts
 from forerun.loop.setup import encode, prepare_policy, prompts_of_step
 from forerun.loop.stop import stop_flag
 from forerun.loop.timing import StageTimer, WatchedEngine
-from forerun.loop.weights import publish
-from forerun.models import Policy, load_policy, save_policy
+from forerun.loop.weights import export, publish
+from forerun.models import Policy, load_policy
 from forerun.records import Prompt
 from forerun.report.console import Console
 from forerun.report.environment import machine_line
@@ -146,6 +147,8 @@ class Training:
         except BaseException:
             self.engine.close()  # what a run that goes back will need
             raise
+        if self.learner.adapter is not None:
+            console.note(self.learner.adapter.describe())
         self._started = time.perf_counter() - history.wall_s
         self._env: dict[str, Any] = {}
         self._prediction: Prediction | None = None
@@ -179,11 +182,11 @@ class Training:
 
     @classmethod
     def _from(cls, checkpoint: Path, folder: RunFolder, recipe: Recipe, console: Console) -> Training:
-        """Raises BrokenCheckpoint."""
-        drafter = None
+        """Raises BrokenCheckpoint; UserError where it was made with another `train.lora`."""
+        drafter, saved = None, policy_folder(checkpoint, recipe.train.lora)
         with reading(checkpoint):
             history = History.from_json(read_history(checkpoint))
-            policy = load_policy(str(checkpoint / "policy"), recipe.policy.dtype, recipe.policy.device)
+            policy = load_policy(str(saved), recipe.policy.dtype, recipe.policy.device)
             if recipe.speculation.tokens:
                 speculation = recipe.speculation.model_copy(update={"draft": str(checkpoint / "drafter")})
                 drafter = load_drafter(policy, speculation)
@@ -421,17 +424,12 @@ class Training:
         """Save the policy and the drafter in Hugging Face format, write summary and report, show the table."""
         folder, recipe = self.folder, self.recipe
         with self.console.stage("saving"):
-            save_policy(self.policy, folder.path / "hf" / "policy")
-            if self.drafter is not None:
-                self.drafter.save(folder.path / "hf" / "drafter", {"run": folder.path.name})
+            exported = export(folder, recipe, self.policy, self.drafter, self.learner.adapter)
         self.history.wall_s = time.perf_counter() - self._started
         paths = {
             name: str(getattr(folder, name))
             for name in ("metrics", "rollouts", "timeline", "config", "env", "summary", "report")
         }
-        paths |= {"policy": str(folder.path / "hf" / "policy")}
-        if self.drafter is not None:
-            paths |= {"draft": str(folder.path / "hf" / "drafter")}
         sums = publish(self.history.step, self.policy, self.drafter).checksums
         summary = self.history.summary() | {
             "run": str(folder.path),
@@ -442,7 +440,7 @@ class Training:
             "in_force": {"engine": recipe.rollout.engine, "rule": rule_in_force(self.engine, recipe.speculation)},
             "weights": {"version": self.history.step, **{f"{g}_checksum": c for g, c in sums.items()}},
             "warnings": self.console.warnings,
-            "paths": paths,
+            "paths": paths | exported,
             "machine": machine_line(self._env),
         }
         lines = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]

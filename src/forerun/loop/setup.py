@@ -8,6 +8,7 @@ from pathlib import Path
 
 from forerun.config import Recipe
 from forerun.errors import UserError
+from forerun.learner.lora import find_targets
 from forerun.models import Policy, load_policy
 from forerun.records import Prompt
 from forerun.report.console import Console
@@ -19,6 +20,8 @@ def prepare_policy(recipe: Recipe, task: Task, folder: Path, console: Console) -
     settings = recipe.policy
     with console.stage("loading the policy"):
         policy = load_policy(settings.model, settings.dtype, settings.device, settings.adapter)
+    if recipe.train.lora is not None:
+        find_targets(policy.model, recipe.train.lora.targets)  # a wrong name is told before anything is trained
     if recipe.cold_start is not None:
         _cold_start(policy, recipe, task, folder / "cold_start", console)
     return policy

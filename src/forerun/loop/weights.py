@@ -1,4 +1,6 @@
-"""One version of everything, with a checksum per group: what the learner publishes and every engine must hold."""
+"""One version of everything: what the learner publishes, with a checksum per group that every engine must hold, and
+what a run leaves behind in other programs' formats.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from forerun.config import Recipe
 from forerun.draft import Drafter
 from forerun.engine import Weights
 from forerun.engine.segment import Segment
-from forerun.models import Policy
+from forerun.learner.lora import LoraAdapter
+from forerun.models import Policy, save_policy
 from forerun.models.checksum import checksum
+from forerun.report.metrics import RunFolder, disk_errors
 
 
 def publish(
@@ -35,3 +40,27 @@ def publish(
         except OSError:  # an engine that would have mapped it says so
             groups = {group: {name: t.clone() for name, t in state.items()} for group, state in groups.items()}
     return Weights(version, sums, groups["policy"], groups.get("draft"), segment)
+
+
+def export(
+    run: RunFolder, recipe: Recipe, policy: Policy, drafter: Drafter | None, adapter: LoraAdapter | None
+) -> dict[str, str]:
+    """Write policy, drafter and adapter of a finished run to its folder `hf`; returns their folders.
+
+    The adapter stands on the policy that the run began with, which has a name only where nothing was merged into it.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    folder = run.path / "hf"
+    save_policy(policy, folder / "policy")
+    paths = {"policy": str(folder / "policy")}
+    if drafter is not None:
+        drafter.save(folder / "drafter", {"run": run.path.name})
+        paths["draft"] = str(folder / "drafter")
+    if adapter is not None:
+        merged = recipe.policy.adapter is not None or recipe.cold_start is not None
+        with disk_errors(folder):
+            adapter.save(folder / "adapter", None if merged else recipe.policy.model)
+        paths["adapter"] = str(folder / "adapter")
+    return paths

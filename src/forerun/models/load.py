@@ -98,14 +98,17 @@ def load_policy(model: str, dtype: str = "auto", device: str = "auto", adapter: 
     return Policy(loaded.eval(), tokenizer, model)
 
 
-def save_policy(policy: Policy, folder: Path) -> None:
+def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = None) -> None:
     """Write the policy in Hugging Face format (safetensors, config, tokenizer).
+
+    Args:
+        state: weights in place of the policy's own.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     try:
-        policy.model.save_pretrained(folder)
+        policy.model.save_pretrained(folder, state_dict=state)
         policy.tokenizer.save_pretrained(folder)
     except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error
         raise UserError(
