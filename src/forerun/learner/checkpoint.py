@@ -66,9 +66,9 @@ def save_checkpoint(
         scratch.mkdir(parents=True)
     try:
         save_policy(policy, scratch / "policy")
-        if drafter is not None:
-            drafter.save(scratch / "drafter", {})
         with disk_errors(scratch):
+            if drafter is not None:
+                drafter.save(scratch / "drafter", {})
             learner.save(scratch)
             if cotrainer is not None:
                 torch.save(cotrainer.state_dict(), scratch / "cotrain.pt")

@@ -60,7 +60,7 @@ from forerun.records import Prompt
 from forerun.report.console import Console
 from forerun.report.environment import machine_line
 from forerun.report.html import write_report
-from forerun.report.metrics import RunFolder
+from forerun.report.metrics import RunFolder, disk_errors
 from forerun.report.summary import overlap
 from forerun.report.timeline import LEARNER, QUEUE, Timeline
 from forerun.simulate.predict import Prediction, compare, predict_recipe
@@ -431,7 +431,7 @@ class Training:
     def _finish(self) -> dict[str, Any]:
         """Save the policy and the drafter in Hugging Face format, write summary and report, show the table."""
         folder, recipe = self.folder, self.recipe
-        with self.console.stage("saving"):
+        with self.console.stage("saving"), disk_errors(folder.path / "hf"):
             save_policy(self.policy, folder.path / "hf" / "policy")
             if self.drafter is not None:
                 self.drafter.save(folder.path / "hf" / "drafter", {"run": folder.path.name})
