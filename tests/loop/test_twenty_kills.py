@@ -21,7 +21,7 @@ from kill_runs import Zygote, beginning, faults, latest, lines, write_recipe
 from forerun.learner.checkpoint import newest_checkpoint
 from forerun.models.checksum import checksum
 
-SEED, STEPS = 20, 20
+SEED, STEPS = 7, 20
 KILLS = {"replica": 7, "rank": 7, "driver": 6}
 SURE = {  # the others are drawn
     "replica": ["rollouts", "training", "evaluation"],
