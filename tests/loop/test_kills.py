@@ -8,53 +8,33 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections import Counter
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
-import yaml
-from kill_driver import POINTS, Hand
+from kill_driver import LIMIT_S, POINTS, Hand
+from kill_runs import PROMPTS, Zygote, faults, lines, write_recipe
 
 import forerun
 from forerun.engine import replicas
 from forerun.errors import UserError
 from forerun.learner.checkpoint import check_sizes, complete_checkpoints, newest_checkpoint
+from forerun.learner.group import LearnerGroup
 from forerun.loop import loop
 from forerun.loop.loop import resumed_recipe, run
 from forerun.loop.recover import Restarts
-from forerun.loop.setup import prompts_of_step
 from forerun.report.console import Console
-from forerun.tasks import load_task
-
-PROMPTS, SAMPLES = 3, 4
 
 
 @pytest.fixture(scope="module")
 def recipe(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sums for a tiny model; a drafter that is trained before step 1 and after every second step."""
     folder = tmp_path_factory.mktemp("kills")
-    rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(4)]
-    (folder / "sums.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
-    data = {
-        "name": "kills",
-        "runs": str(folder / "runs"),
-        "policy": {"model": str(tiny("llama")), "dtype": "float32", "device": "cpu"},
-        "task": {"name": "jsonl", "path": str(folder / "sums.jsonl"), "reward": "rewards_for_tests:has_digit"},
-        "speculation": {"method": "eagle3", "k": 3, "train": "every-2"},
-        "draft": {"rollouts": 16, "epochs": 1, "depth": 2, "vocab": 30},
-        "rollout": {"slots": 1, "max_new_tokens": 10},
-        "train": {"prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "learning_rate": 1e-3},
-        "eval": {"every": 4, "prompts": 2},
-        "checkpoint": {"every": 1},
-    }
-    path = folder / "kills.yaml"
-    path.write_text(yaml.safe_dump(data))
-    return path
+    return write_recipe(folder, tiny("llama"), speculation={"train": "every-2"})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,6 +43,20 @@ def rewards_importable() -> Iterator[None]:
         patch.syspath_prepend(str(Path(__file__).parent))
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
         yield
+
+
+@pytest.fixture(autouse=True)
+def limited() -> Iterator[None]:
+    """A test whose run hangs in this process fails, and blocks nobody."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        pytest.fail(f"no end after {LIMIT_S} s")  # no Exception, which might be taken for a loss
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(LIMIT_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")
@@ -78,79 +72,11 @@ def undisturbed(recipe: Path) -> Callable[[int], dict[str, Any]]:
     return of
 
 
-class Zygote:
-    """`kill_driver.py`, waiting to be asked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent / "kill_driver.py")],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def live(self, words: list[str], kills: list[dict[str, Any]], sabotage: str = "") -> int:
-        """One life of a driver; its exit code, or minus the signal."""
-        order = {
-            "words": words, "kills": kills, "sabotage": sabotage, "out": str(self.folder / "out.txt"),
-            "struck": str(self.folder / "struck.jsonl"),
-        }  # fmt: skip
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return int(json.loads(self.process.stdout.readline())["code"])
-
-    @property
-    def said(self) -> str:
-        return (self.folder / "out.txt").read_text()
-
-    @property
-    def struck(self) -> list[dict[str, Any]]:
-        path = self.folder / "struck.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def lives(self, recipe: Path, words: list[str], plans: list[list[dict[str, Any]]], sabotage: str = "") -> Path:
-        """Start a run and resume it until it ends: life i has the kills of plan i, the last one of which is its own."""
-        latest = recipe.parent / "runs" / "latest"
-        for number, plan in enumerate([*plans, []]):
-            begin = ["train", str(recipe), *words] if number == 0 else ["train", "--resume", str(latest)]
-            code = self.live(begin, plan, sabotage)
-            assert code == (-9 if plan else 0), f"life {number} with {plan} ended with {code}: {self.said}"
-        return latest.resolve()
-
-
 @pytest.fixture
 def zygote(tmp_path: Path) -> Iterator[Zygote]:
     made = Zygote(tmp_path)
     yield made
-    assert made.process.stdin is not None
-    made.process.stdin.close()
-    made.process.wait(timeout=60)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def faults(folder: Path, changes: dict[str, Any] | None = None) -> list[str]:
-    """What the logs of a run do not account for: every step, evaluation and sample has to be there exactly once."""
-    recipe = resumed_recipe(folder, changes or {})
-    steps = recipe.train.steps
-    rows, samples = lines(folder / "metrics.jsonl"), lines(folder / "rollouts.jsonl")
-    found = [r["step"] for r in rows if "reward/mean" in r]
-    wrong = [] if found == list(range(1, steps + 1)) else [f"steps are {found}"]
-    evaluated = [r["step"] for r in rows if "eval/reward" in r]
-    if evaluated != sorted({0, *range(recipe.eval.every, steps, recipe.eval.every), steps}):
-        wrong.append(f"evaluations are after {evaluated}")
-    expected: Counter[tuple[int, str, str]] = Counter()
-    task = load_task(recipe.task, recipe.seed)
-    for step in range(steps):
-        chosen = prompts_of_step(task.problems("train"), step, recipe.train.prompts_per_step, recipe.seed)
-        for place, problem in enumerate(chosen):
-            expected[step + 1, f"{step + 1}/{place}", problem.question] += recipe.train.samples_per_prompt
-    counted = Counter((s["step"], s["prompt_id"], s["prompt"][len("<u>") : -len("<a>")]) for s in samples)
-    wrong += [f"{key}: {expected[key]} expected, {counted[key]} found" for key in expected.keys() | counted.keys()
-              if expected[key] != counted[key]]  # fmt: skip
-    return wrong
+    made.close()
 
 
 def facts(folder: str | Path) -> list[dict[str, Any]]:
@@ -217,8 +143,9 @@ def keep_hands_off(monkeypatch: pytest.MonkeyPatch) -> None:
     from forerun.learner import checkpoint
 
     for owner, names in (
-        (loop.Training, ("_step", "_finish", "_checkpoint")), (loop.StageTimer, ("stage",)), (Console, ("progress",)),
-        (checkpoint, ("_flush", "_put_in_place")), (checkpoint.torch, ("save",)),
+        (loop.Training, ("_step", "_evaluate", "_finish", "_checkpoint")), (loop.StageTimer, ("stage",)),
+        (Console, ("progress",)), (LearnerGroup, ("save", "restore")), (checkpoint, ("_flush", "_put_in_place")),
+        (checkpoint.torch, ("save",)),
     ):  # fmt: skip
         for name in names:
             monkeypatch.setattr(owner, name, getattr(owner, name))

@@ -83,9 +83,9 @@ def save_checkpoint(
             save_policy(policy, scratch / "policy")
         else:
             save_policy(policy, scratch / "base", learner.adapter.starting_state())
-        if drafter is not None:
-            drafter.save(scratch / "drafter", {})
         with disk_errors(scratch):
+            if drafter is not None:
+                drafter.save(scratch / "drafter", {})
             learner.save(scratch)
             if cotrainer is not None:
                 torch.save(cotrainer.state_dict(), scratch / "cotrain.pt")

@@ -227,7 +227,8 @@ def train_drafter(
         "acceptance_per_position": [round(a, 4) for a in best.per_position],
         "tokens_per_round": round(best.length, 4),
     }
-    drafter.save(folder, about)
+    with disk_errors(folder):
+        drafter.save(folder, about)
     if scratch is not None:
         scratch.remove()
     return about

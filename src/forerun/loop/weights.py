@@ -55,12 +55,12 @@ def export(
     folder = run.path / "hf"
     save_policy(policy, folder / "policy")
     paths = {"policy": str(folder / "policy")}
-    if drafter is not None:
-        drafter.save(folder / "drafter", {"run": run.path.name})
-        paths["draft"] = str(folder / "drafter")
-    if adapter is not None:
-        merged = recipe.policy.adapter is not None or recipe.cold_start is not None
-        with disk_errors(folder):
+    with disk_errors(folder):
+        if drafter is not None:
+            drafter.save(folder / "drafter", {"run": run.path.name})
+            paths["draft"] = str(folder / "drafter")
+        if adapter is not None:
+            merged = recipe.policy.adapter is not None or recipe.cold_start is not None
             adapter.save(folder / "adapter", None if merged else recipe.policy.model)
-        paths["adapter"] = str(folder / "adapter")
+            paths["adapter"] = str(folder / "adapter")
     return paths

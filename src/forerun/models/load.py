@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from forerun.errors import UserError
@@ -110,7 +111,7 @@ def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = 
     try:
         policy.model.save_pretrained(folder, state_dict=state)
         policy.tokenizer.save_pretrained(folder)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as its own error
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"Cannot save the policy to {folder}: {_first_line(error)}; free space or choose another 'runs'"
         ) from error

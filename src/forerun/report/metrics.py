@@ -26,6 +26,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from forerun.errors import UserError
 from forerun.report.definitions import DEFINITIONS, definition_of, nearest_name
 from forerun.report.environment import describe_environment
@@ -37,7 +39,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing `path` into one sentence.
+    """Turn an OSError while writing `path`, or the error that safetensors makes of one, into one sentence.
 
     Raises:
         UserError: the disk or quota is full, or the path cannot be written for another reason.
@@ -45,14 +47,19 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise UserError(
-                f"No space left while writing {path}: free space there or choose another folder, then resume the run; "
-                "what was written before is intact."
-            ) from error
-        raise UserError(
-            f"Cannot write {path} ({error.strerror}): check that the folder exists and is yours."
-        ) from error
+        raise _unwritten(path, error.errno, error.strerror) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise _unwritten(path, int(number[1]) if number else None, str(error)) from error
+
+
+def _unwritten(path: Path, number: int | None, words: str | None) -> UserError:
+    if number in _FULL:
+        return UserError(
+            f"No space left while writing {path}: free space there or choose another folder, then resume the run; "
+            "what was written before is intact."
+        )
+    return UserError(f"Cannot write {path} ({words}): check that the folder exists and is yours.")
 
 
 def write_atomically(path: Path, text: str) -> None:
