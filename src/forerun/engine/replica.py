@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -255,7 +256,7 @@ class LocalProcess:
         self.errors.seek(0)
         lines = [line for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
         end = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-        return f"{end}: {lines[-1].strip()}" if lines else end
+        return f"{end}: {lines[-1].strip()}" if lines and code != -signal.SIGKILL else end  # none has last words then
 
     def close(self) -> None:
         """See `Process`."""

@@ -11,7 +11,6 @@ a version on to others.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +52,8 @@ from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.models.load import save_policy
 from forerun.records import Rollout
+from forerun.report.metrics import disk_errors
+from forerun.scratch import ScratchFolder
 
 TICK_S = 0.2  # the longest wait between two looks at all replicas
 CERTAIN = 1e-3  # a log-probability may exceed 0 by rounding
@@ -119,10 +120,10 @@ class ReplicatedEngine:
         self._job: Job | None = None
         self._paused = False
         self.watch: Watch = unwatched  # hears "load", "generate", "idle" as they begin, and "lost": another one starts
-        self._folder = tempfile.TemporaryDirectory()
-        block = _save(policy, drafter, speculation, Path(self._folder.name))
+        self._folder = ScratchFolder()
+        block = _save(policy, drafter, speculation, self._folder.path)
         threads = max(1, torch.get_num_threads() // replicas)
-        source = str(Path(self._folder.name) / "policy")
+        source = str(self._folder.path / "policy")
         self._order = Order(engine, source, str(policy.dtype)[6:], block, slots, threads, maker)
         self._starter = starter or OnThisMachine()
         self._replicas: list[Replica] = []
@@ -245,7 +246,7 @@ class ReplicatedEngine:
             replica.kill()
         self._replicas = []
         self._starter.close()
-        self._folder.cleanup()
+        self._folder.close()
 
     # ---- replicas ----
 
@@ -445,6 +446,7 @@ def _save(policy: Policy, drafter: Drafter | None, speculation: SpeculationConfi
         return {"method": "none"}
     block = speculation.model_dump(mode="json")
     if drafter.state_dict():
-        drafter.save(folder / "drafter", {})
+        with disk_errors(folder):
+            drafter.save(folder / "drafter", {})
         block["draft"] = str(folder / "drafter")
     return block

@@ -18,6 +18,7 @@ from forerun.config import ColdStartConfig
 from forerun.errors import UserError
 from forerun.learner.forward import completion_logits, microbatches, token_batch, token_logprobs
 from forerun.models import Policy
+from forerun.report.metrics import disk_errors
 from forerun.tasks import Problem
 
 Report = Callable[[int, float], None]
@@ -75,7 +76,8 @@ def merge(policy: Policy, adapter: Any, folder: Path) -> None:
         parameter.data = parameter.data.bfloat16()
     for settings in adapter.peft_config.values():
         settings.base_model_name_or_path = policy.name  # not the folder that this machine keeps it in
-    adapter.eval().save_pretrained(folder)
+    with disk_errors(folder):
+        adapter.eval().save_pretrained(folder)
     for parameter, dtype in zip(weights, formats, strict=True):
         parameter.data = parameter.data.to(dtype)
     adapter.merge_and_unload().requires_grad_(True)  # peft froze what it wrapped

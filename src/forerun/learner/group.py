@@ -11,7 +11,6 @@ Where the processes come from is a `Launcher`'s (`nursery.py`). A drafter may tr
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -32,6 +31,7 @@ from forerun.learner.wire import Message, packed, receive, send, unpacked
 from forerun.models import Policy
 from forerun.records import Rollout
 from forerun.report.metrics import disk_errors
+from forerun.scratch import ScratchFolder
 
 if TYPE_CHECKING:
     from forerun.learner.pupil import Taught
@@ -212,8 +212,8 @@ class LearnerGroup:
 
         plan, patience_s = blueprint(self.policy), max(START_S, self.config.silence_s)
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                with disk_errors(file := Path(folder) / "weights.pt"):
+            with ScratchFolder() as folder:
+                with disk_errors(file := folder / "weights.pt"):
                     store_weights(self.policy, file)
                 places = self._processes.settle(file)
                 self._ranks = [RankHandle(connection) for connection in self._processes.connections]

@@ -15,7 +15,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Protocol
 import torch
 
 from forerun.errors import UserError
+from forerun.scratch import ScratchFolder
 
 PROGRAM = "from forerun.learner.rank import main; main()"
 
@@ -104,7 +104,7 @@ class RanksHere:
         self._ended: dict[int, str] = {}
         self._said = ""  # the line under way
         self._devices, self._threads = devices, max(1, torch.get_num_threads() // job.ranks)
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = ScratchFolder()
         theirs: list[socket.socket] = []
         for _ in devices:
             mine, other = socket.socketpair()
@@ -123,9 +123,9 @@ class RanksHere:
             other.close()
 
     def _spawn(self, program: str, passed: list[int], module: str) -> subprocess.Popen[bytes]:
-        words = [str(passed[0]), module, self._folder.name, *map(str, passed[1:])]
+        words = [str(passed[0]), module, str(self._folder.path), *map(str, passed[1:])]
         local = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-        with open(Path(self._folder.name) / "nursery.log", "wb") as errors:
+        with open(self._folder.path / "nursery.log", "wb") as errors:
             return subprocess.Popen(
                 [sys.executable, "-c", program, *words], pass_fds=passed, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
@@ -140,7 +140,7 @@ class RanksHere:
 
     def settle(self, weights: Path) -> list[Place]:
         """See `Ranks`. The file is of this machine already, and whoever cannot be talked to is found out later."""
-        meeting = f"file://{self._folder.name}/meeting"
+        meeting = f"file://{self._folder.path}/meeting"
         return [Place(device, self._threads, str(weights), meeting) for device in self._devices]
 
     def ended(self) -> dict[int, str]:
@@ -152,7 +152,7 @@ class RanksHere:
 
     def last_line(self, rank: int) -> str:
         """See `Ranks`; of the nursery where no rank was forked."""
-        folder = Path(self._folder.name)
+        folder = self._folder.path
         log = folder / f"rank-{rank}.log"
         text = (log if log.exists() else folder / "nursery.log").read_text(errors="replace")
         return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
@@ -171,7 +171,7 @@ class RanksHere:
         for connection in self.connections:
             connection.close()
         self._output.close()
-        self._folder.cleanup()
+        self._folder.close()
 
     def _hear(self) -> None:
         """Take in what the nursery says: `pids ...`, and `ended rank code`."""
