@@ -124,16 +124,17 @@ def updates_that_do_not_happen(group: LearnerGroup, batch: Batch) -> None:
     before, scored, last = weights(group.policy), group.score(rollouts), group.pids[-1]
     with pytest.raises(Interrupted):
         group.train(rollouts, advantages, scored, 0.05, stop_requested=lambda: True)
-    held: list[bool] = []
+    asked: list[bool] = []
 
-    def hold(rows: int) -> None:  # so that the ranks cannot be done before they are asked to stop
-        if not held:
-            held.append(True)
-            os.kill(last, signal.SIGSTOP)
-            threading.Timer(0.5, os.kill, (last, signal.SIGCONT)).start()
+    def stop() -> bool:  # not before it begins
+        asked.append(True)
+        if len(asked) == 2:
+            threading.Timer(1.0, os.kill, (last, signal.SIGCONT)).start()
+        return len(asked) > 1
 
+    os.kill(last, signal.SIGSTOP)  # so that the ranks cannot be done before they are asked to stop
     with pytest.raises(Interrupted):
-        group.train(rollouts, advantages, scored, 0.05, lambda: bool(held), hold)
+        group.train(rollouts, advantages, scored, 0.05, stop)
     with pytest.raises(UserError, match="not finite"):
         group.train(rollouts, advantages * float("inf"), scored, 0.05)
     assert same(weights(group.policy), before)
