@@ -272,7 +272,7 @@ class ReplicatedEngine:
         if refusals and len(failed) == len(self._replicas):
             for index in (i for i, error in failed if isinstance(error, Lost)):
                 self._replicas[index].process.kill()  # another one is started when it is needed
-            raise refusals[0]
+            raise UserError(str(refusals[0]))  # not one of `failed`: that would hold itself, and with it the version
         for index, error in failed:
             if isinstance(error, UserError):
                 error = Lost(f"refuses version {version}, which others hold: {error}")
