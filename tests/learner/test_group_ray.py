@@ -1,7 +1,8 @@
 """Ranks that are Ray actors: the updates of one process, under real kills, and whole runs. Ray's part needs `ray`.
 
 Tolerances of ranks are those of `test_group.py`. In whole runs SGD learns, in float32, by engines of one slot: samples
-are equal, losses and norms agree within 1e-4 of their size, weights within 1e-4.
+are equal, losses and norms agree within 1e-4 of their size, weights within 1e-4. What is decoded greedily there is the
+evaluations: greedy samples of one prompt are all alike, and nothing would be learnt from them.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def recipe(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
     data = {
         "name": "ranks", "runs": str(folder / "runs"),
         "policy": {"model": str(tiny("llama")), "dtype": "float32", "device": "cpu"},
-        "task": {"name": "jsonl", "path": str(folder / "sums.jsonl"), "reward": "rewards_for_tests:has_digit"},
+        "task": {"name": "jsonl", "path": str(folder / "sums.jsonl"), "reward": "rewards_for_tests:variety"},
         "draft": {"rollouts": 16, "epochs": 1, "depth": 2, "vocab": 30},
         "rollout": {"slots": 1, "max_new_tokens": 10},
         "train": {"steps": 3, "prompts_per_step": 2, "samples_per_prompt": 3, "optimizer": "sgd",
@@ -210,22 +211,16 @@ def is_the_run_of(here: dict[str, Any], there: dict[str, Any], start: Path) -> N
         for name in [n for n in other if n.startswith(("reward/", "rollout/", "eval/"))]:
             assert mine[name] == other[name], name
         for name in [n for n in ("policy/loss", "policy/grad_norm") if n in other]:
-            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
-    assert sum(row.get("policy/grad_norm", 0.0) for row in expected) > 0.01
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+    assert all(row.get("policy/grad_norm", 1.0) > 0.01 for row in expected)
     before, mine, other = (load_policy(str(p), "float32", "cpu").model.state_dict()
                            for p in (start, there["paths"]["policy"], here["paths"]["policy"]))  # fmt: skip
     moved = max(float((other[name] - before[name]).abs().max()) for name in other)
-    assert moved > 1e-4
-    assert max(float((mine[name] - other[name]).abs().max()) for name in mine) < 1e-4 * min(1.0, moved)
+    assert moved > 1e-3
+    assert max(float((mine[name] - other[name]).abs().max()) for name in mine) < min(1e-4, 0.01 * moved)
 
 
 PLACED = {"cluster.address": "local", "rollout.replicas": 2, "train.ranks": 2}
-SETTINGS = {
-    "greedy": {"rollout.temperature": 0.0},
-    "sampled": {"rollout.temperature": 1.0},
-    "plain": {"speculation.method": "none"},
-    "eagle3": {"speculation.method": "eagle3"},
-}
 
 
 @pytest.fixture(autouse=True)
@@ -234,14 +229,13 @@ def rewards_importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("heat", "method"), [("greedy", "plain"), ("sampled", "eagle3")])
-def test_a_run_of_replicas_and_ranks_is_the_run_of_one_process(
-    ray: Any, tiny: Callable[..., Path], recipe: Path, heat: str, method: str
+def test_a_speculating_run_of_replicas_and_ranks_is_the_run_of_one_process(
+    ray: Any, tiny: Callable[..., Path], recipe: Path
 ) -> None:
-    chosen = SETTINGS[heat] | SETTINGS[method]
-    here = forerun.train(str(recipe), chosen)
-    draft = {"speculation.draft": here["paths"]["draft"]} if method == "eagle3" else {}
-    there = forerun.train(str(recipe), chosen | draft | PLACED)
+    eagle3 = {"speculation.method": "eagle3"}
+    here = forerun.train(str(recipe), eagle3)
+    assert any(row.get("spec/acceptance_length", 1.0) > 1.0 for row in lines(here, "metrics"))
+    there = forerun.train(str(recipe), eagle3 | PLACED | {"speculation.draft": here["paths"]["draft"]})
     assert there["warnings"] == here["warnings"]
     is_the_run_of(here, there, tiny("llama"))
 
@@ -250,8 +244,11 @@ def test_a_run_of_replicas_and_ranks_is_the_run_of_one_process(
 def test_a_run_that_loses_an_actor_goes_back_by_itself(
     ray: Any, tiny: Callable[..., Path], recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the second step's update: it goes on from the first step's checkpoint, with new actors."""
-    here = forerun.train(str(recipe), SETTINGS["sampled"])
+    """Killed in the second step's update: it goes on from the first step's checkpoint, with new actors.
+
+    Ray has room for four of them: those of the lost run have to make theirs free. Plain decoding.
+    """
+    here = forerun.train(str(recipe))
     train, pids = LearnerGroup.train, []
 
     def killing(self: LearnerGroup, *arguments: Any) -> dict[str, float]:
@@ -261,7 +258,7 @@ def test_a_run_that_loses_an_actor_goes_back_by_itself(
         return train(self, *arguments)
 
     monkeypatch.setattr(LearnerGroup, "train", killing)
-    there = forerun.train(str(recipe), SETTINGS["sampled"] | PLACED)
+    there = forerun.train(str(recipe), PLACED | {"rollout.replicas": 1})
     assert len(pids) == 4 and pids[0] == pids[1] and pids[2] == pids[3] and not set(pids[0]) & set(pids[2])
     (warning,) = there["warnings"]
     assert "goes back to step-000001" in warning and "Rank 1 of the learner was lost by the cluster" in warning
