@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -33,7 +33,7 @@ from forerun.config import DraftConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
 from forerun.learner.parallel import split_rows
 from forerun.learner.policy import Learner, Scored, Tally, Targets, Update, plan_update, update_metrics
-from forerun.learner.wire import Message, receive, send
+from forerun.learner.wire import Message, pack, receive, send, unpack
 from forerun.models import Policy
 from forerun.records import Rollout
 from forerun.report.metrics import disk_errors
@@ -164,11 +164,8 @@ class LearnerGroup:
     # ---- a drafter beside the policy, see `cotrain_ranks.py` ----
 
     def enrol(self, head: nn.Module, config: DraftConfig) -> None:
-        """Have every rank hold this drafter from here on. Raises UserError, RanksLost."""
-        with self._file("drafter.pt") as file:
-            with disk_errors(file):
-                torch.save(head, file)
-            self._all_agree("enrol", str(file), config)
+        """Have every rank hold this drafter from here on. Raises RanksLost."""
+        self._all_agree("enrol", pack(head), config)
 
     def study(self, head: nn.Module) -> list[Taught]:
         """Have the ranks train it on what the last `score` taught; `head` follows. Raises UserError, RanksLost."""
@@ -183,27 +180,15 @@ class LearnerGroup:
             self._end(f"The learner's ranks hold drafters {', '.join(held)} and have sent {received}")
 
     def draft_optimizer(self) -> dict[str, Any]:
-        """State of the drafter's optimizer. Raises UserError, RanksLost."""
-        with self._file("draft-optimizer.pt") as file:
-            self._all_agree("note", str(file))
-            return torch.load(file, map_location="cpu", weights_only=True)
+        """State of the drafter's optimizer, on the CPU. Raises RanksLost."""
+        answers = self._run([("note",)] * self.config.ranks, limit_s=START_S)
+        state: dict[str, Any] = unpack(answers[0][1])
+        return state
 
     def set_draft_optimizer(self, state: dict[str, Any], head: nn.Module) -> None:
         """Inverse of `draft_optimizer`; the drafter follows. Raises UserError, RanksLost."""
-        with self._file("draft-optimizer.pt") as file:
-            with disk_errors(file):
-                torch.save(state, file)
-            self._all_agree("recall", str(file))
+        self._all_agree("recall", pack(state))
         self._fetch("drafter", head)
-
-    @contextlib.contextmanager
-    def _file(self, name: str) -> Iterator[Path]:
-        """In the folder that the ranks share, until it has been read."""
-        file = Path(self._folder.name) / name
-        try:
-            yield file
-        finally:
-            file.unlink(missing_ok=True)
 
     def close(self) -> None:
         """End all ranks at once; the nursery sees to it, and reaps them."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from forerun.config import DraftConfig
 from forerun.draft.mtp import MtpHead
-from forerun.draft.training import Pass, TeacherBatch, judge, lesson, rows_by_position, weighted_loss
+from forerun.draft.training import Head, Pass, TeacherBatch, judge, lesson, rows_by_position, weighted_loss
 from forerun.learner.cotrain import draft_optimizer, draft_step
 from forerun.learner.forward import TokenBatch, completion_logits, microbatches
 from forerun.models import Policy
@@ -46,18 +45,14 @@ class Pupil:
     """The drafter on one rank."""
 
     def __init__(
-        self, file: Path, policy: Policy, dtype: torch.dtype, config: DraftConfig, microbatch_tokens: int, heat: float
+        self, head: Head, policy: Policy, dtype: torch.dtype, config: DraftConfig, microbatch_tokens: int, heat: float
     ) -> None:
-        """See the class.
-
-        Args:
-            file: the head, by torch.save. policy: this rank's part. dtype: that it runs in. heat: of the rollouts.
-        """
+        """Holds `head`, which may come `apart`; `policy` is this rank's part, run in `dtype`; `heat` the rollouts'."""
         self.policy, self.dtype, self.config, self.heat = policy, dtype, config, heat
         self.microbatch_tokens = microbatch_tokens
-        self.head = torch.load(file, map_location=policy.device, weights_only=False)
-        if isinstance(self.head, MtpHead):
-            self.head.share(policy)
+        self.head = head
+        if isinstance(head, MtpHead):
+            head.share(policy)
         self.optimizer = draft_optimizer(self.head, config)
         self.batches: Sequence[Sequence[int]] = []
         self.rows: dict[int, Row] = {}  # by number of the rollout

@@ -5,7 +5,7 @@ so after every micro-batch, parameter and order, which is why a hung one falls s
 ended, and ends all of them when the parent is gone, also one that is stopped. Left out: who listens (`group.py`).
 
     to a rank    make, score, train, stop, weights, save, restore; enrol, study, drafter, note, recall
-    from it      ready, tick, scored, trained, interrupted, studied, piece (+ bytes), sent, done, refused, failed
+    from it      ready, tick, scored, trained, interrupted, studied, noted, piece (+ bytes), sent, done, refused, failed
 
 The second five are for a drafter that trains beside the policy (`pupil.py`).
 """
@@ -36,10 +36,9 @@ from forerun.learner.forward import completion_logits
 from forerun.learner.parallel import most_over_ranks
 from forerun.learner.policy import SHARDS, Learner, Scored, Update
 from forerun.learner.shard import Blueprint, build_sharded, load_shards, load_whole, save_shards, whole_parameters
-from forerun.learner.wire import receive, send
+from forerun.learner.wire import pack, receive, send, unpack
 from forerun.models import Policy
 from forerun.records import Rollout
-from forerun.report.metrics import disk_errors
 
 if TYPE_CHECKING:
     from forerun.learner.pupil import Pupil
@@ -162,13 +161,13 @@ class Server:
 
     # ---- a drafter beside the policy ----
 
-    def enrol(self, file: str, config: DraftConfig) -> None:
+    def enrol(self, head: bytes, config: DraftConfig) -> None:
         """Hold a drafter, in place of an earlier one."""
         from forerun.learner.pupil import Pupil  # drafters load slowly
 
         learner, dtype = self.learner, self.order.plan.dtype
         tokens, heat = learner.config.microbatch_tokens, learner.temperature
-        self.pupil = Pupil(Path(file), learner.policy, dtype, config, tokens, heat)
+        self.pupil = Pupil(unpack(head, learner.policy.device), learner.policy, dtype, config, tokens, heat)
         self.tell("done")
 
     def study(self) -> None:
@@ -181,19 +180,16 @@ class Server:
         assert self.pupil is not None
         self._give_out((name, p.detach().cpu()) for name, p in self.pupil.head.named_parameters())
 
-    def note(self, file: str) -> None:
-        """Write the drafter's optimizer, which is the same on every rank."""
+    def note(self) -> None:
+        """Give out the drafter's optimizer, which is the same on every rank: rank 0 does."""
         assert self.pupil is not None
-        if self.order.rank == 0:
-            with disk_errors(Path(file)):
-                torch.save(self.pupil.optimizer.state_dict(), file)
-        self.tell("done")
+        self.tell("noted", pack(self.pupil.optimizer.state_dict()) if self.order.rank == 0 else None)
 
-    def recall(self, file: str) -> None:
+    def recall(self, state: bytes) -> None:
         """Inverse of `note`; the drafter follows. Raises UserError when the state is of another drafter."""
         assert self.pupil is not None
         try:
-            self.pupil.optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            self.pupil.optimizer.load_state_dict(unpack(state))
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"The state of the drafter's optimizer does not fit the drafter: {error}") from None
         self.tell("done")
