@@ -27,7 +27,7 @@ from forerun.learner.lora import LoraAdapter
 from forerun.learner.nursery import Job, Launcher, Nursery, RanksLost
 from forerun.learner.parallel import split_rows
 from forerun.learner.policy import Learner, Scored, Tally, Targets, Update, plan_update, update_metrics
-from forerun.learner.wire import Message, packed, receive, send, unpacked
+from forerun.learner.wire import Message, pack, receive, send, unpack
 from forerun.models import Policy
 from forerun.records import Rollout
 from forerun.report.metrics import disk_errors
@@ -168,8 +168,8 @@ class LearnerGroup:
     # ---- a drafter beside the policy, see `cotrain_ranks.py` ----
 
     def enrol(self, head: nn.Module, config: DraftConfig) -> None:
-        """Have every rank hold this drafter from here on. Raises UserError, RanksLost."""
-        self._all_agree("enrol", packed(head), config)
+        """Have every rank hold this drafter from here on. Raises RanksLost."""
+        self._all_agree("enrol", pack(head), config)
 
     def study(self, head: nn.Module) -> list[Taught]:
         """Have the ranks train it on what the last `score` taught; `head` follows. Raises UserError, RanksLost."""
@@ -184,15 +184,14 @@ class LearnerGroup:
             self._end(f"The learner's ranks hold drafters {', '.join(held)} and have sent {received}")
 
     def draft_optimizer(self) -> dict[str, Any]:
-        """State of the drafter's optimizer. Raises UserError, RanksLost."""
+        """State of the drafter's optimizer, on the CPU. Raises RanksLost."""
         answers = self._run([("note",)] * self.config.ranks, limit_s=START_S)
-        self._agree(answers)
-        state: dict[str, Any] = unpacked(answers[0][1])
+        state: dict[str, Any] = unpack(answers[0][1])
         return state
 
     def set_draft_optimizer(self, state: dict[str, Any], head: nn.Module) -> None:
         """Inverse of `draft_optimizer`; the drafter follows. Raises UserError, RanksLost."""
-        self._all_agree("recall", packed(state))
+        self._all_agree("recall", pack(state))
         self._fetch("drafter", head)
 
     def close(self) -> None:

@@ -47,16 +47,12 @@ class Pupil:
     def __init__(
         self, head: Head, policy: Policy, dtype: torch.dtype, config: DraftConfig, microbatch_tokens: int, heat: float
     ) -> None:
-        """See the class.
-
-        Args:
-            head: this process's own. policy: this rank's part. dtype: that it runs in. heat: of the rollouts.
-        """
+        """Holds `head`, which may come `apart`; `policy` is this rank's part, run in `dtype`; `heat` the rollouts'."""
         self.policy, self.dtype, self.config, self.heat = policy, dtype, config, heat
         self.microbatch_tokens = microbatch_tokens
         self.head = head
-        if isinstance(self.head, MtpHead):
-            self.head.share(policy)
+        if isinstance(head, MtpHead):
+            head.share(policy)
         self.optimizer = draft_optimizer(self.head, config)
         self.batches: Sequence[Sequence[int]] = []
         self.rows: dict[int, Row] = {}  # by number of the rollout

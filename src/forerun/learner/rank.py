@@ -39,7 +39,7 @@ from forerun.learner.nursery import Place
 from forerun.learner.parallel import most_over_ranks
 from forerun.learner.policy import SHARDS, Learner, Scored, Update
 from forerun.learner.shard import Blueprint, build_sharded, load_shards, load_whole, save_shards, whole_parameters
-from forerun.learner.wire import packed, receive, send, unpacked
+from forerun.learner.wire import pack, receive, send, unpack
 from forerun.models import Policy
 from forerun.records import Rollout
 
@@ -168,8 +168,7 @@ class Server:
 
         learner, dtype = self.learner, self.order.plan.dtype
         tokens, heat = learner.config.microbatch_tokens, learner.temperature
-        module = unpacked(head, learner.policy.device, whole_objects=True)
-        self.pupil = Pupil(module, learner.policy, dtype, config, tokens, heat)
+        self.pupil = Pupil(unpack(head, learner.policy.device), learner.policy, dtype, config, tokens, heat)
         self.tell("done")
 
     def study(self) -> None:
@@ -185,13 +184,13 @@ class Server:
     def note(self) -> None:
         """Give out the drafter's optimizer, which is the same on every rank: rank 0 does."""
         assert self.pupil is not None
-        self.tell("noted", packed(self.pupil.optimizer.state_dict()) if self.order.rank == 0 else b"")
+        self.tell("noted", pack(self.pupil.optimizer.state_dict()) if self.order.rank == 0 else None)
 
     def recall(self, state: bytes) -> None:
         """Inverse of `note`; the drafter follows. Raises UserError when the state is of another drafter."""
         assert self.pupil is not None
         try:
-            self.pupil.optimizer.load_state_dict(unpacked(state))
+            self.pupil.optimizer.load_state_dict(unpack(state))
         except (RuntimeError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"The state of the drafter's optimizer does not fit the drafter: {error}") from None
         self.tell("done")

@@ -26,13 +26,13 @@ def receive(connection: Connection) -> Message:
     return message
 
 
-def packed(value: Any) -> bytes:
-    """Tensors, or a module, as one part of a message."""
+def pack(thing: Any) -> bytes:
+    """A module or a state, for a message: whichever device its tensors are on."""
     buffer = io.BytesIO()
-    torch.save(value, buffer)
+    torch.save(thing, buffer)
     return buffer.getvalue()
 
 
-def unpacked(data: bytes, device: torch.device | str = "cpu", whole_objects: bool = False) -> Any:
-    """Inverse of `packed`. `whole_objects`: not only tensors in plain containers."""
-    return torch.load(io.BytesIO(data), map_location=device, weights_only=not whole_objects)
+def unpack(data: bytes, device: torch.device | str = "cpu") -> Any:
+    """Inverse of `pack`, its tensors on `device`."""
+    return torch.load(io.BytesIO(data), map_location=device, weights_only=False)
