@@ -99,8 +99,10 @@ def ray() -> Iterator[Any]:
         module.shutdown()
 
 
-def group_of(policy: Policy, config: TrainConfig, count: int, folder: Path) -> LearnerGroup:
-    return LearnerGroup(policy, config.model_copy(update={"ranks": count}), 1.0, RanksOnCluster(LOCAL, folder))
+def group_of(
+    policy: Policy, config: TrainConfig, count: int, folder: Path, settings: ClusterConfig = LOCAL
+) -> LearnerGroup:
+    return LearnerGroup(policy, config.model_copy(update={"ranks": count}), 1.0, RanksOnCluster(settings, folder))
 
 
 def gone(pids: list[int]) -> bool:
@@ -139,13 +141,17 @@ def test_two_actors_make_the_update_of_one_process_until_one_is_killed(
 
 
 @pytest.mark.slow
-def test_an_actor_ends_with_its_driver(
+def test_actors_end_with_their_driver(
     ray: Any, fresh: Callable[[], Policy], batches: list[Batch], tmp_path: Path
 ) -> None:
-    """The connection ends as the system ends that of a process that dies; Ray is not asked for anything."""
-    with closing(group_of(fresh(), PLAIN, 1, tmp_path)) as group:
-        assert len(group.score(batches[1][0]).logprobs) == 2
-        group._processes.connections[0].close()
+    """The connections end as the system ends those of a process that dies; Ray is not asked for anything.
+
+    As on a cluster of several machines, all speak through the address by which Ray knows this one.
+    """
+    with closing(group_of(fresh(), PLAIN, 2, tmp_path, ClusterConfig(address="auto"))) as group:
+        assert len(group.score(batches[0][0]).logprobs) == 12
+        for connection in group._processes.connections:
+            connection.close()
         assert gone(group.pids)
 
 
