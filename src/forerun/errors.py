@@ -1,4 +1,4 @@
-"""How a run ends early: by a mistake that is the user's to mend (exit code 2), or because the user asked (130)."""
+"""How a run ends early: by a mistake that is the user's to mend or a loss (exit code 2), or because the user asked (130)."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """The user asked to stop. Raised at a safe point: the policy is that of the last finished step."""
+
+
+class PartLost(Exception):
+    """A part of the run is gone, and the run has not found back by itself; the message is a sentence."""

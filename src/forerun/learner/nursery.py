@@ -22,13 +22,13 @@ from typing import Protocol
 
 import torch
 
-from forerun.errors import UserError
+from forerun.errors import PartLost, UserError
 from forerun.scratch import ScratchFolder
 
 PROGRAM = "from forerun.learner.rank import main; main()"
 
 
-class RanksLost(Exception):
+class RanksLost(PartLost):
     """The ranks of the learner are gone, all of them: which one was lost first, and how it ended."""
 
 
