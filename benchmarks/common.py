@@ -9,7 +9,7 @@ import argparse
 import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,17 @@ from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.schedule import request_seed
 from forerun.learner.advantages import group_advantages
-from forerun.learner.forward import completion_logits
+from forerun.learner.forward import TokenBatch, completion_logits
 from forerun.learner.policy import Learner, Scored
 from forerun.loop.generate import Generated, generate
-from forerun.loop.loop import Forward
 from forerun.loop.setup import encode, prompts_of_step
 from forerun.models import Policy, load_policy
 from forerun.records import Prompt, Rollout
 from forerun.report.console import Console
 from forerun.report.environment import describe_environment
 from forerun.tasks import Problem, Task, load_task
+
+Forward = Callable[[Any, TokenBatch], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
