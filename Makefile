@@ -14,7 +14,7 @@ quickstart: .venv/ready
 	$(BIN)/forerun train quickstart
 
 test: .venv/ready-dev $(if $(VLLM_RUNS),.venv-vllm/ready) check
-	$(ALONE) $(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	$(ALONE) $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=15
 	$(if $(VLLM_RUNS),$(MAKE) test-vllm,@echo "vLLM's CPU build is for Linux on x86-64: its tests were left out")
 
 fast: .venv/ready-dev

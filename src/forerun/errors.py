@@ -1,4 +1,4 @@
-"""How a run ends early: by a mistake that is the user's to mend or a loss (exit code 2), or because the user asked (130)."""
+"""How a run ends early: by a mistake of the user's or a loss (exit code 2), or because the user asked (130)."""
 
 from __future__ import annotations
 
