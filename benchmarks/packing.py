@@ -4,8 +4,9 @@
 
 The recipe's policy samples its own training prompts; the same rollouts are then scored, and trained on at a rate of 0,
 with `train.packing` off and on, in turns. Printed are the largest difference between the two sets of log-probabilities,
-medians of the seconds, tokens of prompts and completions per second, and the share of padding in what was computed.
-Both cut the batch into micro-batches of the recipe's size; padded ones are of rows of like length.
+beside it that of padded rows from every sequence alone (no packing: what the order of sums makes), medians of the
+seconds, tokens of prompts and completions per second, and the share of padding in what was computed. Both cut the batch
+into micro-batches of the recipe's size; padded ones are of rows of like length.
 """
 
 from __future__ import annotations
@@ -43,6 +44,19 @@ def turn(learner: Learner, generated: Generated) -> tuple[Scored, float, float]:
     return scored, middle - started, time.perf_counter() - middle
 
 
+def alone(setting: Setting, generated: Generated) -> torch.Tensor:
+    """Log-probabilities of one sequence per pass. [M]"""
+    config = setting.recipe.train.model_copy(update={"packing": False, "microbatch_tokens": 1})
+    learner = Learner(setting.policy, config, setting.recipe.rollout.temperature)
+    return torch.cat(learner.score(generated.rollouts).logprobs)
+
+
+def distance(first: torch.Tensor, second: torch.Tensor) -> dict[str, float]:
+    """The largest difference, and the share of those above 1e-5."""
+    gap = (first - second).abs()
+    return {"largest": float(gap.max()), "above_1e-5": float((gap > 1e-5).float().mean())}
+
+
 def computed_tokens(learner: Learner, generated: Generated) -> int:
     """Of all micro-batches, padding included."""
     everything = range(len(generated.rollouts))
@@ -62,8 +76,9 @@ def compare(setting: Setting, generated: Generated, repeats: int) -> dict[str, A
             logprobs[name] = torch.cat(scored.logprobs)
             times[name].append((scoring_s, training_s))
     result: dict[str, Any] = {
-        "tokens": tokens, "rollouts": len(generated.rollouts),
-        "largest_difference": float((logprobs["packed"] - logprobs["padded"]).abs().max()),
+        "tokens": tokens, "rollouts": len(generated.rollouts), "logprobs": len(logprobs["padded"]),
+        "difference": distance(logprobs["packed"], logprobs["padded"]),
+        "difference_of_sums": distance(alone(setting, generated), logprobs["padded"]),
     }  # fmt: skip
     for name, learner in both.items():
         score_s, train_s = (statistics.median(column) for column in zip(*times[name], strict=True))
@@ -95,7 +110,12 @@ def main() -> None:
     generated = trajectory.generate(engine, trajectory.problems(0), 0)
     found = compare(setting, generated, arguments.repeats)
     print(machine_line(describe_environment()))
-    print(f"largest difference of a log-probability: {found['largest_difference']:.1e} ({setting.policy.dtype})")
+    for name, words in (("difference", "packed from padded"), ("difference_of_sums", "alone from padded")):
+        row = found[name]
+        print(
+            f"{words}, {found['logprobs']} log-probabilities in {str(setting.policy.dtype)[6:]}: largest difference "
+            f"{row['largest']:.1e}, {row['above_1e-5']:.2%} above 1e-5"
+        )
     for name in ("padded", "packed"):
         row = found[name]
         print(
