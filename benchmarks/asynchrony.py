@@ -122,7 +122,8 @@ def table(folder: Path, modes: Sequence[str], seeds: Sequence[int], width: int) 
     for mode, by_seed in times.items():
         for seed, row in by_seed.items():
             print(f"{mode + ' ' + seed:12}" + "".join(f"{value:20.2f}" for value in row.values()))
-    compared = windows({mode: runs for mode, runs in found.items() if len(runs) > 1}, width) if len(found) > 1 else []
+    several = {mode: runs for mode, runs in found.items() if len(runs) > 1}
+    compared = windows(several, width) if len(several) > 1 else []
     for row in compared:
         words = "  ".join(f"{mode} {Mean(**value)}" for mode, value in {**row["reward"], **row["difference"]}.items())
         print(f"steps {row['steps'][0]:>2} to {row['steps'][1]:>2}, reward: {words}")
