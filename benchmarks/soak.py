@@ -36,6 +36,7 @@ from forerun.loop.generate import Generated
 from forerun.loop.weights import publish
 from forerun.models import Policy
 from forerun.records import Rollout
+from forerun.report.environment import describe_environment
 
 VOCABULARY = 32
 PROMPTS, SAMPLES, LONGEST = 8, 4, 12
@@ -205,10 +206,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file")
     options = parser.parse_args()
     result = soak(options.steps, options.replicas, options.lag, options.failures)
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if options.out is not None:
-        options.out.write_text(text + "\n", encoding="utf-8")
+        head = {"benchmark": "soak", "failures": options.failures}
+        whole = {**head, **result, "environment": describe_environment()}
+        options.out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     raise SystemExit(1 if result["wrong"] else 0)
 
 

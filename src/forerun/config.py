@@ -251,7 +251,7 @@ class CompareConfig(Block):
 
 
 class CheckpointConfig(Block):
-    every: int = Field(10, ge=0, description="steps between checkpoints; 0: only at the end or on Ctrl-C")
+    every: int = Field(10, ge=0, description="steps between checkpoints; 0: only on Ctrl-C")
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept; with 1 a broken one has none before it")
     restarts: int = Field(
         3, ge=0, description="times that a run which lost replicas or ranks goes back to the same checkpoint by itself"
