@@ -6,8 +6,8 @@ Whole runs of a recipe, each a process of its own with `OMP_NUM_THREADS=1`: lear
 each, in turn (sync: one core is idle) or at the same time (lag 1; in_flight: a new version takes over in mid-sample). A
 run that FOLDER holds already is not made again, so several of these commands can share the work, and `--out` writes
 the table of all that is there. `sync_all` is the synchronous run with all the machine's threads, which it has no idle
-time to hide in. Where generation is the shorter of the two, new versions hardly ever arrive in mid-sample; with four
-slots it is the longer one, and they do (`in_flight_4`). A sample does not depend on the number of slots.
+time to hide in. Where generation is the shorter of the two, new versions hardly ever arrive in mid-sample; with two
+slots it is the longer one, and they do (`in_flight_2`). A sample does not depend on the number of slots.
 
 Rewards are those of training: fresh problems each step, the same for every mode of a seed. Windows of steps are
 compared seed by seed, so that the problems' difficulty cancels; the standard error is over the steps of all seeds.
@@ -38,7 +38,7 @@ MODES: dict[str, list[str]] = {
     "sync_all": [],
     "lag1": ["loop.lag=1", "rollout.replicas=1"],
     "in_flight": ["loop.lag=1", "loop.in_flight=true", "rollout.replicas=1"],
-    "in_flight_4": ["loop.lag=1", "loop.in_flight=true", "rollout.replicas=1", "rollout.slots=4"],
+    "in_flight_2": ["loop.lag=1", "loop.in_flight=true", "rollout.replicas=1", "rollout.slots=2"],
 }
 LEARNER = ("prepare", "logprob", "train")
 WARM = 2  # steps without which times are taken
@@ -52,7 +52,7 @@ def run(recipe: str, mode: str, seed: int, steps: int, folder: Path, overrides: 
     runs = folder / "runs" / f"{mode}-{seed}"
     words = [
         f"runs={runs}", f"seed={seed}", f"train.steps={steps}", "compare.steps=0", "eval.prompts=0",
-        *MODES[mode], *overrides,
+        *overrides, *MODES[mode],
     ]  # fmt: skip
     threads = {} if mode == "sync_all" else {"OMP_NUM_THREADS": "1"}
     with log.open("w") as out:
