@@ -199,9 +199,7 @@ class TrainConfig(Block):
     kl: float = Field(0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
     normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
     microbatch_tokens: int = Field(4096, ge=1, description="padded tokens per forward and backward pass")
-    packing: bool = Field(
-        False, description="several sequences per row of a pass, apart from each other: less padding, wider attention"
-    )
+    packing: bool = Field(False, description="all sequences of a pass in one row, apart from each other: no padding")
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = Field(None, description="train an adapter alone; null: all weights")
     ranks: int = Field(

@@ -1,28 +1,33 @@
-"""Sequence packing: several (prompt, completion) sequences side by side in one row, none of which sees another.
+"""Sequence packing: (prompt, completion) sequences side by side in one row, none of which sees another.
 
 Positions restart with every sequence. Where they do, Transformers makes the attention mask block-diagonal
 (`masking_utils.find_packed_sequence_indices`; only without an attention mask and without a cache), for full and
-sliding windows, with the attention implementations sdpa and eager. What carries a state from token to token by other
+sliding windows. Under that mask every token still pays for the whole row, and sums run in another order than alone. So
+the model's own attention, sdpa or eager, is handed one sequence after the other (`by_sequence`): a row costs what its
+sequences cost, and each of them is computed as if it stood alone. What carries a state from token to token by other
 means, a state-space layer or a convolution, knows nothing of it: `require_packing` tries the very model and refuses.
-Rows hold up to `SEQUENCES` times the longest sequence: attention costs as much as the row is long, for every token.
-Left out: variable-length kernels, which take all sequences as one row.
+Left out: kernels that take sequences of any length at once (flash attention does by itself, and is left to it).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from forerun.errors import UserError
-from forerun.learner.forward import completion_logits, microbatches, packed_batch, token_batch
+from forerun.learner.forward import completion_logits, packed_batch, token_batch
 from forerun.models import Policy
 
-SEQUENCES = 2  # longest sequences per row
 LEAK = 0.05  # of what a sequence would change if it saw its neighbour; bfloat16 rounds to less
+BY_SEQUENCE = {"sdpa": "sdpa_by_sequence", "eager": "eager_by_sequence"}  # attention implementations
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -40,15 +45,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def packed_microbatches(lengths: Sequence[int], tokens: int) -> list[list[list[int]]]:
-    """Micro-batches of packed rows of sequence indices: at most `tokens` padded tokens each, or one row of one."""
-    if not lengths:
-        return []
-    rows = pack(lengths, min(tokens, SEQUENCES * max(lengths)))
-    return [[rows[r] for r in group] for group in microbatches([sum(lengths[i] for i in row) for row in rows], tokens)]
+    """Micro-batches of one packed row of sequence indices: of at most `tokens` tokens, or of one sequence."""
+    return [[row] for row in pack(lengths, tokens)]
 
 
 def require_packing(policy: Policy) -> None:
-    """Try the policy on packed rows.
+    """Have the policy attend sequence by sequence, and try it on packed rows.
 
     Raises:
         UserError: it takes no positions, or its sequences see their neighbours.
@@ -56,6 +58,7 @@ def require_packing(policy: Policy) -> None:
     name = type(policy.model).__name__
     if "position_ids" not in inspect.signature(policy.model.forward).parameters:
         raise UserError(f"train.packing=true needs a model that takes positions, and {name} does not; set it to false")
+    attend_by_sequence(policy.model)
     seen = packing_leak(policy.model, policy.device)
     if not seen < LEAK:
         raise UserError(
@@ -67,7 +70,7 @@ def require_packing(policy: Policy) -> None:
 
 @torch.no_grad()
 def packing_leak(model: Any, device: torch.device) -> float:
-    """How much a packed sequence sees of its neighbours: 0 nothing, 1 as if the one before were its prefix.
+    """How much a packed sequence sees of its neighbour: 0 nothing, 1 as if the one before were its prefix.
 
     The largest change of any logit against the sequence alone, over the change that the prefix makes.
     """
@@ -77,7 +80,58 @@ def packing_leak(model: Any, device: torch.device) -> float:
     one, two = (first[:1], first[1:]), (second[:1], second[1:])
     alone = completion_logits(model, token_batch([two], device)).float()
     prefixed = completion_logits(model, token_batch([(first + second[:1], second[1:])], device)).float()
-    packed = completion_logits(model, packed_batch([[one, two], [two, one]], device)).float()
-    places: tuple[Tensor, ...] = packed.split(len(alone))  # one, two, two, one
-    seen = max(float((place - alone).abs().max()) for place in places[1:3])
+    packed = completion_logits(model, packed_batch([[one, two, one]], device)).float()
+    seen = float((packed.split(len(alone))[1] - alone).abs().max())
     return seen / max(float((prefixed - alone).abs().max()), 1e-12)
+
+
+# ---- attention, one sequence after the other ----
+
+
+def attend_by_sequence(model: Any) -> None:
+    """Have a model attend so wherever a row is packed; elsewhere, and with other kernels, it attends as it did."""
+    config = model.config.get_text_config()
+    config._attn_implementation = BY_SEQUENCE.get(config._attn_implementation, config._attn_implementation)
+
+
+def by_sequence(attend: Callable[..., tuple[Tensor, Tensor | None]], lean: bool) -> Callable[..., Any]:
+    """`attend` (an attention function of Transformers), called for each sequence of a packed row.
+
+    Args:
+        lean: it is causal without a mask, and gets none where a sequence is masked by nothing else.
+    """
+
+    def attention(
+        module: Any,
+        query: Tensor,  # [N, heads, L, D]
+        key: Tensor,  # [N, key/value heads, L, D]
+        value: Tensor,
+        attention_mask: Tensor | None,  # [N, 1, L, L]
+        position_ids: Tensor | None = None,  # [N, L]
+        **rest: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        packed = attention_mask is not None and position_ids is not None
+        if not packed or len(query) > 1 or query.shape[2] != position_ids.shape[-1]:  # type: ignore[union-attr]
+            return attend(module, query, key, value, attention_mask, position_ids=position_ids, **rest)
+        assert attention_mask is not None and position_ids is not None
+        starts = [0, *((position_ids[0].diff() != 1).nonzero()[:, 0] + 1).tolist()]  # as the mask was made
+        outputs = []
+        for start, end in zip(starts, [*starts[1:], query.shape[2]], strict=True):
+            own = attention_mask[..., start:end, start:end]
+            mask = None if lean and bool(own[0, 0, -1, 0]) else own  # the last sees the first: no window cuts it short
+            q, k, v = (x[:, :, start:end] for x in (query, key, value))
+            outputs.append(attend(module, q, k, v, mask, **rest)[0])
+        return torch.cat(outputs, dim=1), None
+
+    return attention
+
+
+def _eager(module: Any, *arguments: Any, **words: Any) -> Any:
+    """The attention that a model's own file defines, which is in plain operations."""
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **words)
+
+
+AttentionInterface.register(BY_SEQUENCE["sdpa"], by_sequence(sdpa_attention_forward, lean=True))
+AttentionInterface.register(BY_SEQUENCE["eager"], by_sequence(_eager, lean=False))
+AttentionMaskInterface.register(BY_SEQUENCE["sdpa"], sdpa_mask)
+AttentionMaskInterface.register(BY_SEQUENCE["eager"], eager_mask)

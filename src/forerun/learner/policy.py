@@ -37,7 +37,7 @@ from forerun.learner.forward import (
 from forerun.learner.lora import LoraAdapter, save_settings
 from forerun.learner.losses import clipped_policy_loss, kl_k3
 from forerun.learner.optimizer import MasterOptimizer
-from forerun.learner.packing import packed_microbatches, require_packing
+from forerun.learner.packing import attend_by_sequence, packed_microbatches, require_packing
 from forerun.learner.parallel import local_part
 from forerun.models import Policy
 from forerun.records import Rollout
@@ -151,6 +151,8 @@ class Learner:
         self.reference = reference
         if config.packing:
             require_packing(policy)
+            if self.reference is not None:
+                attend_by_sequence(self.reference)
         if config.gradient_checkpointing:
             _enable_checkpointing(policy.model)
 
