@@ -205,7 +205,15 @@ class TrainConfig(Block):
     ranks: int = Field(
         1, ge=1, description="processes over which the learner is sharded (FSDP2), one per GPU; 1: in this process"
     )
+    tensor_parallel: int = Field(
+        1, ge=1, description="of the ranks, how many share each layer's matrices and run the same rows; divides them"
+    )
     silence_s: float = Field(300.0, gt=0, description="with ranks: without a word after which they are given up")
+
+    @property
+    def data_parallel(self) -> int:
+        """Groups of ranks that run rows of their own."""
+        return self.ranks // self.tensor_parallel
 
     @property
     def band(self) -> tuple[float, float]:
@@ -343,6 +351,11 @@ class Recipe(Block):
             raise ValueError(
                 f"train.lora trains an adapter in one process, and train.ranks={self.train.ranks} shards the policy; "
                 "set train.ranks=1 or train.lora=null"
+            )
+        if self.train.ranks % self.train.tensor_parallel:
+            raise ValueError(
+                f"train.tensor_parallel={self.train.tensor_parallel} does not divide train.ranks={self.train.ranks}; "
+                "set train.ranks to a multiple of it"
             )
         if self.cold_start is not None and self.policy.adapter is not None:
             raise ValueError("cold_start trains an adapter and policy.adapter loads one: keep one of the two")

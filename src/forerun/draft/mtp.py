@@ -137,7 +137,11 @@ class MtpHead(nn.Module):
 
     def share(self, policy: Policy) -> None:
         """Use embedding, rotary angles and output head of `policy` from here on."""
-        self._shared = (_shared(policy, _source_layer(policy)),)  # a tuple: its modules are not submodules
+        self.use(_shared(policy, _source_layer(policy)))
+
+    def use(self, shared: Shared) -> None:
+        """Use these from here on."""
+        self._shared = (shared,)  # a tuple: its modules are not submodules
 
     def apart(self) -> MtpHead:
         """The same parameters without what it uses of the policy: a head to be sent elsewhere, there to `share`."""

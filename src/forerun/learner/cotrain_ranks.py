@@ -99,6 +99,7 @@ class GroupCoTrainer:
         started = time.perf_counter()
         taught = self.group.study(self.head)
         self.group.compare([t.checksum for t in taught], checksum(self.head.state_dict()))
+        taught = taught[:: self.group.config.tensor_parallel]  # who speaks for rows that several ranks ran
         losses = [sum(parts) for parts in zip(*(t.losses for t in taught), strict=True)]
         judged = [passes for t in taught for passes in t.judged]
         return draft_metrics(losses, taught[0].norms, judged, self.course.tokens, self.course.left_out, started)

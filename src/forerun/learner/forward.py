@@ -67,7 +67,9 @@ def head_sees(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
     def select(_: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (arguments[0][rows, columns], *arguments[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    handle = model.get_output_embeddings().register_forward_pre_hook(
+        select, prepend=True
+    )  # before it is split over ranks
     try:
         yield
     finally:

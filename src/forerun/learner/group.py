@@ -1,8 +1,9 @@
 """A learner in processes of its own, its model sharded over them: the parent's end. Has the methods of `Learner`.
 
-Rows are given out by tokens (`parallel.split_rows`); every rank answers for its own. After an update the ranks stream
-the new weights into the parent's policy, which generates, is evaluated and is saved. All ranks live and die together:
-one that ends, or falls silent, ends the group (`RanksLost`); the parent's policy may then hold parts of two versions.
+Rows are given out by tokens (`parallel.split_rows`); every rank answers for its own. With tensor parallelism
+consecutive ranks run the same rows, and the first of them answers. After an update the ranks stream the new weights
+into the parent's policy, which generates, is evaluated and is saved. All ranks live and die together: one that ends, or
+falls silent, ends the group (`RanksLost`); the parent's policy may then hold parts of two versions.
 Rounding differs from one process: bfloat16 weights are the nearest to their masters, not rounded at random.
 Where the processes come from is a `Launcher`'s (`nursery.py`). A drafter may train beside the policy in the same ranks
 (`cotrain_ranks.py`). Left out: another group in place of a lost one.
@@ -132,8 +133,8 @@ class LearnerGroup:
             tick(done)
 
         orders = [("score", [rollouts[i] for i in part], _within(batches, part)) for part in parts]
-        answers = self._run(orders, heard)
-        return _merge(rollouts, parts, [answer[1] for answer in answers])
+        answers = self._run(self._for_all(orders), heard)
+        return _merge(rollouts, parts, [answer[1] for answer in answers[:: self.config.tensor_parallel]])
 
     def train(
         self,
@@ -278,7 +279,7 @@ class LearnerGroup:
                 self._place(message[1], message[2], rank.connection.recv_bytes())
             elif message[0] == "tick":
                 more, rank.done = message[1] - rank.done, max(rank.done, message[1])
-                heard(max(0, more))
+                heard(max(0, more) if number % self.config.tensor_parallel == 0 else 0)
             else:
                 answers[number] = message
         except (_Gone, EOFError, OSError):
@@ -328,9 +329,13 @@ class LearnerGroup:
     # ---- updates ----
 
     def _split(self, rollouts: Sequence[Rollout], chosen: Sequence[int]) -> list[list[int]]:
-        """Each rank's of the chosen rollouts."""
+        """Of the chosen rollouts those of each group of ranks."""
         lengths = [len(rollouts[i].prompt_ids) + len(rollouts[i].tokens) for i in chosen]
-        return [[chosen[j] for j in part] for part in split_rows(lengths, self.config.ranks)]
+        return [[chosen[j] for j in part] for part in split_rows(lengths, self.config.data_parallel)]
+
+    def _for_all(self, orders: Sequence[Message]) -> list[Message]:
+        """Each order for all ranks of its group."""
+        return [order for order in orders for _ in range(self.config.tensor_parallel)]
 
     def _update(
         self, update: Update, learning_rate: float, stop_requested: Callable[[], bool], tick: Callable[[int], None]
@@ -346,13 +351,13 @@ class LearnerGroup:
                     self._send(number, ("stop",))
 
         chunks = [self._split(update.rollouts, chunk) for chunk in update.chunks]
-        shares = [_share(update, [parts[rank] for parts in chunks]) for rank in range(self.config.ranks)]
-        answers = self._run([("train", share, learning_rate) for share in shares], tick, idle)
+        shares = [_share(update, [parts[group] for parts in chunks]) for group in range(self.config.data_parallel)]
+        answers = self._run(self._for_all([("train", share, learning_rate) for share in shares]), tick, idle)
         if answers[0][0] == "interrupted":
             raise Interrupted
         self._fetch("weights", self.policy.model)
         self._agree(answers)
-        return _add([answer[1] for answer in answers])
+        return _add([answer[1] for answer in answers[:: self.config.tensor_parallel]])
 
     def _fetch(self, order: str, module: nn.Module) -> None:
         """Take the ranks' weights over, in place. Raises RanksLost."""

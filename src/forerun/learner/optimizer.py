@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from forerun.config import TrainConfig
-from forerun.learner.parallel import whole
+from forerun.learner.parallel import by_mesh, clip_gradients
 
 
 class MasterOptimizer:
@@ -36,7 +36,7 @@ class MasterOptimizer:
 
     def step(self, learning_rate: float) -> float:
         """Clip the accumulated gradients, update masters and live parameters, clear. Returns the norm before."""
-        norm = float(whole(nn.utils.clip_grad_norm_(self.masters, self.max_grad_norm)))
+        norm = clip_gradients(self.masters, self.max_grad_norm)
         for group in self.inner.param_groups:
             group["lr"] = learning_rate
         self.inner.step()
@@ -77,9 +77,10 @@ def _inner(masters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Opti
 
     With few samples per update, where most coordinates see only noise, that is worth a lot.
     """
+    groups = [{"params": group} for group in by_mesh(masters)]  # of one mesh each, for steps over many at once
     if config.optimizer == "sgd":
-        return torch.optim.SGD(masters, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(masters, lr=0.0, betas=config.betas, weight_decay=config.weight_decay)
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def stochastic_bfloat16(values: Tensor, source: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def split_rows(lengths: Sequence[int], ranks: int) -> list[list[int]]:
@@ -44,3 +44,24 @@ def local_part(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, on every rank, which all must ask for; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def by_mesh(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those of each device mesh, in order: with tensor parallelism some are split over it and others are not."""
+    found: dict[object, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(found.values())
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
+    """Scale all gradients so that their common norm is at most `limit`. Returns the norm before."""
+    meshes = [[p for p in group if p.grad is not None] for group in by_mesh(parameters)]
+    if len(meshes) <= 1:
+        return float(whole(nn.utils.clip_grad_norm_(parameters, limit)))
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in meshes]
+    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    for parameter in (p for group in meshes for p in group):
+        assert parameter.grad is not None
+        parameter.grad.mul_(min(1.0, limit / (norm + 1e-6)))
+    return norm

@@ -10,8 +10,10 @@ Axes: l tokens of a row, H hidden, T taps, D draft vocabulary, J depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,11 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from forerun.config import DraftConfig
+from forerun.config import DraftConfig, TrainConfig
 from forerun.draft.mtp import MtpHead
 from forerun.draft.training import Head, Pass, TeacherBatch, judge, lesson, rows_by_position, weighted_loss
 from forerun.learner.cotrain import draft_optimizer, draft_step
 from forerun.learner.forward import TokenBatch, completion_logits, microbatches
+from forerun.learner.parallel import whole
 from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.records import Rollout
@@ -45,11 +48,11 @@ class Pupil:
     """The drafter on one rank."""
 
     def __init__(
-        self, head: Head, policy: Policy, dtype: torch.dtype, config: DraftConfig, microbatch_tokens: int, heat: float
+        self, head: Head, policy: Policy, dtype: torch.dtype, config: DraftConfig, train: TrainConfig, heat: float
     ) -> None:
         """Holds `head`, which may come `apart`; `policy` is this rank's part, run in `dtype`; `heat` the rollouts'."""
         self.policy, self.dtype, self.config, self.heat = policy, dtype, config, heat
-        self.microbatch_tokens = microbatch_tokens
+        self.microbatch_tokens, self.copies = train.microbatch_tokens, train.tensor_parallel
         self.head = head
         if isinstance(head, MtpHead):
             head.share(policy)
@@ -86,20 +89,35 @@ class Pupil:
         Raises:
             UserError: the drafter's gradient is not finite; raised on all ranks, and this step was not made.
         """
-        model = self.policy.model
-        model.unshard()  # the unit of embedding, final norm and output head
         try:
-            assert self.policy.dtype == self.dtype  # by which `judge` computes
-            taught = Taught()
-            for batch, rows in zip(self.batches, self._rows_of_batches(), strict=True):
-                if rows:
-                    self._train_on(batch, rows, taught)
-                tick()
+            with self._policy_at_hand():
+                assert self.policy.dtype == self.dtype  # by which `judge` computes
+                taught = Taught()
+                for batch, rows in zip(self.batches, self._rows_of_batches(), strict=True):
+                    if rows:
+                        self._train_on(batch, rows, taught)
+                    tick()
         finally:
-            model.reshard()
             self.batches, self.rows = [], {}
         taught.checksum = checksum(self.head.state_dict())
         return taught
+
+    @contextmanager
+    def _policy_at_hand(self) -> Iterator[None]:
+        """Gather what the drafter uses of the policy: the unit of embedding, final norm and output head."""
+        model, head = self.policy.model, self.head
+        model.unshard()
+        try:
+            if isinstance(head, MtpHead) and self.copies > 1:  # it reads the output head's matrix itself
+                output = head.shared.head
+                parts = {"weight": output.weight, "bias": getattr(output, "bias", None)}
+                plain = SimpleNamespace(**{k: None if p is None else whole(p.detach()) for k, p in parts.items()})
+                head.use(replace(head.shared, head=plain))
+            yield
+        finally:
+            if isinstance(head, MtpHead):
+                head.share(self.policy)
+            model.reshard()
 
     def _rows_of_batches(self) -> list[list[int]]:
         """Rows of each draft position in each batch, on all ranks; positions without any are left out."""
@@ -108,7 +126,7 @@ class Pupil:
             for i in batch:
                 own[number] += torch.tensor(rows_by_position(self.rows[i][3][None], self.config.depth))
         dist.all_reduce(own)
-        return [[n for n in rows if n] for rows in own.tolist()]
+        return [[n for n in rows if n] for rows in (own // self.copies).tolist()]
 
     def _train_on(self, batch: Sequence[int], rows: Sequence[int], taught: Taught) -> None:
         """One optimizer step on this rank's rollouts of a batch, possibly none, and the other ranks' of it."""
@@ -123,7 +141,7 @@ class Pupil:
             part.backward()
             loss = float(part.detach())
             taught.judged.append([Pass(p.loss.detach().cpu(), p.accepted, p.rows) for p in passes])
-        sum_gradients(self.optimizer.masters)
+        sum_gradients(self.optimizer.masters, self.copies)
         taught.norms.append(draft_step(self.optimizer, self.config.online_learning_rate))
         taught.losses.append(loss)
 
@@ -136,11 +154,13 @@ def _row(taught: TeacherBatch, n: int, length: int) -> Row:
     return tokens, features, log_p, scored
 
 
-def sum_gradients(masters: Sequence[nn.Parameter]) -> None:
-    """Add up the ranks' gradients; a parameter that has one on no rank keeps none, as in one process."""
+def sum_gradients(masters: Sequence[nn.Parameter], copies: int) -> None:
+    """Add up the ranks' gradients, of which there are so many `copies`; what has none on any rank keeps none."""
     anywhere = torch.tensor([int(m.grad is not None) for m in masters])
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
     for master, has in zip(masters, anywhere.tolist(), strict=True):
         if has:
             master.grad = torch.zeros_like(master) if master.grad is None else master.grad
             dist.all_reduce(master.grad)
+            if copies > 1:
+                master.grad.div_(copies)

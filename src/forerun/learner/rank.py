@@ -69,7 +69,8 @@ class Server:
         self.connection, self.order = connection, order
         self._stop = False
         device, plan, file = torch.device(order.place.device), order.plan, Path(order.place.weights)
-        mesh = init_device_mesh(device.type, (order.count,))
+        sizes = (order.config.data_parallel, order.config.tensor_parallel)
+        mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("dp", "tp"))
         policy = Policy(build_sharded(plan, file, mesh, device, learns=True), None, plan.name)
         reference = build_sharded(plan, file, mesh, device, learns=False) if order.config.kl > 0 else None
         self.learner = Learner(policy, order.config, order.temperature, reference, most_over_ranks)
@@ -167,8 +168,8 @@ class Server:
         from forerun.learner.pupil import Pupil  # drafters load slowly
 
         learner, dtype = self.learner, self.order.plan.dtype
-        tokens, heat = learner.config.microbatch_tokens, learner.temperature
-        self.pupil = Pupil(unpack(head, learner.policy.device), learner.policy, dtype, config, tokens, heat)
+        drafter = unpack(head, learner.policy.device)
+        self.pupil = Pupil(drafter, learner.policy, dtype, config, learner.config, learner.temperature)
         self.tell("done")
 
     def study(self) -> None:

@@ -5,7 +5,8 @@ norm and head are one more. The sharded parameters are float32 and are the maste
 (rounded to the nearest), gradients are reduced in float32. They are SUMMED over the ranks: the loss is divided by the
 tokens of the whole batch already (`parallel.py`). Every micro-batch is reduced, so that no rank ever holds a whole
 gradient beyond one unit. Checkpoints are torch.distributed.checkpoint's, keyed by parameter name: they load on any
-number of ranks. Left out: tensor and pipeline parallelism, several machines, buffers that change in training.
+number of ranks. With tensor parallelism (`tensor_parallel.py`) the mesh has a second dimension, over which layers were
+split before: "dp" and "tp". Left out: pipeline parallelism, several machines, buffers that change in training.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from forerun.errors import UserError
 from forerun.learner.optimizer import MasterOptimizer
+from forerun.learner.tensor_parallel import parallelize, plan_of
 from forerun.models import Policy
 from forerun.models.taps import decoder_layers
 
@@ -63,10 +65,17 @@ def build_sharded(plan: Blueprint, file: Path, mesh: DeviceMesh, device: torch.d
     """The model of a blueprint with the stored weights, of which this rank keeps its part.
 
     One unit at a time is read whole. A model that learns has float32 parameters; one that does not keeps its dtype.
+
+    Args:
+        mesh: of the dimensions "dp", over which units are sharded, and "tp", over which layers are split.
+
+    Raises:
+        UserError: the model cannot be split.
     """
     tensors = torch.load(file, mmap=True, weights_only=True)
     with torch.device("meta"):
         model = plan.model_class(plan.config)
+    split = plan_of(model, mesh["tp"].size()) if mesh["tp"].size() > 1 else {}
     names = {module: name for name, module in model.named_modules()}
     tied = set(plan.aliases.values())
     made: dict[str, nn.Parameter] = {}
@@ -82,7 +91,10 @@ def build_sharded(plan: Blueprint, file: Path, mesh: DeviceMesh, device: torch.d
     for unit in [*decoder_layers(model), model]:
         for module in unit.modules():
             _fill(module, names[module], parameter, tensors, device)
-        _shard(unit, mesh, plan.dtype if learns else torch.float32)
+        if split:
+            parallelize(unit, f"{names[unit]}." if names[unit] else "", split, mesh["tp"])
+            _tie(unit, plan.aliases if unit is model else {})
+        _shard(unit, mesh["dp"], plan.dtype if learns else torch.float32)
     return model.eval()
 
 
@@ -95,6 +107,13 @@ def _fill(module: nn.Module, prefix: str, parameter: Any, tensors: Mapping[str, 
     for key, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
         if buffer.is_meta:
             setattr(module, key, tensors[start + key].to(device, copy=True))
+
+
+def _tie(model: nn.Module, aliases: Mapping[str, str]) -> None:
+    """Make one again what was split twice."""
+    for name, stored in aliases.items():
+        (owner, _, key), (of, _, stored_key) = name.rpartition("."), stored.rpartition(".")
+        setattr(model.get_submodule(owner), key, getattr(model.get_submodule(of), stored_key))
 
 
 def _shard(unit: Any, mesh: DeviceMesh, dtype: torch.dtype) -> None:
@@ -190,8 +209,15 @@ def _take_parts(folder: Path, model: Any, optimizer: MasterOptimizer, reference:
 
 
 def _part(values: Tensor, like: Any) -> Tensor:
-    """`values` sharded as `like` is, without a message."""
-    return distribute_tensor(values.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    """`values` sharded as `like` is, without a message: split first, and the parts sharded."""
+    mesh, local = like.device_mesh, values.to(like.device)
+    dimensions = dict(zip(mesh.mesh_dim_names, like.placements, strict=True))
+    for name in ("tp", "dp"):
+        placement = dimensions.get(name, Replicate())
+        if not placement.is_replicate():  # FSDP2 calls it strided where both divide one dimension
+            part = distribute_tensor(local, mesh[name], [Shard(placement.dim)], src_data_rank=None)
+            local = part.to_local()
+    return DTensor.from_local(local, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def _masters(model: Any, optimizer: MasterOptimizer) -> list[tuple[str, nn.Parameter]]:

@@ -1,0 +1,144 @@
+"""Layers split over ranks make the updates of one process, as whole ones do: `test_group.py` says within what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import test_cotrain_ranks as cotrain
+import torch
+from test_group import PLAIN, PROMPTS, REWARDS, RICH, Batch, Outcome, alive, ranks, same, steps, weights
+
+from forerun.config import TrainConfig
+from forerun.engine.local.engine import LocalEngine
+from forerun.errors import UserError
+from forerun.learner.advantages import group_advantages
+from forerun.learner.cotrain_ranks import GroupCoTrainer
+from forerun.learner.group import LearnerGroup
+from forerun.learner.nursery import PROGRAM, Nursery
+from forerun.learner.policy import Learner
+from forerun.learner.tensor_parallel import plan_of
+from forerun.models import Policy, load_policy
+
+TWO = {"tensor_parallel": 2}
+# Every rank keeps the gradient that its own heads have for the norms of heads.
+NORMS_APART = f"""
+import forerun.learner.shard as shard
+plan_of = shard.plan_of
+shard.plan_of = lambda model, size: {{m: s for m, s in plan_of(model, size).items() if not m.endswith("_norm")}}
+{PROGRAM}
+"""
+
+
+def batches_of(policy: Policy) -> list[Batch]:
+    rollouts = LocalEngine(policy, slots=8).generate(PROMPTS, max_new_tokens=12, n=4, seed=1)
+    advantages = group_advantages(torch.tensor(REWARDS)).view(-1)
+    return [(rollouts, advantages), (rollouts[:2], advantages[:2])]
+
+
+def compared(folder: Path, count: int, config: TrainConfig, program: str = PROGRAM) -> tuple[Outcome, dict[str, float]]:
+    """What ranks do, two of them per layer, and its distance from what one process does."""
+
+    def fresh() -> Policy:
+        return load_policy(str(folder), "float32", "cpu")
+
+    batches = batches_of(fresh())
+    expected = steps(Learner(fresh(), config, 1.0), batches)
+    with ranks(fresh(), count, config.model_copy(update=TWO), program) as group:
+        ticks: list[int] = []
+        group.score(batches[0][0], ticks.append)
+        assert ticks[-1] == 12 and ticks == sorted(ticks)
+        found = steps(group, batches)
+    assert alive(group.pids) == []
+    return found, found.differs_from(expected, weights(fresh()))
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "count", "config"),
+    [
+        ("llama", True, 4, RICH),  # split in two, and sharded in two; a reference, packed rows
+        ("qwen3", False, 2, PLAIN),  # norms of heads
+        pytest.param("gemma3", True, 2, PLAIN, marks=pytest.mark.slow),  # a scaled embedding, norms of heads, windows
+        pytest.param("gemma2", False, 2, RICH, marks=pytest.mark.slow),  # eager attention
+    ],
+)
+def test_the_update_is_that_of_one_process(
+    tiny: Callable[..., Path], family: str, tied: bool, count: int, config: TrainConfig
+) -> None:
+    found, differences = compared(tiny(family, tie_word_embeddings=tied), count, config)
+    assert found.metrics[0]["policy/grad_norm"] > 0.1
+    assert max(differences.values()) < 1, differences
+
+
+def test_the_comparison_sees_gradients_that_are_not_added_up(tiny: Callable[..., Path]) -> None:
+    """The negative control: of one kind of norm alone."""
+    _, differences = compared(tiny("qwen3"), 2, PLAIN, NORMS_APART)
+    assert differences["weights"] > 10, differences
+
+
+def test_checkpoints_load_on_any_number_of_ranks(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Of AdamW with a reference: split in two, sharded in two, one process, and split again."""
+    folder, config = tiny("llama", tie_word_embeddings=True), TrainConfig(kl=0.1, silence_s=30)
+    policy = load_policy(str(folder), "float32", "cpu")
+    batches = batches_of(policy)
+    split = config.model_copy(update=TWO)
+    for name in ("split", "process"):
+        (tmp_path / name).mkdir()
+    with ranks(policy, 4, split) as group:
+        steps(group, batches, 1e-3)
+        group.save(tmp_path / "split")
+        saved = weights(policy)
+        expected = steps(group, batches, 1e-3)
+        group.restore(tmp_path / "split")
+        assert same(weights(policy), saved)
+        again = steps(group, batches, 1e-3)
+        assert same(again.weights, expected.weights) and again.metrics == expected.metrics
+
+        alone = Learner(load_policy(str(folder), "float32", "cpu"), config, 1.0)
+        alone.restore(tmp_path / "split")
+        assert same(weights(alone.policy), saved) and alone.optimizer.updates == 2
+        alone.save(tmp_path / "process")
+        group.restore(tmp_path / "process")
+        assert same(steps(group, batches, 1e-3).weights, expected.weights)
+    with ranks(load_policy(str(folder), "float32", "cpu"), 2, config) as group:
+        group.restore(tmp_path / "split")
+        assert same(weights(group.policy), saved)
+        metrics = steps(group, batches[:1], 1e-3).metrics[0]
+    assert metrics["policy/kl"] == pytest.approx(expected.metrics[0]["policy/kl"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["eagle3", "mtp, reduced"])
+def test_a_drafter_trains_beside_split_layers(tiny: Callable[..., Path], method: str) -> None:
+    policy = cotrain.fresh(tiny)
+    batches = cotrain.batches_of(policy)
+    expected, metrics = cotrain.alone(tiny, method, batches)
+    config = cotrain.TRAIN.model_copy(update={"ranks": 4} | TWO)
+    group = LearnerGroup(policy, config, 1.0, Nursery())
+    try:
+        trainer = GroupCoTrainer(group, cotrain.drafter_for(method, policy), "every-1", cotrain.CONFIG, 0)
+        before = cotrain.copied(trainer.head.state_dict())
+        found = cotrain.steps(group, trainer.score, trainer, batches)
+    finally:
+        group.close()
+    assert cotrain.apart(before, expected.state_dict()) > 0.5
+    assert cotrain.apart(trainer.head.state_dict(), expected.state_dict()) < 0.01
+    for mine, theirs in zip(found, metrics, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_what_cannot_be_split_is_refused(tiny: Callable[..., Path]) -> None:
+    model = load_policy(str(tiny("llama")), "float32", "cpu").model
+    plan = plan_of(model, 2)
+    assert plan["model.embed_tokens"] == "embedding_rowwise" and plan["lm_head"] == "colwise_gather_output"
+    assert len(plan) == 2 + 7 * 4  # four layers of seven matrices
+    with pytest.raises(UserError, match="does not divide the 2 key/value heads of LlamaForCausalLM"):
+        plan_of(model, 4)
+    policy = load_policy(str(tiny("llama")), "float32", "cpu")
+    with pytest.raises(UserError, match="does not divide the 4 attention heads"):
+        LearnerGroup(policy, TrainConfig(ranks=3, tensor_parallel=3), 1.0, Nursery())
+    model._tp_plan = dict.fromkeys(model.tp_plan, "unheard_of")
+    with pytest.raises(UserError, match="does not know how LlamaForCausalLM is split by unheard_of"):
+        plan_of(model, 2)
+    with pytest.raises(UserError, match="needs a plan of Transformers for Linear, which has none"):
+        plan_of(torch.nn.Linear(2, 2), 2)
