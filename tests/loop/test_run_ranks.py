@@ -64,8 +64,12 @@ def test_two_ranks_are_the_run_of_one_process(recipe: Path) -> None:
 
 
 def test_a_run_that_loses_a_rank_goes_back_by_itself(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the second step's update: from the first step's checkpoint it ends where an undisturbed run ends."""
-    undisturbed = forerun.train(str(recipe), {"train.ranks": 2})
+    """Killed in the second step's update: from the first step's checkpoint it ends where an undisturbed run ends.
+
+    Its ranks share each layer's matrices; those of `test_twenty_kills.py` do not.
+    """
+    words = {"train.ranks": 2, "train.tensor_parallel": 2}
+    undisturbed = forerun.train(str(recipe), words)
     train, calls = LearnerGroup.train, []
 
     def killing(self: LearnerGroup, *arguments: Any) -> dict[str, float]:
@@ -75,7 +79,7 @@ def test_a_run_that_loses_a_rank_goes_back_by_itself(recipe: Path, monkeypatch: 
         return train(self, *arguments)
 
     monkeypatch.setattr(LearnerGroup, "train", killing)
-    summary = forerun.train(str(recipe), {"train.ranks": 2})
+    summary = forerun.train(str(recipe), words)
     assert calls == [2, 2, 2]  # the second step's twice
     (warning,) = (words for words in summary["warnings"] if "goes back" in words)
     assert "goes back to step-000001" in warning and "Rank 1 of the learner" in warning
