@@ -3,9 +3,10 @@
 Positions restart with every sequence. Where they do, Transformers makes the attention mask block-diagonal
 (`masking_utils.find_packed_sequence_indices`; only without an attention mask and without a cache), for full and
 sliding windows. Under that mask every token still pays for the whole row, and sums run in another order than alone. So
-the model's own attention, sdpa or eager, is handed one sequence after the other (`by_sequence`): a row costs what its
-sequences cost, and each of them is computed as if it stood alone. What carries a state from token to token by other
-means, a state-space layer or a convolution, knows nothing of it: `require_packing` tries the very model and refuses.
+the model's own attention, sdpa or eager, is handed one sequence after the other (`by_sequence`), each with its own part
+of the mask: a row costs what its sequences cost, and each of them is computed as if it stood alone. What carries a
+state from token to token by other means, a state-space layer or a convolution, knows nothing of it: `require_packing`
+tries the very model and refuses.
 Left out: kernels that take sequences of any length at once (flash attention does by itself, and is left to it).
 """
 
@@ -94,6 +95,48 @@ def attend_by_sequence(model: Any) -> None:
     config._attn_implementation = BY_SEQUENCE.get(config._attn_implementation, config._attn_implementation)
 
 
+class RowMask:
+    """The mask of one row of a pass, in the place of Transformers', which would be as wide as long: made in parts."""
+
+    def __init__(self, make: Callable[..., Tensor], words: dict[str, Any]) -> None:
+        """`make`, called with `words`, makes all of it."""
+        self._make, self._words = make, words
+        self._parts: dict[tuple[int, int, int, int], Tensor] = {}
+        self._sequences: list[tuple[int, int]] = []
+
+    def sequences(self, position_ids: Tensor | None) -> list[tuple[int, int]]:
+        """(first place, first place after it) of each; the same for every layer. `position_ids`: [1, L]."""
+        if not self._sequences:
+            places = [] if position_ids is None else ((position_ids[0].diff() != 1).nonzero()[:, 0] + 1).tolist()
+            self._sequences = list(zip([0, *places], [*places, self._words["q_length"]], strict=True))
+        return self._sequences
+
+    def part(self, start: int, end: int) -> Tensor:
+        """Of queries and keys start .. end - 1. [1, 1, end - start, end - start]"""
+        return self._part(start, end, start, end)
+
+    def causal(self, start: int, end: int) -> bool:
+        """Whether a sequence is masked by causality alone: its last token sees the first, no window cuts it short."""
+        return bool(self._part(end - 1, end, start, start + 1))
+
+    def _part(self, start: int, end: int, first: int, last: int) -> Tensor:
+        found = self._parts.get(place := (start, end, first, last))
+        if found is None:
+            lengths = {"q_length": end - start, "q_offset": start, "kv_length": last - first, "kv_offset": first}
+            found = self._parts[place] = self._make(**self._words | lengths)
+        return found
+
+
+def lazily(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make` (a mask function of Transformers), which leaves the mask of a single row to `RowMask`."""
+
+    def mask(**words: Any) -> Any:
+        packed = not words.get("allow_is_causal_skip", True) and words["q_length"] == words["kv_length"]
+        return RowMask(make, words) if packed and words["batch_size"] == 1 else make(**words)
+
+    return mask
+
+
 def by_sequence(attend: Callable[..., tuple[Tensor, Tensor | None]], lean: bool) -> Callable[..., Any]:
     """`attend` (an attention function of Transformers), called for each sequence of a packed row.
 
@@ -106,21 +149,17 @@ def by_sequence(attend: Callable[..., tuple[Tensor, Tensor | None]], lean: bool)
         query: Tensor,  # [N, heads, L, D]
         key: Tensor,  # [N, key/value heads, L, D]
         value: Tensor,
-        attention_mask: Tensor | None,  # [N, 1, L, L]
+        attention_mask: Tensor | RowMask | None,
         position_ids: Tensor | None = None,  # [N, L]
         **rest: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        packed = attention_mask is not None and position_ids is not None
-        if not packed or len(query) > 1 or query.shape[2] != position_ids.shape[-1]:  # type: ignore[union-attr]
+        if not isinstance(attention_mask, RowMask):
             return attend(module, query, key, value, attention_mask, position_ids=position_ids, **rest)
-        assert attention_mask is not None and position_ids is not None
-        starts = [0, *((position_ids[0].diff() != 1).nonzero()[:, 0] + 1).tolist()]  # as the mask was made
         outputs = []
-        for start, end in zip(starts, [*starts[1:], query.shape[2]], strict=True):
-            own = attention_mask[..., start:end, start:end]
-            mask = None if lean and bool(own[0, 0, -1, 0]) else own  # the last sees the first: no window cuts it short
+        for start, end in attention_mask.sequences(position_ids):
             q, k, v = (x[:, :, start:end] for x in (query, key, value))
-            outputs.append(attend(module, q, k, v, mask, **rest)[0])
+            bare = lean and attention_mask.causal(start, end)
+            outputs.append(attend(module, q, k, v, None if bare else attention_mask.part(start, end), **rest)[0])
         return torch.cat(outputs, dim=1), None
 
     return attention
@@ -133,5 +172,5 @@ def _eager(module: Any, *arguments: Any, **words: Any) -> Any:
 
 AttentionInterface.register(BY_SEQUENCE["sdpa"], by_sequence(sdpa_attention_forward, lean=True))
 AttentionInterface.register(BY_SEQUENCE["eager"], by_sequence(_eager, lean=False))
-AttentionMaskInterface.register(BY_SEQUENCE["sdpa"], sdpa_mask)
-AttentionMaskInterface.register(BY_SEQUENCE["eager"], eager_mask)
+AttentionMaskInterface.register(BY_SEQUENCE["sdpa"], lazily(sdpa_mask))
+AttentionMaskInterface.register(BY_SEQUENCE["eager"], lazily(eager_mask))
