@@ -13,7 +13,6 @@ import logging
 import os
 import secrets
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from typing import Any
 from forerun.config import ClusterConfig, Recipe
 from forerun.engine.replica import CHUNK_BYTES, Lost, Order, Patience, Replica, Starter, impatient, serve
 from forerun.errors import UserError
+from forerun.scratch import ScratchFolder
 
 LOOPBACK = "127.0.0.1"  # nobody beyond this machine has to do with a private Ray
 STORE_BYTES = 100 * 2**20  # for Ray's objects, of which there are next to none
@@ -219,9 +219,9 @@ class Actor:
 
     def run(self, host: str, port: int, key: bytes) -> None:
         """Connect, take the folders, serve until the driver is gone."""
-        with tempfile.TemporaryDirectory() as folder:
-            connection = call_back(host, port, key, Path(folder))
-            serve(connection, lambda order: placed(order, Path(folder)))
+        with ScratchFolder() as folder:  # of an actor that is killed, the next one removes it
+            connection = call_back(host, port, key, folder)
+            serve(connection, lambda order: placed(order, folder))
 
 
 def node_id() -> str:
