@@ -207,7 +207,8 @@ class RayProcess:
             return ""
         except self.ray.exceptions.RayError as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            return f"was lost by the cluster: {lines[-1]}"
+            fact, _, _ = lines[-1].partition(" Some common causes")  # of any loss
+            return f"was lost by the cluster: {fact.rstrip('.')}"
         return "ended"
 
     def close(self) -> None:
