@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -91,6 +92,16 @@ def test_ray_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"needs Ray, which is not installed: pip install 'forerun\[ray\]'"):
         cluster.connect(ClusterConfig(address="auto"), 1)
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'forerun[ray]'")
+    with socket.create_server((cluster.LOOPBACK, 0)) as server:
+        cluster.check_that_it_listens(address := f"{cluster.LOOPBACK}:{server.getsockname()[1]}")
+    for there in (address, f"ray://{address}"):
+        with pytest.raises(UserError, match=f"cluster.address={there}: no Ray cluster answers there .*refused"):
+            cluster.connect(ClusterConfig(address=there), 1)
+    cluster.check_that_it_listens("auto")
 
 
 def test_folders_arrive_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from forerun.scratch import ScratchFolder
 
 LOOPBACK = "127.0.0.1"  # nobody beyond this machine has to do with a private Ray
 STORE_BYTES = 100 * 2**20  # for Ray's objects, of which there are next to none
+REACH_S = 10.0  # until a cluster's address takes a connection
 ALIVE_S = 60  # of silence after which the system asks whether the other machine is still there
 
 
@@ -258,11 +260,18 @@ def connect(cluster: ClusterConfig, replicas: int, ranks: int = 1) -> Any:
         }  # fmt: skip
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine
     try:
+        check_that_it_listens(cluster.address)
         ray.init(**settings, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         words = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cluster.address={cluster.address}: no Ray cluster answers there ({words})") from None
     return ray
+
+
+def check_that_it_listens(address: str) -> None:
+    """Ray itself would try for many minutes, without a word. Raises OSError; what is not host:port is left to Ray."""
+    if found := re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address):
+        socket.create_connection((found[1], int(found[2])), timeout=REACH_S).close()
 
 
 # ---- folders ----
