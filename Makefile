@@ -8,7 +8,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 # vLLM's CPU build, which its tests run on, exists for one platform.
 VLLM_RUNS := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
 
-.PHONY: quickstart test fast check test-vllm artifacts clean
+.PHONY: quickstart test fast check test-vllm test-cluster artifacts clean
 
 quickstart: .venv/ready
 	$(BIN)/forerun train quickstart
@@ -27,6 +27,9 @@ check: .venv/ready-dev
 
 test-vllm: .venv-vllm/ready
 	$(ALONE) .venv-vllm/bin/python -m pytest $(SIDE_BY_SIDE) tests/engine/test_vllm*.py tests/lossless/test_verification_vllm.py
+
+test-cluster: .venv/ready-dev
+	$(ALONE) $(BIN)/python -m pytest -m cluster
 
 artifacts: .venv/ready
 	$(BIN)/python scripts/make_artifacts.py

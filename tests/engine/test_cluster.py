@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -93,6 +94,16 @@ def test_ray_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         cluster.connect(ClusterConfig(address="auto"), 1)
 
 
+def test_a_cluster_that_is_not_there_is_told_at_once() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'forerun[ray]'")
+    with socket.create_server((cluster.LOOPBACK, 0)) as server:
+        cluster.check_that_it_listens(address := f"{cluster.LOOPBACK}:{server.getsockname()[1]}")
+    for there in (address, f"ray://{address}"):
+        with pytest.raises(UserError, match=f"cluster.address={there}: no Ray cluster answers there .*refused"):
+            cluster.connect(ClusterConfig(address=there), 1)
+    cluster.check_that_it_listens("auto")
+
+
 def test_folders_arrive_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a connection, in pieces that do not divide the files; empty files and folders in folders too."""
     monkeypatch.setattr(cluster, "CHUNK_BYTES", 1000)
@@ -162,14 +173,15 @@ def test_an_actor_lost_in_a_stream_is_replaced(
     found += list(stream)
     assert by_place(found) == expected(small) and {v for r in found for v in r.versions} == {7}
     assert engine.lost == lost + 1 and len(engine.warnings) == 1 and words in engine.warnings[0]
+    assert "common causes" not in engine.warnings[0]  # what Ray says of any loss
     assert len(set(engine.pids) - before) == 1 and victim not in engine.pids
 
 
 @pytest.mark.slow
 def test_an_actor_makes_its_engine_of_what_it_was_sent(ray: Any, engine: ReplicatedEngine, small: Policy) -> None:
-    """The maker refuses and names its folder, which is not the one that the driver keeps."""
+    """The maker refuses and names its folder: one that is swept when it is killed, and not the driver's own."""
     settings = ClusterConfig(address="local", cpus_per_replica=0.5)
-    with pytest.raises(UserError, match=r"made from /.*/policy with .*config\.json") as told:
+    with pytest.raises(UserError, match=r"made from /.*/forerun-scratch-.*/policy with .*config\.json") as told:
         start(small, settings, 1, "replica_makers:telling")
     assert engine._order.policy not in str(told.value)
 

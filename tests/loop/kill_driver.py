@@ -10,7 +10,7 @@ Who is the driver, or with `which` one of several: a replica, a rank. Nobody is 
 full from there on: for driver and ranks no file may grow beyond `bytes`, or a `ballast` leaves so many free.
 Steps are counted from 0. Points are the stages, each struck as it begins, and `POINTS` and `INSIDE` between them. With
 `in_turn` only the first kill is due, at its point of its step or of a later one, and only while its victim lives. A
-process that does not end says where it hangs, and ends with 1.
+process that does not end within `limit_s` says where it hangs, and ends with 1.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STAGES = ("data", "prepare", "generation", "logprob", "train")
 POINTS = (*STAGES, "rollouts", "learnt", "checkpoint", "writing", "flushing", "renamed", "finishing")
 INSIDE = ("scoring", "training", "evaluation", "sharding", "restoring")  # the last two: ranks save, and load
 SAMPLES = 5  # "rollouts" is struck when so many have come
-LIMIT_S = 300  # of one life
+LIMIT_S = 300  # of one life, unless it is given
 USED_BY_RUNS = ("forerun.learner.rank", "forerun.engine.local.engine", "transformers.models.llama.modeling_llama")
 
 
@@ -84,7 +84,7 @@ class Hand:
     def _note(self, kill: dict[str, Any], pid: int) -> None:
         self.kills.remove(kill)
         with open(self.struck, "a") as file:
-            file.write(json.dumps({**kill, "pid": pid, "at": self.step}) + "\n")
+            file.write(json.dumps({**kill, "pid": pid, "title": title(pid), "at": self.step}) + "\n")
 
     def _fill(self, size: int, ballast: str | None) -> None:
         if ballast is None:
@@ -201,13 +201,22 @@ def alive(pid: int) -> bool:
         return False
 
 
+def title(pid: int) -> str:
+    """What a process calls itself."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:  # no /proc, or no such process
+        return ""
+
+
 def live(order: dict[str, Any]) -> int:
     """One life, to its end or its death."""
     out = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    Spares(order.get("spares", 0)).arm()
-    faulthandler.dump_traceback_later(LIMIT_S, exit=True)
+    if spares := order.get("spares", 0):
+        Spares(spares).arm()
+    faulthandler.dump_traceback_later(order.get("limit_s", LIMIT_S), exit=True)
     Hand(order["kills"], order["struck"], order.get("in_turn", False)).arm()
     if order.get("sabotage") == "truncate":
         RunFolder.truncate_after = lambda self, step: 0  # type: ignore[method-assign]

@@ -49,9 +49,12 @@ def write_recipe(folder: Path, model: Path, **blocks: dict[str, Any]) -> Path:
 class Zygote:
     """`kill_driver.py`, waiting to be asked. All that comes of it carries its mark and keeps to its folder."""
 
-    def __init__(self, folder: Path, spares: int = 0, prefix: Sequence[str] = ()) -> None:
-        """`spares`: processes that each life has ready for its replicas and ranks. `prefix`: of its command."""
-        self.folder, self.spares = folder, spares
+    def __init__(self, folder: Path, spares: int = 0, prefix: Sequence[str] = (), limit_s: float = LIMIT_S) -> None:
+        """`spares`: processes that each life has ready for its replicas and ranks. `prefix`: of its command.
+
+        `limit_s`: of a life.
+        """
+        self.folder, self.spares, self.limit_s = folder, spares, limit_s
         (folder / "tmp").mkdir()
         own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp"), "KILL_TESTS_IN": str(folder)}
         self.process = subprocess.Popen(
@@ -66,11 +69,12 @@ class Zygote:
         order = {
             "words": words, "kills": kills or [], "in_turn": in_turn, "sabotage": sabotage, "spares": self.spares,
             "out": str(self.folder / "out.txt"), "struck": str(self.folder / "struck.jsonl"),
+            "limit_s": self.limit_s,
         }  # fmt: skip
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        ready, _, _ = select.select([self.process.stdout], [], [], LIMIT_S + 60)
+        ready, _, _ = select.select([self.process.stdout], [], [], self.limit_s + 60)
         assert ready, f"the driver hangs: {self.said}"
         return int(json.loads(self.process.stdout.readline())["code"])
 
@@ -114,14 +118,7 @@ class Zygote:
 
     def marked(self) -> set[int]:
         """Process ids of all that lives and comes of it, itself included."""
-        mark, found = f"KILL_TESTS_IN={self.folder}".encode(), set()
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (place / "environ").read_bytes().split(b"\0"):
-                    found.add(int(place.name))
-            except OSError:
-                continue  # somebody else's, or gone
-        return found
+        return marked(f"KILL_TESTS_IN={self.folder}")
 
     def wait_until_alone(self, seconds: float = 30.0) -> None:
         """Nothing outlives its driver by so much."""
@@ -129,6 +126,18 @@ class Zygote:
         while (found := self.marked()) != {self.process.pid}:
             assert time.monotonic() < until, f"{found} are there; {self.process.pid} should be alone"
             time.sleep(0.1)
+
+
+def marked(mark: str) -> set[int]:
+    """Process ids of all that live with this in their environment."""
+    found = set()
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (place / "environ").read_bytes().split(b"\0"):
+                found.add(int(place.name))
+        except OSError:
+            continue  # somebody else's, or gone
+    return found
 
 
 def beginning(recipe: Path, words: list[str], number: int) -> list[str]:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,9 +25,11 @@ from typing import Any
 from forerun.config import ClusterConfig, Recipe
 from forerun.engine.replica import CHUNK_BYTES, Lost, Order, Patience, Replica, Starter, impatient, serve
 from forerun.errors import UserError
+from forerun.scratch import ScratchFolder
 
 LOOPBACK = "127.0.0.1"  # nobody beyond this machine has to do with a private Ray
 STORE_BYTES = 100 * 2**20  # for Ray's objects, of which there are next to none
+REACH_S = 10.0  # until a cluster's address takes a connection
 ALIVE_S = 60  # of silence after which the system asks whether the other machine is still there
 
 
@@ -207,7 +209,8 @@ class RayProcess:
             return ""
         except self.ray.exceptions.RayError as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            return f"was lost by the cluster: {lines[-1]}"
+            fact, _, _ = lines[-1].partition(" Some common causes")  # of any loss
+            return f"was lost by the cluster: {fact.rstrip('.')}"
         return "ended"
 
     def close(self) -> None:
@@ -219,9 +222,9 @@ class Actor:
 
     def run(self, host: str, port: int, key: bytes) -> None:
         """Connect, take the folders, serve until the driver is gone."""
-        with tempfile.TemporaryDirectory() as folder:
-            connection = call_back(host, port, key, Path(folder))
-            serve(connection, lambda order: placed(order, Path(folder)))
+        with ScratchFolder() as folder:  # of an actor that is killed, the next one removes it
+            connection = call_back(host, port, key, folder)
+            serve(connection, lambda order: placed(order, folder))
 
 
 def node_id() -> str:
@@ -257,11 +260,18 @@ def connect(cluster: ClusterConfig, replicas: int, ranks: int = 1) -> Any:
         }  # fmt: skip
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine
     try:
+        check_that_it_listens(cluster.address)
         ray.init(**settings, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
         words = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cluster.address={cluster.address}: no Ray cluster answers there ({words})") from None
     return ray
+
+
+def check_that_it_listens(address: str) -> None:
+    """Ray itself would try for many minutes, without a word. Raises OSError; what is not host:port is left to Ray."""
+    if found := re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address):
+        socket.create_connection((found[1], int(found[2])), timeout=REACH_S).close()
 
 
 # ---- folders ----

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -25,6 +24,7 @@ from forerun.errors import UserError
 from forerun.learner.nursery import Job, Launcher, Place, Ranks, RanksLost
 from forerun.loop.cluster import LOOPBACK, Call, NotPlaced, Room, call_back, connect
 from forerun.report.metrics import disk_errors
+from forerun.scratch import ScratchFolder
 
 WEIGHTS = "weights.pt"
 
@@ -163,12 +163,12 @@ class RankActor:
         if name := interface_of(address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # gloo asks for the host's name else, often a loopback
         store, meeting = open_meeting(address) if rank == 0 else (None, "")
-        folder = tempfile.TemporaryDirectory()
-        said = {"meeting": meeting, "folder": folder.name}
-        connection = call_back(host, port, key, Path(folder.name), said)
+        folder = ScratchFolder()
+        said = {"meeting": meeting, "folder": str(folder.path)}
+        connection = call_back(host, port, key, folder.path, said)
         file, words = connection.recv()
         connection.send(fault_of(Path(file), words))
-        run_rank(connection, store, folder.cleanup)
+        run_rank(connection, store, folder.close)
 
 
 def own_address(local: bool) -> str:
