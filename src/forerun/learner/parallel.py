@@ -56,12 +56,12 @@ def by_mesh(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float) -> float:
     """Scale all gradients so that their common norm is at most `limit`. Returns the norm before."""
-    meshes = [[p for p in group if p.grad is not None] for group in by_mesh(parameters)]
+    meshes = by_mesh([p for p in parameters if p.grad is not None])
     if len(meshes) <= 1:
         return float(whole(nn.utils.clip_grad_norm_(parameters, limit)))
     norms = [whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in meshes]
     norm = float(torch.linalg.vector_norm(torch.stack(norms)))
-    for parameter in (p for group in meshes for p in group):
-        assert parameter.grad is not None
-        parameter.grad.mul_(min(1.0, limit / (norm + 1e-6)))
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(min(1.0, limit / (norm + 1e-6)))
     return norm
