@@ -27,6 +27,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,18 @@ def windows(found: dict[str, dict[int, list[dict[str, Any]]]], width: int) -> li
 
 
 def off_policy(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How old the tokens were, and what that did to their probabilities."""
+    """How old the tokens were, and what that did to their probabilities.
+
+    `mixed_after_learning` is the share of rollouts that changed versions in mid-sample in a step that follows an update
+    with a gradient, `steps_mixed_after_learning` the number of such steps: the other versions are all alike.
+    """
     names = ("async/lag_mean", "async/lag_max", "async/mixed_rollouts", "mismatch/kl", "spec/acceptance_length")
-    return {n: statistics.mean(r[n] for r in rows) for n in names if all(r.get(n) is not None for r in rows)}
+    found = {n: statistics.mean(r[n] for r in rows) for n in names if all(r.get(n) is not None for r in rows)}
+    if "async/mixed_rollouts" not in found:
+        return found
+    mixed = [row["async/mixed_rollouts"] for before, row in pairwise(rows) if before.get("policy/grad_norm", 0.0) > 0]
+    steps = sum(share > 0 for share in mixed)
+    return found | {"mixed_after_learning": sum(mixed) / len(rows), "steps_mixed_after_learning": steps}
 
 
 def table(folder: Path, modes: Sequence[str], seeds: Sequence[int], width: int) -> dict[str, Any]:
@@ -128,6 +138,9 @@ def table(folder: Path, modes: Sequence[str], seeds: Sequence[int], width: int) 
         words = "  ".join(f"{mode} {Mean(**value)}" for mode, value in {**row["reward"], **row["difference"]}.items())
         print(f"steps {row['steps'][0]:>2} to {row['steps'][1]:>2}, reward: {words}")
     lags = {mode: {str(seed): off_policy(rows) for seed, rows in runs.items()} for mode, runs in found.items()}
+    for mode, by_seed in lags.items():
+        for seed, row in by_seed.items():
+            print(f"{mode} {seed}: " + ", ".join(f"{name} {value:.3g}" for name, value in row.items()))
     rewards = {m: {str(s): [r["reward/mean"] for r in rows] for s, rows in runs.items()} for m, runs in found.items()}
     return {"seconds": times, "windows": compared, "off_policy": lags, "rewards": rewards}
 

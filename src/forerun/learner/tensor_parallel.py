@@ -53,10 +53,31 @@ def plan_of(model: Any, size: int) -> dict[str, str]:
     unknown = sorted(set(patterns.values()) - STYLES.keys())
     if unknown:
         raise UserError(f"{wanted} does not know how {name} is split by {', '.join(unknown)}; set it to 1")
-    embedding = next(m for m, module in model.named_modules() if module is model.get_input_embeddings())
-    plan.setdefault(embedding, "embedding_rowwise")
+    names = {module: m for m, module in model.named_modules()}
+    if names[model.get_output_embeddings()] in plan:
+        plan.setdefault(names[model.get_input_embeddings()], "embedding_rowwise")
+    _check_neighbours(model, plan, wanted)
     _check_sizes(model, plan, size)
     return plan
+
+
+def _check_neighbours(model: nn.Module, plan: Mapping[str, str], wanted: str) -> None:
+    """What stands beside a column-wise matrix sees its part alone, and a gradient of that part: the plan must know it.
+
+    Raises:
+        UserError: it does not, as older plans do not know the norms of single heads.
+    """
+    for parent in {m.rpartition(".")[0] for m, style in plan.items() if style == "colwise"}:
+        module = model.get_submodule(parent)
+        left = [f"{parent}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        for name, child in module.named_children():
+            if any(True for _ in child.parameters()) and f"{parent}.{name}" not in plan:
+                left.append(f"{parent}.{name}")
+        if left:
+            raise UserError(
+                f"{wanted}: Transformers' plan for {type(model).__name__} splits {parent} and does not say what "
+                f"becomes of {', '.join(left)}; set it to 1, or use a newer version of Transformers"
+            )
 
 
 def _check_sizes(model: Any, plan: Mapping[str, str], size: int) -> None:
