@@ -19,14 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import difference, load_setting, mean_of, tokens_per_round, write_result
-from forerun.config import SpeculationConfig
-from forerun.draft import load_drafter
-from forerun.engine import Sampling
-from forerun.engine.local.engine import LocalEngine
-from forerun.models import Policy
-from forerun.records import Draft, Verdict
-from forerun.report.environment import describe_environment, machine_line
-from forerun.verify.chain import (
+from forerun.acceptance.chain import (
     Acceptance,
     Target,
     block_threshold,
@@ -38,6 +31,13 @@ from forerun.verify.chain import (
     token_acceptance,
     verify,
 )
+from forerun.config import SpeculationConfig
+from forerun.drafters import load_drafter
+from forerun.engine import Sampling
+from forerun.engine.local.engine import LocalEngine
+from forerun.models import Policy
+from forerun.tracking.environment import describe_environment, machine_line
+from forerun.types import Draft, Verdict
 
 
 def measure(

@@ -29,13 +29,13 @@ from torch import Tensor
 
 from forerun.config import SpeculationConfig
 from forerun.engine.base import Counters, Requests, Sampling, Weights, nothing, requested
-from forerun.engine.replica import OnThisMachine
-from forerun.engine.replicas import ReplicatedEngine
-from forerun.loop.weights import publish
+from forerun.engine.replicated import ReplicatedEngine
+from forerun.engine.worker import OnThisMachine
 from forerun.models import Policy
 from forerun.models.checksum import checksum
-from forerun.records import Rollout
-from forerun.report.environment import describe_environment, machine_line
+from forerun.tracking.environment import describe_environment, machine_line
+from forerun.training.weights import publish
+from forerun.types import Rollout
 
 VOCABULARY = 32
 WAYS = {"shared memory": True, "streams": False}

@@ -16,20 +16,20 @@ from typing import Any
 
 import torch
 
+from forerun.algorithms.advantages import group_advantages
 from forerun.config import Recipe, load_recipe
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.local.schedule import request_seed
-from forerun.learner.advantages import group_advantages
-from forerun.learner.forward import TokenBatch, completion_logits
-from forerun.learner.policy import Learner, Scored
-from forerun.loop.generate import Generated, generate
-from forerun.loop.setup import encode, prompts_of_step
+from forerun.engine.local.scheduler import request_seed
+from forerun.learner.learner import Learner, Scored
 from forerun.models import Policy, load_policy
-from forerun.records import Prompt, Rollout
+from forerun.models.logprobs import TokenBatch, completion_logits
 from forerun.report.console import Console
-from forerun.report.environment import describe_environment
 from forerun.tasks import Problem, Task, load_task
+from forerun.tracking.environment import describe_environment
+from forerun.training.rollout import Generated, generate
+from forerun.training.setup import encode, prompts_of_step
+from forerun.types import Prompt, Rollout
 
 Forward = Callable[[Any, TokenBatch], torch.Tensor]
 

@@ -22,7 +22,7 @@ import torch
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy, load_policy
-from forerun.report.environment import describe_environment, machine_line
+from forerun.tracking.environment import describe_environment, machine_line
 
 
 def prompts_of(policy: Policy, batch: int) -> list[list[int]]:

@@ -18,9 +18,9 @@ from typing import Any
 
 from benchmarks.common import Setting, load_setting, options, plain_data, write_result
 from forerun.config import RolloutConfig
-from forerun.draft import load_drafter
+from forerun.drafters import load_drafter
 from forerun.engine import Counters, RolloutEngine, Sampling, around
-from forerun.report.environment import describe_environment, machine_line
+from forerun.tracking.environment import describe_environment, machine_line
 
 FEWEST = 4  # prompts of a turn
 CACHE_GIB = 2.0  # of each vLLM engine: two of them stand beside the local ones
@@ -32,7 +32,7 @@ def engine_of(setting: Setting, name: str, speculative: bool, slots: int) -> Rol
     drafter = load_drafter(setting.policy, speculation) if speculative else None
     if name == "local":
         return around(RolloutConfig(slots=slots), setting.policy, drafter, speculation)
-    from forerun.engine.vllm.engine import Limits, VllmEngine
+    from forerun.engine.vllm.adapter import Limits, VllmEngine
 
     block = speculation if speculative else None
     return VllmEngine.around(setting.policy, drafter, block, limits=Limits(slots=slots, cache_gib=CACHE_GIB))

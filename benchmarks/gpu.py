@@ -118,7 +118,7 @@ def describe_device(device: str, toy: bool) -> dict[str, Any]:
 def peak_bandwidth(name: str) -> tuple[float | None, str]:
     """Memory bandwidth in bytes/s of a device as its driver spells it, and where it is from; None: not in the table."""
     from forerun.errors import UserError
-    from forerun.simulate.hardware import load_hardware
+    from forerun.simulate.core.hardware import load_hardware
 
     if any(word in name.upper().split() for word in ("PCIE", "NVL")):
         return None, f"the table of accelerators has no PCIe or NVL cards, and this is '{name}'"
@@ -126,7 +126,7 @@ def peak_bandwidth(name: str) -> tuple[float | None, str]:
         hardware = load_hardware(name)
     except UserError as error:
         return None, str(error)
-    return hardware.memory_bytes_per_s, f"{hardware.name} of forerun/simulate/data/hardware.json (peaks)"
+    return hardware.memory_bytes_per_s, f"{hardware.name} of forerun/simulate/core/data/hardware.json (peaks)"
 
 
 def copy_bytes_per_s(device: str, count: int, repeats: int = 5) -> float:
@@ -319,8 +319,8 @@ class Quickstart:
 
     def _train(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
         """Samples of the policy and training on them; raises OutOfTime."""
-        from forerun.loop.drafter import train_drafter
         from forerun.report.console import Console
+        from forerun.training.drafter import train_drafter
 
         self.clock.check()
         quiet: Any = Console(1, out=io.StringIO())
@@ -399,7 +399,7 @@ def run_engines(document: Document, setting: Setting, clock: Clock, tokens: int 
 
 def run(options: argparse.Namespace, device: str) -> dict[str, Any]:
     """All parts, within the time; returns what the file holds."""
-    from forerun.report.environment import describe_environment
+    from forerun.tracking.environment import describe_environment
 
     started, clock = time.perf_counter(), Clock.of(60 * options.minutes)
     about = describe_device(device, options.toy)

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.draft.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3Head
+from forerun.acceptance.chain import verify
+from forerun.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3Head
 from forerun.engine.base import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.local.schedule import Schedule, request_seed
-from forerun.engine.local.schedule import Sequence as Live
+from forerun.engine.local.scheduler import Schedule, request_seed
+from forerun.engine.local.scheduler import Sequence as Live
 from forerun.models import Policy
+from forerun.models.auxiliary import default_taps
 from forerun.models.cache import SlotCache
-from forerun.models.taps import default_taps
-from forerun.records import Draft, Verdict
-from forerun.verify.chain import verify
+from forerun.types import Draft, Verdict
 
 ACCEPTANCE_RATE = 0.7
 LENGTHS = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)  # acceptance lengths for which the speed-up is worked out

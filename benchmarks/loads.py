@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Setting, load_setting, options, plain_data, write_result
-from forerun.draft import Drafter, load_drafter
+from forerun.drafters import Drafter, load_drafter
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.vllm.engine import Limits, VllmEngine
-from forerun.loop.weights import publish
-from forerun.models.taps import decoder_layers
-from forerun.report.environment import describe_environment, machine_line
+from forerun.engine.vllm.adapter import Limits, VllmEngine
+from forerun.models.auxiliary import decoder_layers
+from forerun.tracking.environment import describe_environment, machine_line
+from forerun.training.weights import publish
 
 GREEDY, PROMPTS = Sampling(24, 0.0, 0), 2  # of the texts that are compared
 

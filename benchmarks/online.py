@@ -6,7 +6,7 @@ Speculation is lossless, so the drafter does not influence the policy's way. One
 drafters go along: in-domain and out-of-domain, each as it was and each updated after every step as
 `speculation.train=every-1` does, by the same class. Each step's rollouts judge all four before any of them learns from
 those rollouts: exact acceptance sum min(p, q) per draft position of token rejection, by teacher forcing on every token
-(`draft/training.py`); the standard error is over the window's prompts. Before the first and after the last step each
+(`heads.py`); the standard error is over the window's prompts. Before the first and after the last step each
 drafter also generates on held-out prompts in the engine, by the recipe's acceptance rule.
 
 The out-of-domain drafter is a head trained on worked GSM8K solutions with the policy as teacher: as many completion
@@ -43,16 +43,16 @@ from benchmarks.common import (
     write_result,
 )
 from forerun.config import DraftConfig, TaskConfig
-from forerun.draft.eagle3 import Eagle3Drafter
-from forerun.draft.training import Pair, Validation, judge, new_head, summarise, teach, train_head
+from forerun.drafters.eagle3 import Eagle3Drafter
+from forerun.drafters.training.heads import Pair, Validation, judge, new_head, summarise, teach, train_head
 from forerun.engine.local.engine import LocalEngine
-from forerun.learner.cold_start import solved_examples
 from forerun.learner.cotrain import CoTrainer
-from forerun.learner.forward import TokenBatch
+from forerun.learner.sft import solved_examples
 from forerun.models.load import artifact
-from forerun.records import Rollout
-from forerun.report.environment import describe_environment, machine_line
+from forerun.models.logprobs import TokenBatch
 from forerun.tasks import load_task
+from forerun.tracking.environment import describe_environment, machine_line
+from forerun.types import Rollout
 
 TEXTS = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from benchmarks.common import Setting, Trajectory, load_setting, options, plain_data, write_result
+from forerun.algorithms.advantages import group_advantages
 from forerun.engine.local.engine import LocalEngine
-from forerun.learner.advantages import group_advantages
-from forerun.learner.policy import Learner, Scored
-from forerun.loop.generate import Generated
-from forerun.report.environment import describe_environment, machine_line
+from forerun.learner.learner import Learner, Scored
+from forerun.tracking.environment import describe_environment, machine_line
+from forerun.training.rollout import Generated
 
 
 def learners(setting: Setting) -> dict[str, Learner]:

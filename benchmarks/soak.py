@@ -30,13 +30,13 @@ import torch
 
 from forerun.config import SpeculationConfig
 from forerun.engine.base import Counters, Requests, Sampling, Weights, nothing, requested
-from forerun.engine.replicas import Patience, ReplicatedEngine
-from forerun.loop.buffer import RolloutsAhead
-from forerun.loop.generate import Generated
-from forerun.loop.weights import publish
+from forerun.engine.replicated import Patience, ReplicatedEngine
 from forerun.models import Policy
-from forerun.records import Rollout
-from forerun.report.environment import describe_environment
+from forerun.tracking.environment import describe_environment
+from forerun.training.prefetch import RolloutsAhead
+from forerun.training.rollout import Generated
+from forerun.training.weights import publish
+from forerun.types import Rollout
 
 VOCABULARY = 32
 PROMPTS, SAMPLES, LONGEST = 8, 4, 12

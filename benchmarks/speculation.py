@@ -16,11 +16,11 @@ from typing import Any
 
 from benchmarks.common import load_setting, write_result
 from forerun.config import Recipe
-from forerun.draft import load_drafter
+from forerun.drafters import load_drafter
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy
-from forerun.report.environment import describe_environment, machine_line
+from forerun.tracking.environment import describe_environment, machine_line
 
 
 def tokens_per_s(engine: LocalEngine, prompts: list[list[int]], recipe: Recipe, seed: int) -> float:

@@ -33,11 +33,11 @@ from benchmarks.common import (
     write_result,
 )
 from forerun.config import GraftConfig, SpeculationConfig
-from forerun.config_drafters import GRAFT_PRESETS
-from forerun.draft import load_drafter
+from forerun.config.drafters import GRAFT_PRESETS
+from forerun.drafters import load_drafter
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.report.environment import describe_environment, machine_line
+from forerun.tracking.environment import describe_environment, machine_line
 
 VARIANTS = ("eagle", "prune", "graft", "tail", "root")
 LARGE = 30  # nodes from which on the paper's shape is used

@@ -35,12 +35,12 @@ from benchmarks.common import (
     write_result,
 )
 from forerun.config import TrieConfig
-from forerun.draft import Drafter, Rows
-from forerun.draft.trie import TrieDrafter
+from forerun.drafters import Drafter, Rows
+from forerun.drafters.trie import TrieDrafter
 from forerun.engine.local.engine import LocalEngine
-from forerun.records import Rollout, Verdict
-from forerun.report.environment import describe_environment, machine_line
 from forerun.tasks import Problem
+from forerun.tracking.environment import describe_environment, machine_line
+from forerun.types import Rollout, Verdict
 
 PROMPT, FRESH, GLOBAL = "prompt", "prompt, fresh", "global"
 

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forerun.acceptance.chain import RULES, verify
+from forerun.acceptance.random import Purpose, inverse_cdf_log, uniforms
 from forerun.models import load_policy
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import PolicyForward
-from forerun.records import Draft
-from forerun.verify.chain import RULES, verify
-from forerun.verify.random import Purpose, inverse_cdf_log, uniforms
+from forerun.types import Draft
 
 Arguments = tuple[Tensor, Draft, Tensor, Tensor, Tensor]
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Mean, difference, load_setting, mean_of, tokens_per_round, write_result
-from forerun.draft import Drafter, load_drafter
+from forerun.drafters import Drafter, load_drafter
 from forerun.engine import Counters, Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.vllm.engine import Limits, VllmEngine
+from forerun.engine.vllm.adapter import Limits, VllmEngine
 from forerun.models import Policy
-from forerun.records import Rollout
-from forerun.report.environment import describe_environment, machine_line
+from forerun.tracking.environment import describe_environment, machine_line
+from forerun.types import Rollout
 
 TOLERANCE = 0.02  # of tokens per policy forward
 

@@ -22,12 +22,12 @@ from forerun.artifacts import FOLDER, sha256, shipped
 from forerun.config import load_recipe
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.loop.drafter import train_drafter
-from forerun.loop.generate import evaluation, generate
-from forerun.loop.setup import encode, prepare_policy
 from forerun.models import load_policy
 from forerun.report.console import Console
 from forerun.tasks import load_task
+from forerun.training.drafter import train_drafter
+from forerun.training.rollout import evaluation, generate
+from forerun.training.setup import encode, prepare_policy
 
 COLD_START, DRAFTER = "quickstart-cold-start", "quickstart-eagle3"
 SEED = 10_000  # other problems than those of the quickstart's own seeds

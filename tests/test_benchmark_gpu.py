@@ -14,13 +14,10 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from benchmarks import gpu, gpu_shapes
 from benchmarks.gpu_shapes import QWEN3_8B, TOY, Cell, Models, Watch
-
-from forerun.records import Draft
-from forerun.verify.chain import verify
+from forerun.acceptance.chain import verify
+from forerun.types import Draft
 
 ROOT = Path(__file__).parent.parent
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,15 @@ import pytest
 import torch
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from benchmarks import online, trees, trie
 from benchmarks.acceptance import Expected
 from benchmarks.common import Movement, Setting, Trajectory, difference, load_setting, mean_of, tokens_per_round
-
+from forerun.acceptance.chain import verify
 from forerun.config import TrieConfig
-from forerun.draft.trie import TrieDrafter
+from forerun.drafters.trie import TrieDrafter
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.records import Draft, Rollout
-from forerun.verify.chain import verify
+from forerun.types import Draft, Rollout
 from tiny_models import random_drafter
 
 

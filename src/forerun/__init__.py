@@ -25,7 +25,7 @@ def train(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str, Any
         forerun.errors.UserError: one sentence on what is wrong with the recipe, the model or the data.
     """
     from forerun.config import load_recipe
-    from forerun.loop.loop import run
+    from forerun.training.loop import run
 
     return run(load_recipe(recipe, overrides or {}))
 

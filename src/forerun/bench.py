@@ -17,19 +17,19 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from forerun.acceptance.chain import verify
+from forerun.acceptance.tree import verify_tree
 from forerun.config import SAMPLED, Recipe, SpeculationConfig
-from forerun.draft import DRAFTERS, Drafter, load_drafter
-from forerun.draft.base import Learning
+from forerun.drafters import DRAFTERS, Drafter, load_drafter
+from forerun.drafters.base import Learning
 from forerun.engine import Counters, Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
-from forerun.loop.setup import encode, prepare_policy
 from forerun.models import Policy
 from forerun.report.console import Console
-from forerun.report.environment import describe_environment, machine_line
 from forerun.tasks import load_task
-from forerun.verify.chain import verify
-from forerun.verify.tree import verify_tree
+from forerun.tracking.environment import describe_environment, machine_line
+from forerun.training.setup import encode, prepare_policy
 
 SCHEMA = 1
 WARM_UP_TOKENS = 8

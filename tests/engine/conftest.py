@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from vllm_tiny import SHAPE, frequent, head_for, make, version
 
-from forerun.draft.eagle3 import Eagle3Drafter
+from forerun.drafters.eagle3 import Eagle3Drafter
 from forerun.models import Policy, load_policy
 from tiny_models import save_tiny
+from vllm_tiny import SHAPE, frequent, head_for, make, version
 
 
 @pytest.fixture(scope="session")

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from forerun.draft.base import Rows, emitted, no_weights
+from forerun.drafters.base import Rows, emitted, no_weights
 from forerun.engine.base import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.local.schedule import request_seed
+from forerun.engine.local.scheduler import request_seed
 from forerun.engine.local.tree import along_path, depths, keep_path, lineage, tree_places
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
+from forerun.models.auxiliary import Taps
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import PolicyForward, check_trees
-from forerun.models.taps import Taps
-from forerun.records import Draft, Verdict
+from forerun.types import Draft, Verdict
 
 TEXTS = [[5, 6, 7, 8], [9, 4], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [30] * 20]
 FAMILIES = [("llama", True), ("llama", False), ("qwen3", True), ("qwen2", False), ("gemma2", True), ("gemma3", True)]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from forerun.draft.eagle3 import Eagle3Drafter
+from forerun.drafters.eagle3 import Eagle3Drafter
 from forerun.engine.base import Weights
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
-from forerun.loop.weights import publish
 from forerun.models import Policy, load_policy
+from forerun.training.weights import publish
 from tiny_models import random_drafter, random_head
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21], [30] * 40]
@@ -83,7 +83,7 @@ def test_a_drafter_that_is_always_right_is_always_accepted(policy: Policy) -> No
 
     class Oracle(Eagle3Drafter):
         def propose(self, rows, budget):  # type: ignore[no-untyped-def]
-            from forerun.records import Draft
+            from forerun.types import Draft
 
             k = int(budget.max())
             tokens = torch.zeros(rows.count, k, dtype=torch.int64)
@@ -94,7 +94,7 @@ def test_a_drafter_that_is_always_right_is_always_accepted(policy: Policy) -> No
                 tokens[b, : len(future)] = torch.tensor(future)
             return Draft(tokens, budget)
 
-    from forerun.engine.local.schedule import request_seed
+    from forerun.engine.local.scheduler import request_seed
 
     plain = LocalEngine(policy, slots=4).generate(PROMPTS, max_new_tokens=24, temperature=0.0)
     truth = {request_seed(0, r.prompt_index, 0): r.prompt_ids + r.tokens for r in plain}

@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import torch
 
+from forerun.acceptance.chain import verify
+from forerun.acceptance.tree import TreeVerdict, verify_tree
 from forerun.config import GraftConfig, NgramConfig, TrieConfig
-from forerun.draft.base import Drafter
-from forerun.draft.graft import GraftDrafter
-from forerun.draft.model import ModelDrafter
-from forerun.draft.mtp import MtpDrafter, MtpHead
-from forerun.draft.ngram import NgramDrafter
-from forerun.draft.trie import TrieDrafter
+from forerun.drafters.base import Drafter
+from forerun.drafters.draft_model import ModelDrafter
+from forerun.drafters.graft import GraftDrafter
+from forerun.drafters.mtp import MtpDrafter, MtpHead
+from forerun.drafters.ngram import NgramDrafter
+from forerun.drafters.trie import TrieDrafter
 from forerun.engine.local.engine import LocalEngine, Verify, VerifyTree
 from forerun.lossless.statistics import chi_square_tail, pooled_chi_square
 from forerun.models import Policy, load_policy
-from forerun.records import Draft, Rollout, Verdict
-from forerun.verify.chain import verify
-from forerun.verify.tree import TreeVerdict, verify_tree
+from forerun.types import Draft, Rollout, Verdict
 from tiny_models import random_drafter, random_head
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11], [20, 21, 20, 22, 21, 20], [30] * 14]

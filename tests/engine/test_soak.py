@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-
 from benchmarks.soak import PROMPTS, SAMPLES, Watch, made_up, soak
-
 from forerun.engine import Counters
-from forerun.loop.generate import Generated
-from forerun.records import Rollout
+from forerun.training.rollout import Generated
+from forerun.types import Rollout
 
 
 @pytest.mark.slow

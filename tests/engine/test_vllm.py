@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_tiny import PROMPTS, TOLERANCE, law, make, needs_vllm, texts, version
 
+from forerun.acceptance.truncate import Truncation
 from forerun.config import NgramConfig
-from forerun.draft.eagle3 import Eagle3Drafter
-from forerun.draft.ngram import NgramDrafter
+from forerun.drafters.eagle3 import Eagle3Drafter
+from forerun.drafters.ngram import NgramDrafter
 from forerun.engine.base import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
-from forerun.lossless.law import law_checks
+from forerun.lossless.distribution import law_checks
 from forerun.models import Policy
-from forerun.verify.truncate import Truncation
+from vllm_tiny import PROMPTS, TOLERANCE, law, make, needs_vllm, texts, version
 
 pytestmark = [needs_vllm, pytest.mark.slow]
 

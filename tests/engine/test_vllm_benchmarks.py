@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from vllm_tiny import needs_vllm
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import gpu, loads
 from benchmarks.common import Setting, load_setting
-
-from forerun.draft.eagle3 import Eagle3Drafter
+from forerun.drafters.eagle3 import Eagle3Drafter
 from forerun.engine import Weights
 from forerun.models import Policy, load_policy
+from vllm_tiny import needs_vllm
 
 pytestmark = [needs_vllm, pytest.mark.slow]
 

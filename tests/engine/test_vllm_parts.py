@@ -11,17 +11,17 @@ import torch
 from pydantic import ValidationError
 
 from forerun.config import Recipe, SpeculationConfig
-from forerun.draft import load_drafter
+from forerun.drafters import load_drafter
 from forerun.engine.base import Counters, Weights
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.local.schedule import Sequence
-from forerun.engine.transfer import Staging, chunks, shapes
-from forerun.engine.vllm.accounting import Live
-from forerun.engine.vllm.held import Holding
+from forerun.engine.local.scheduler import Sequence
+from forerun.engine.vllm.metrics import Live
 from forerun.engine.vllm.settings import translate
+from forerun.engine.vllm.state import Holding
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.checksum import checksum
+from forerun.workers.weights import Staging, chunks, shapes
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,15 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from vllm_tiny import PROMPTS, changed, needs_vllm, version
 
 from forerun.config import SpeculationConfig
-from forerun.draft.eagle3 import Eagle3Drafter
+from forerun.drafters.eagle3 import Eagle3Drafter
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.replicas import Patience, ReplicatedEngine
+from forerun.engine.replicated import Patience, ReplicatedEngine
 from forerun.models import Policy
-from forerun.records import Rollout
+from forerun.types import Rollout
+from vllm_tiny import PROMPTS, changed, needs_vllm, version
 
 pytestmark = [needs_vllm, pytest.mark.slow]
 N = 4

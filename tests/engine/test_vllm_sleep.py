@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from vllm_tiny import PROMPTS, changed, make, needs_vllm, resident, texts, version
 
-from forerun.draft.eagle3 import Eagle3Drafter
-from forerun.draft.model import ModelDrafter
+from forerun.drafters.draft_model import ModelDrafter
+from forerun.drafters.eagle3 import Eagle3Drafter
 from forerun.engine.base import Sampling
 from forerun.engine.vllm.worker import WeightReceiver
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
+from vllm_tiny import PROMPTS, changed, make, needs_vllm, resident, texts, version
 
 pytestmark = [needs_vllm, pytest.mark.slow]
 LONG = Sampling(40, 1.0, 2, ignore_eos=True)

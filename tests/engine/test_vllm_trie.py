@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_tiny import PROMPTS, TOLERANCE, changed, law, make, needs_vllm, texts, version, without_repair
 
 from forerun.config import TrieConfig
-from forerun.draft.base import Rows
-from forerun.draft.trie import Corpus, TrieDrafter
+from forerun.drafters.base import Rows
+from forerun.drafters.trie import Corpus, TrieDrafter
 from forerun.engine.base import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.vllm.proposer import Siblings
 from forerun.errors import UserError
 from forerun.models import Policy
-from forerun.records import Rollout, Verdict
+from forerun.types import Rollout, Verdict
+from vllm_tiny import PROMPTS, TOLERANCE, changed, law, make, needs_vllm, texts, version, without_repair
 
 slow = pytest.mark.slow
 K = 3
@@ -295,7 +295,7 @@ def test_every_stream_is_an_epoch(trie: Any) -> None:
 def test_an_engine_begins_with_the_corpus_of_its_drafter_and_tells_its_counts_when_closed(
     small: Policy, tmp_path: Path
 ) -> None:
-    from forerun.engine.vllm.engine import VllmEngine
+    from forerun.engine.vllm.adapter import VllmEngine
 
     drafter = TrieDrafter(TrieConfig(**EAGER))
     expected = LocalEngine(small, drafter, k=K, slots=8).generate(PROMPTS, max_new_tokens=24, temperature=0.0, n=2)

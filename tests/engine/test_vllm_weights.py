@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_tiny import PROMPTS, TOLERANCE, changed, frequent, head_for, make, needs_vllm, resident, texts, version
 
-from forerun.draft.eagle3 import Eagle3Drafter
-from forerun.draft.model import ModelDrafter
+from forerun.drafters.draft_model import ModelDrafter
+from forerun.drafters.eagle3 import Eagle3Drafter
 from forerun.engine.base import Sampling, Weights
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.models.checksum import checksum
+from vllm_tiny import PROMPTS, TOLERANCE, changed, frequent, head_for, make, needs_vllm, resident, texts, version
 
 pytestmark = [needs_vllm, pytest.mark.slow]
 

@@ -13,19 +13,19 @@ import torch
 import yaml
 
 import forerun
+from forerun.algorithms.advantages import group_advantages
 from forerun.config import DraftConfig, TrainConfig, load_recipe
-from forerun.draft.eagle3 import Eagle3Drafter, Eagle3Head
-from forerun.draft.mtp import MtpDrafter, MtpHead
-from forerun.draft.ngram import NgramDrafter
-from forerun.draft.training import new_head, train_head, validate
+from forerun.drafters.eagle3 import Eagle3Drafter, Eagle3Head
+from forerun.drafters.mtp import MtpDrafter, MtpHead
+from forerun.drafters.ngram import NgramDrafter
+from forerun.drafters.training.heads import new_head, train_head, validate
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
-from forerun.learner.advantages import group_advantages
 from forerun.learner.cotrain import CoTrainer, DriftMeter
-from forerun.learner.forward import completion_logits
-from forerun.learner.policy import Learner
+from forerun.learner.learner import Learner
 from forerun.models import Policy, load_policy
-from forerun.records import Rollout
+from forerun.models.logprobs import completion_logits
+from forerun.types import Rollout
 
 PROMPTS = [[5, 6, 7], [9, 3, 1, 2, 4, 4], [20, 21]]
 MANY = [[i, i + 1, i + 2] for i in range(1, 25)]
@@ -237,7 +237,7 @@ def fields(rollout: Rollout) -> dict[str, Any]:
 
 @pytest.fixture
 def recipe(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "loop"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "helpers"))
     rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(4)]
     (tmp_path / "sums.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     data = {
@@ -263,7 +263,7 @@ def steps_of(run: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("method", "train"), [("eagle3", "every-2"), ("eagle3", "drift"), ("mtp", "every-1")])
 def test_a_resumed_run_goes_on_bit_for_bit(recipe: Path, method: str, train: str) -> None:
-    from forerun.loop.loop import resumed_recipe, run
+    from forerun.training.loop import resumed_recipe, run
 
     changes = {"speculation.method": method, "speculation.train": train}
     whole = forerun.train(str(recipe), changes)

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from forerun.algorithms.advantages import group_advantages
+from forerun.algorithms.losses import clipped_policy_loss, kl_k3
 from forerun.config import TrainConfig
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
-from forerun.learner.advantages import group_advantages
-from forerun.learner.forward import microbatches
-from forerun.learner.losses import clipped_policy_loss, kl_k3
+from forerun.learner.learner import Learner, mismatch
 from forerun.learner.optimizer import MasterOptimizer
-from forerun.learner.policy import Learner, mismatch
 from forerun.models import Policy, load_policy
-from forerun.records import Rollout
+from forerun.models.logprobs import microbatches
+from forerun.types import Rollout
 
 PROMPTS = [[5, 6, 7], [9, 3, 1, 2, 4, 4], [20, 21]]
 

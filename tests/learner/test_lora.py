@@ -18,20 +18,20 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import forerun
+from forerun.algorithms.advantages import group_advantages
 from forerun.config import DraftConfig, LoraConfig, TrainConfig, load_recipe
-from forerun.draft.eagle3 import Eagle3Drafter
-from forerun.draft.mtp import MtpDrafter, MtpHead
-from forerun.draft.training import new_head
+from forerun.drafters.eagle3 import Eagle3Drafter
+from forerun.drafters.mtp import MtpDrafter, MtpHead
+from forerun.drafters.training.heads import new_head
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
-from forerun.learner.advantages import group_advantages
-from forerun.learner.checkpoint import policy_folder, restore, save_checkpoint
 from forerun.learner.cotrain import CoTrainer
-from forerun.learner.forward import completion_logits
+from forerun.learner.learner import Learner, mismatch
 from forerun.learner.lora import LoraAdapter, find_targets
-from forerun.learner.policy import Learner, mismatch
 from forerun.models import Policy, load_policy
-from forerun.records import Rollout
+from forerun.models.logprobs import completion_logits
+from forerun.training.checkpoint import policy_folder, restore, save_checkpoint
+from forerun.types import Rollout
 
 PROMPTS = [[5, 6, 7], [9, 3, 1, 2, 4, 4], [20, 21]]
 LORA = LoraConfig(rank=4)
@@ -379,7 +379,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(tiny: Tiny, tmp_path: Path, dtype: str
 
 @pytest.fixture
 def recipe(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "loop"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "helpers"))
     rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a in range(5) for b in range(4)]
     (tmp_path / "sums.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     data = {
@@ -399,7 +399,7 @@ def recipe(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(recipe: Path) -> None:
-    from forerun.loop.loop import resumed_recipe, run
+    from forerun.training.loop import resumed_recipe, run
 
     words = {"policy.dtype": "bfloat16", "train.kl": 0.01}
     whole = forerun.train(str(recipe), words)

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from forerun.algorithms.advantages import group_advantages
 from forerun.config import DraftConfig, TrainConfig
-from forerun.draft.eagle3 import Eagle3Drafter
-from forerun.draft.training import new_head
+from forerun.drafters.eagle3 import Eagle3Drafter
+from forerun.drafters.training.heads import new_head
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
-from forerun.learner.advantages import group_advantages
 from forerun.learner.cotrain import CoTrainer
-from forerun.learner.forward import Pair, completion_logits, packed_batch, token_batch, token_logprobs
+from forerun.learner.learner import Learner
 from forerun.learner.packing import attend_by_sequence, pack, packed_microbatches, require_packing
-from forerun.learner.policy import Learner
 from forerun.models import Policy, load_policy
+from forerun.models.logprobs import Pair, completion_logits, packed_batch, token_batch, token_logprobs
 from tiny_models import ALPHABET
 
 FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "mistral"]  # gemma: windows of 8 tokens in every other layer

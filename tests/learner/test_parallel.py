@@ -1,4 +1,4 @@
-"""How rows are given out; what ranks make of them is in test_group.py."""
+"""How rows are given out; what ranks make of them is in test_distributed.py."""
 
 from __future__ import annotations
 

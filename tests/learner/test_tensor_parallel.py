@@ -1,4 +1,4 @@
-"""Layers split over ranks make the updates of one process, as whole ones do: `test_group.py` says within what."""
+"""Layers split over ranks make the updates of one process, as whole ones do: `test_distributed.py` says within what."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import test_cotrain_ranks as cotrain
+import test_cotrain_distributed as cotrain
 import torch
-from test_group import PLAIN, PROMPTS, REWARDS, RICH, Batch, Outcome, alive, ranks, same, steps, weights
+from test_distributed import PLAIN, PROMPTS, REWARDS, RICH, Batch, Outcome, alive, ranks, same, steps, weights
 
+from forerun.algorithms.advantages import group_advantages
 from forerun.config import TrainConfig, load_recipe
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
-from forerun.learner.advantages import group_advantages
-from forerun.learner.cotrain_ranks import GroupCoTrainer
-from forerun.learner.group import LearnerGroup
-from forerun.learner.nursery import PROGRAM, Nursery
-from forerun.learner.policy import Learner
+from forerun.learner.cotrain_distributed import GroupCoTrainer
+from forerun.learner.distributed import LearnerGroup
+from forerun.learner.learner import Learner
 from forerun.learner.tensor_parallel import plan_of
 from forerun.models import Policy, load_policy
+from forerun.workers.local import PROGRAM, Nursery
 
 TWO = {"tensor_parallel": 2}
 CLIPPED = PLAIN.model_copy(update={"max_grad_norm": 2.0})
 # Every rank keeps the gradient that its own heads have for the norms of heads.
 NORMS_APART = f"""
-import forerun.learner.shard as shard
+import forerun.learner.fsdp as shard
 plan_of = shard.plan_of
 shard.plan_of = lambda model, size: {{m: s for m, s in plan_of(model, size).items() if not m.endswith("_norm")}}
 {PROGRAM}

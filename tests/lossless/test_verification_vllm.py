@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "engine"))
-
-from vllm_tiny import SHAPE, frequent, head_for
-
 from forerun.config import Recipe, load_recipe
 from forerun.errors import UserError
 from forerun.lossless.harness import Effort, verify_recipe
 from forerun.models import load_policy
 from forerun.report.console import Console
+from vllm_tiny import SHAPE, frequent, head_for
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; docs/vllm.md says how"

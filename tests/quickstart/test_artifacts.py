@@ -6,12 +6,12 @@ import pytest
 
 from forerun.artifacts import FOLDER, shipped, verify_artifact
 from forerun.config import load_recipe
-from forerun.draft import load_drafter
+from forerun.drafters import load_drafter
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.loop.setup import encode
 from forerun.models import Policy, load_policy
 from forerun.tasks import load_task
+from forerun.training.setup import encode
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forerun.report.metrics import RunFolder
+from forerun.tracking.run_folder import RunFolder
 
 NASTY = "</script><script>alert('text')</script><img src=x onerror=alert(1)> & \"quotes\""
 

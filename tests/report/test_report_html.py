@@ -14,9 +14,9 @@ import pytest
 
 from forerun.errors import UserError
 from forerun.report.html import SECTIONS, Section, write_report
-from forerun.report.metrics import RunFolder
 from forerun.report.page import data_json
-from forerun.report.rundata import RunData, load_run
+from forerun.tracking.reader import RunData, load_run
+from forerun.tracking.run_folder import RunFolder
 
 
 class Page(HTMLParser):

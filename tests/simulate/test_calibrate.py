@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from forerun.errors import UserError
-from forerun.simulate.calibrate import (
+from forerun.simulate.core.decode import acceptance_from_lengths, constant_acceptance, fixed_budget
+from forerun.simulate.core.fitting import errors, map_fit, positive_least_squares
+from forerun.simulate.core.hardware import load_hardware
+from forerun.simulate.core.operators import Layout, Replica, Tuning
+from forerun.simulate.core.rollout import simulate_rollout
+from forerun.simulate.core.shapes import load_model
+from forerun.simulate.plan.calibrate import (
     FittedEngine,
     fit_engine,
     fit_serving,
@@ -20,16 +26,10 @@ from forerun.simulate.calibrate import (
     read_cost_table,
     shipped_constants,
 )
-from forerun.simulate.fitting import errors, map_fit, positive_least_squares
-from forerun.simulate.hardware import load_hardware
-from forerun.simulate.models import load_model
-from forerun.simulate.operators import Layout, Replica, Tuning
-from forerun.simulate.planner import round_error
-from forerun.simulate.rollout import simulate_rollout
-from forerun.simulate.round import acceptance_from_lengths, constant_acceptance, fixed_budget
-from forerun.simulate.rounds import fit_rounds, round_cost, round_errors, round_points, tuning_of
-from forerun.simulate.serving import ServingRow, predict_s, read_rows
-from forerun.simulate.validate import validate
+from forerun.simulate.plan.spec import round_error
+from forerun.simulate.validation.round_costs import fit_rounds, round_cost, round_errors, round_points, tuning_of
+from forerun.simulate.validation.serving import ServingRow, predict_s, read_rows
+from forerun.simulate.validation.validate import validate
 
 MEASURED = Path(__file__).parents[2] / "../shared/data/simulator/measured_decode.csv"
 needs_rows = pytest.mark.skipif(not MEASURED.is_file(), reason=f"the measured rows are not at {MEASURED}")

@@ -11,20 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forerun.errors import UserError
-from forerun.simulate.hardware import load_hardware
-from forerun.simulate.models import load_model
-from forerun.simulate.operators import (
-    Layout,
-    Replica,
-    cache_tokens,
-    check_layout,
-    collective_s,
-    distinct_experts,
-    forward_s,
-    gemm_s,
-    prefill_s,
-)
-from forerun.simulate.round import (
+from forerun.simulate.core.decode import (
     Acceptance,
     Budget,
     RoundTuning,
@@ -37,6 +24,19 @@ from forerun.simulate.round import (
     make_drafter,
     rate_for,
 )
+from forerun.simulate.core.hardware import load_hardware
+from forerun.simulate.core.operators import (
+    Layout,
+    Replica,
+    cache_tokens,
+    check_layout,
+    collective_s,
+    distinct_experts,
+    forward_s,
+    gemm_s,
+    prefill_s,
+)
+from forerun.simulate.core.shapes import load_model
 
 MODELS = st.sampled_from(["Qwen3-0.6B", "Qwen3-8B", "Qwen3-30B-A3B", "Qwen3-235B-A22B", "DeepSeek-V3"])
 GPUS = st.sampled_from(["A100", "H100", "H200", "B200", "GB200"])

@@ -8,13 +8,13 @@ import time
 import pytest
 
 from forerun.errors import UserError
-from forerun.simulate.calibrate import FittedEngine
-from forerun.simulate.paper import Measured, Projected, Runs8B, Runs235B, published
-from forerun.simulate.plan import plan, plan_paper
-from forerun.simulate.planner import PlanSpec
-from forerun.simulate.render import paper_text, validation_text
-from forerun.simulate.round import acceptance_length
-from forerun.simulate.step import step_bound
+from forerun.simulate.core.decode import acceptance_length
+from forerun.simulate.core.step import step_bound
+from forerun.simulate.plan.calibrate import FittedEngine
+from forerun.simulate.plan.planner import plan, plan_paper
+from forerun.simulate.plan.render import paper_text, validation_text
+from forerun.simulate.plan.spec import PlanSpec
+from forerun.simulate.validation.paper import Measured, Projected, Runs8B, Runs235B, published
 
 STAGES = ("data", "prepare", "generation", "logprob", "train")
 SMALL = {"model": "Qwen3-8B", "gpu": "H100", "gpus": 8, "prompts": 16, "samples": 8, "mean_tokens": 1500}
@@ -45,7 +45,7 @@ def test_calibration_leaves_the_tested_cells_alone(monkeypatch: pytest.MonkeyPat
         if cell["workload"] == "RL-Think" or cell["k"] == 5:
             cell["speedup"] = 9.0
     spoilt["ngram"][1]["generation_s"] = spoilt["projection_2048"]["step"] = 1.0
-    monkeypatch.setattr("forerun.simulate.paper.published", lambda: spoilt)
+    monkeypatch.setattr("forerun.simulate.validation.paper.published", lambda: spoilt)
     assert Runs8B(Measured()).rounds == before
 
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from forerun.cli import app
 from forerun.errors import UserError
 from forerun.report.plan_page import write_plan
-from forerun.simulate.plan import plan
-from forerun.simulate.run import plan_run
+from forerun.simulate.plan.planner import plan
+from forerun.simulate.plan.run import plan_run
 
 RECORDED = Path(__file__).parent / "recorded_run"
 SMALL = {"model": "Qwen3-8B", "gpu": "H100", "gpus": 8, "prompts": 16, "samples": 8, "mean_tokens": 1500, "k": 3}

@@ -16,15 +16,14 @@ import pytest
 import yaml
 
 from forerun.errors import UserError
-from forerun.simulate.calibrate import read_cost_table
-from forerun.simulate.hardware import nominal_cpu
-from forerun.simulate.machine import Machine, benched_machine
-from forerun.simulate.models import load_model
-from forerun.simulate.planner import Planner
-from forerun.simulate.recipes import read_recipe
-from forerun.simulate.render import run_text
-from forerun.simulate.run import calibrate_run, plan_run, read_run, records
-from forerun.simulate.runfit import (
+from forerun.simulate.core.hardware import nominal_cpu
+from forerun.simulate.core.machine import Machine, benched_machine
+from forerun.simulate.core.shapes import load_model
+from forerun.simulate.plan.calibrate import read_cost_table
+from forerun.simulate.plan.recipe import read_recipe
+from forerun.simulate.plan.render import run_text
+from forerun.simulate.plan.run import calibrate_run, plan_run, read_run, records
+from forerun.simulate.plan.run_calibration import (
     StepRecord,
     calibrate,
     decoding,
@@ -33,6 +32,7 @@ from forerun.simulate.runfit import (
     predict_step,
     summary,
 )
+from forerun.simulate.plan.spec import Planner
 
 RECORDED = Path(__file__).parent / "recorded_run"
 WORK = {"score_passes": 1.0, "train_passes": 3.0, "updates": 1}

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forerun.errors import UserError
-from forerun.simulate.hardware import cpu, load_hardware
-from forerun.simulate.machine import Machine, Work, nominal_machine
-from forerun.simulate.models import load_model
-from forerun.simulate.operators import Layout, Replica, check_layout
-from forerun.simulate.plan import plan
-from forerun.simulate.planner import Planner, PlanSpec
-from forerun.simulate.round import Speculator, make_drafter
-from forerun.simulate.step import step_bound
+from forerun.simulate.core.decode import Speculator, make_drafter
+from forerun.simulate.core.hardware import cpu, load_hardware
+from forerun.simulate.core.machine import Machine, Work, nominal_machine
+from forerun.simulate.core.operators import Layout, Replica, check_layout
+from forerun.simulate.core.shapes import load_model
+from forerun.simulate.core.step import step_bound
+from forerun.simulate.plan.planner import plan
+from forerun.simulate.plan.spec import Planner, PlanSpec
 
 MODEL = load_model("Qwen3-0.6B")
 DRAFTER = make_drafter("eagle3", MODEL)

@@ -13,13 +13,13 @@ from test_calibrate import bench_rows, write_table
 
 from forerun.config import load_recipe
 from forerun.errors import UserError
-from forerun.simulate.calibrate import FittedEngine, read_cost_table
-from forerun.simulate.hardware import cpu
-from forerun.simulate.planner import Planner
-from forerun.simulate.predict import compare, predict_recipe
-from forerun.simulate.recipes import combined_band, plan_recipe, read_recipe
-from forerun.simulate.render import comparison_text, prediction_text
-from forerun.simulate.step import Stages
+from forerun.simulate.core.hardware import cpu
+from forerun.simulate.core.step import Stages
+from forerun.simulate.plan.calibrate import FittedEngine, read_cost_table
+from forerun.simulate.plan.predict import compare, predict_recipe
+from forerun.simulate.plan.recipe import combined_band, plan_recipe, read_recipe
+from forerun.simulate.plan.render import comparison_text, prediction_text
+from forerun.simulate.plan.spec import Planner
 
 HERE = cpu(100e9, 12e9, ("avx2",), 16e9)
 STAGES = ("data", "prepare", "generation", "logprob", "train")

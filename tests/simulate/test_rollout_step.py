@@ -10,11 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forerun.errors import UserError
-from forerun.simulate.calibrate import FittedEngine
-from forerun.simulate.hardware import load_hardware
-from forerun.simulate.models import load_model
-from forerun.simulate.operators import Layout, Replica
-from forerun.simulate.rollout import (
+from forerun.simulate.core.decode import (
+    Budget,
+    RoundTuning,
+    Speculator,
+    constant_acceptance,
+    fixed_budget,
+    make_drafter,
+)
+from forerun.simulate.core.hardware import load_hardware
+from forerun.simulate.core.operators import Layout, Replica
+from forerun.simulate.core.rollout import (
     Lengths,
     drain_by_events,
     drain_together,
@@ -22,8 +28,8 @@ from forerun.simulate.rollout import (
     stream_s,
     trace_lengths,
 )
-from forerun.simulate.round import Budget, RoundTuning, Speculator, constant_acceptance, fixed_budget, make_drafter
-from forerun.simulate.step import (
+from forerun.simulate.core.shapes import load_model
+from forerun.simulate.core.step import (
     Learner,
     Stages,
     async_step,
@@ -33,6 +39,7 @@ from forerun.simulate.step import (
     refit_s,
     step_bound,
 )
+from forerun.simulate.plan.calibrate import FittedEngine
 
 MODEL = load_model("Qwen3-8B")
 ENGINE = Speculator(Replica(MODEL, load_hardware("H100")), make_drafter("eagle3", MODEL), RoundTuning())

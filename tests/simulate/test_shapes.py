@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from forerun.errors import UserError
-from forerun.simulate.hardware import (
+from forerun.simulate.core.hardware import (
     cpu,
     hardware_names,
     load_hardware,
@@ -20,7 +20,7 @@ from forerun.simulate.hardware import (
     this_device,
     usable_threads,
 )
-from forerun.simulate.models import from_config, load_model, model_names
+from forerun.simulate.core.shapes import from_config, load_model, model_names
 
 
 @pytest.mark.parametrize(

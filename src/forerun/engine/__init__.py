@@ -9,8 +9,8 @@ from forerun.errors import UserError
 
 if TYPE_CHECKING:
     from forerun.config import RolloutConfig, SpeculationConfig
-    from forerun.draft import Drafter
-    from forerun.engine.replica import Starter
+    from forerun.drafters import Drafter
+    from forerun.engine.worker import Starter
     from forerun.models import Policy
 
 ENGINES = ("local", "vllm")
@@ -22,7 +22,7 @@ def load(engine: str, *, policy: str, dtype: str, speculation: dict[str, Any] | 
     from pydantic import ValidationError
 
     from forerun.config import RolloutConfig, SpeculationConfig
-    from forerun.draft import load_drafter
+    from forerun.drafters import load_drafter
     from forerun.models import load_policy
 
     if engine not in ENGINES:
@@ -32,7 +32,7 @@ def load(engine: str, *, policy: str, dtype: str, speculation: dict[str, Any] | 
     except ValidationError as error:
         raise UserError(f"speculation: {error.errors()[0]['msg']} ({error.errors()[0]['loc']})") from None
     if engine == "vllm":
-        from forerun.engine.vllm.engine import Limits, VllmEngine
+        from forerun.engine.vllm.adapter import Limits, VllmEngine
 
         return VllmEngine(policy, settings, dtype=dtype, limits=Limits(slots=slots))
     loaded = load_policy(policy, dtype)
@@ -52,14 +52,14 @@ def around(
         starter: where replicas' processes come from; None: this machine.
     """
     if rollout.replicas:
-        from forerun.engine.replicas import Patience, ReplicatedEngine
+        from forerun.engine.replicated import Patience, ReplicatedEngine
 
         return ReplicatedEngine(
             rollout.engine, policy, drafter, speculation, slots=rollout.slots, replicas=rollout.replicas,
             patience=Patience(silence_s=rollout.silence_s), starter=starter,
         )  # fmt: skip
     if rollout.engine == "vllm":
-        from forerun.engine.vllm.engine import Limits, VllmEngine
+        from forerun.engine.vllm.adapter import Limits, VllmEngine
 
         block = speculation if drafter is not None else None
         return VllmEngine.around(policy, drafter, block, limits=Limits(slots=rollout.slots))

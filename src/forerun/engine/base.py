@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from forerun.engine.segment import Segment
+from forerun.acceptance.truncate import EVERYTHING, Truncation
 from forerun.errors import UserError
 from forerun.models import Policy
-from forerun.records import Rollout
-from forerun.verify.truncate import EVERYTHING, Truncation
+from forerun.types import Rollout
+from forerun.workers.shared_memory import Segment
 
 Requests = Sequence[tuple[int, int]]  # (prompt, sample)
 

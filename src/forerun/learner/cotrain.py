@@ -6,7 +6,7 @@ masters, its own rate and its own clipping: no gradient and no norm is shared wi
 policy's in stage train, so that a step that is broken off has changed neither. An EAGLE-3 head is taught the policy's
 distributions of before that update, an MTP head the updated output head's on the hidden states of before.
 When: `every-N` on every N-th step; `drift` on the step after one whose acceptance, at matched entropy, had fallen.
-With a policy that is sharded over ranks: `cotrain_ranks.py`.
+With a policy that is sharded over ranks: `cotrain_distributed.py`.
 Left out: sequence packing; more than one pass over a step's rollouts.
 """
 
@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from forerun.config import COTRAINED, DraftConfig, TrainConfig
-from forerun.draft import Drafter
-from forerun.draft.eagle3 import Eagle3Drafter
-from forerun.draft.mtp import MtpDrafter
-from forerun.draft.training import Head, Pass, TeacherBatch, judge, lesson, summarise, weighted_loss
+from forerun.drafters import Drafter
+from forerun.drafters.eagle3 import Eagle3Drafter
+from forerun.drafters.mtp import MtpDrafter
+from forerun.drafters.training.heads import Head, Pass, TeacherBatch, judge, lesson, summarise, weighted_loss
 from forerun.errors import UserError
-from forerun.learner.forward import TokenBatch, completion_logits
 from forerun.learner.optimizer import MasterOptimizer
 from forerun.models import Policy
-from forerun.records import Rollout
+from forerun.models.logprobs import TokenBatch, completion_logits
+from forerun.types import Rollout
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ Masters are rounded to bfloat16 at random, up or down with the chances that make
 hundredth of the distance between two bfloat16 numbers around 0.02: rounded to the nearest, it would never arrive in the
 policy that generates. The draws are keyed by the number of updates, so that a resumed run rounds as the first one did.
 
-Parameters that are sharded over ranks (float32 DTensors, see `shard.py`) are their own masters too: every rank clips by
+Parameters that are sharded over ranks (float32 DTensors, see `fsdp.py`) are their own masters too: every rank clips by
 the norm of the whole gradient and updates its part.
 """
 

@@ -24,8 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from forerun.errors import UserError
-from forerun.learner.forward import completion_logits, packed_batch, token_batch
 from forerun.models import Policy
+from forerun.models.logprobs import completion_logits, packed_batch, token_batch
 
 LEAK = 0.05  # of what a sequence would change if it saw its neighbour; bfloat16 rounds to less
 BY_SEQUENCE = {"sdpa": "sdpa_by_sequence", "eager": "eager_by_sequence"}  # attention implementations

@@ -2,7 +2,7 @@
 
 Every rank runs its own rows. A loss that is a sum over tokens divided by the tokens of the whole batch, on whichever
 rank they are, has gradients that add up to those of one rank, so the update depends neither on the number of ranks nor
-on the split. FSDP2 adds them up (`shard.py`). All ranks must call in the same order.
+on the split. FSDP2 adds them up (`fsdp.py`). All ranks must call in the same order.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Which matrix is split how is Transformers' own plan for the model (`model.tp_pla
 parts, a row-wise one takes in in parts, and one sum over the group per attention and per MLP makes them whole again
 (Shoeybi et al. 2019, section 3). Embedding and output head are split by vocabulary; they are one matrix where they are
 tied. All else (norms) is held by every rank of the group, which computes the same gradients for it. FSDP2 then shards
-each rank's part over the other dimension of the mesh (`shard.py`).
+each rank's part over the other dimension of the mesh (`fsdp.py`).
 Left out: experts, sequence parallelism, a loss over parts of the vocabulary.
 """
 

@@ -1,6 +1,6 @@
 """Faults that can be injected into the engine, each of which the verification must find: proof that it can fail.
 
-Broken acceptance rules come from `verify/broken.py`; the others break what a rule reports or what a load promises.
+Broken acceptance rules come from `acceptance/broken.py`; the others break what a rule reports or what a load promises.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forerun.acceptance.broken import BROKEN
+from forerun.acceptance.broken_tree import BROKEN_TREE
+from forerun.acceptance.chain import log_q_of_tokens, verify
+from forerun.acceptance.tree import verify_tree
 from forerun.config import RolloutConfig
 from forerun.engine import Weights
 from forerun.engine.local.engine import LocalEngine, Verify, VerifyTree
 from forerun.errors import UserError
-from forerun.records import Draft, Verdict
-from forerun.verify.broken import BROKEN
-from forerun.verify.broken_tree import BROKEN_TREE
-from forerun.verify.chain import log_q_of_tokens, verify
-from forerun.verify.tree import verify_tree
+from forerun.types import Draft, Verdict
 
 
 def draft_logprobs(
@@ -63,7 +63,7 @@ _SPOILERS: dict[str, Callable[[LocalEngine], None]] = {"silent_load": silent_loa
 # latter two p = 0.22 to 0.79, where a missing residual has 1e-41. Oracle and 700,000 draws catch them (tests/verify).
 _TOO_MILD = ("block_residual_unweighted", "block_without_clip", "shared_coin")
 FAULTS = (*(name for name in BROKEN if name not in _TOO_MILD), *_VERIFIERS, *_SPOILERS)  # of the local engine
-UPSTREAM = "upstream"  # of vLLM on a CPU: its own fault, not mended (engine/vllm/repair.py)
+UPSTREAM = "upstream"  # of vLLM on a CPU: its own fault, not mended (engine/vllm/patches.py)
 
 
 def check_fault(fault: str, rollout: RolloutConfig) -> None:

@@ -18,25 +18,25 @@ from typing import Any
 import torch
 
 from forerun.config import Recipe
-from forerun.draft import Drafter, load_drafter
+from forerun.drafters import Drafter, load_drafter
 from forerun.engine import RolloutEngine, Sampling, around, rule_in_force, shares_weights
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
-from forerun.loop.drafter import prepare_drafter
-from forerun.loop.generate import Generated, generate
-from forerun.loop.setup import encode, prepare_policy
-from forerun.loop.weights import publish
-from forerun.lossless.contract import contract_checks
+from forerun.lossless.distribution import law_checks
+from forerun.lossless.exact import disputed_contexts
 from forerun.lossless.faults import check_fault, spoil, tree_verifier_of, verifier_of
-from forerun.lossless.law import law_checks
 from forerun.lossless.parity import greedy_checks, parity_checks
-from forerun.lossless.samples import sample_checks
-from forerun.lossless.teacher import disputed_contexts
+from forerun.lossless.two_sample import sample_checks
 from forerun.lossless.verdict import Check, Claim, Kind, Verification
+from forerun.lossless.weights import contract_checks
 from forerun.models import Policy
 from forerun.report.console import Console
-from forerun.report.environment import describe_environment, machine_line
 from forerun.tasks import Task, load_task
+from forerun.tracking.environment import describe_environment, machine_line
+from forerun.training.drafter import prepare_drafter
+from forerun.training.rollout import Generated, generate
+from forerun.training.setup import encode, prepare_policy
+from forerun.training.weights import publish
 
 SEED, SEEDS = 77, 1000  # of recipe.seed 0; and how far apart those of two recipes' seeds are
 CROWD = 32  # slots of plain decoding and of short texts: cheap in a crowd, and the law does not depend on it

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from forerun.engine import RolloutEngine, Sampling
-from forerun.learner.forward import completion_logits, token_batch, token_logprobs
-from forerun.lossless.teacher import replay
+from forerun.lossless.exact import replay
 from forerun.lossless.verdict import Check
 from forerun.models import Policy
-from forerun.records import Rollout
+from forerun.models.logprobs import completion_logits, token_batch, token_logprobs
+from forerun.types import Rollout
 
 SLACK = 3.0
 FLOOR = {torch.float32: 1e-9, torch.bfloat16: 1e-5}  # of KL, nats a token: where even the null rounds to nothing

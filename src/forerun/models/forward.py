@@ -1,7 +1,7 @@
 """The live policy's forward over cache rows: its own module and its own parameters, no copy of any weight.
 
 Any Transformers model that goes through the attention interface runs as it is; Llama-like ones take the leaner path of
-`models/lean.py` over the same parameters (1.20x, 1.14x, 1.07x as fast at batch 1, 8, 32 on a CPU), with this one as
+`models/fused.py` over the same parameters (1.20x, 1.14x, 1.07x as fast at batch 1, 8, 32 on a CPU), with this one as
 its reference.
 """
 
@@ -17,9 +17,9 @@ from transformers import AttentionInterface
 
 from forerun.errors import UserError
 from forerun.models import Policy
+from forerun.models.auxiliary import Taps
 from forerun.models.cache import SlotPass, slot_attention
-from forerun.models.lean import LeanForward
-from forerun.models.taps import Taps
+from forerun.models.fused import LeanForward
 
 ATTENTION = "forerun_slots"
 TREE_LAYERS = frozenset({"full_attention", "sliding_attention"})  # layer types that can be masked to one path of a tree

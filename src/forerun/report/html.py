@@ -17,11 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from forerun.report import plots
-from forerun.report.definitions import WORDS, definition_of, unit_of
-from forerun.report.environment import machine_line
-from forerun.report.metrics import write_atomically
 from forerun.report.page import figure_html, figures_html, page_html, table_html, text
-from forerun.report.rundata import RunData, load_run
 from forerun.report.summary import (
     comparison_note,
     comparison_rows,
@@ -34,6 +30,10 @@ from forerun.report.summary import (
     times,
     verdict,
 )
+from forerun.tracking.environment import machine_line
+from forerun.tracking.metrics import WORDS, definition_of, unit_of
+from forerun.tracking.reader import RunData, load_run
+from forerun.tracking.run_folder import write_atomically
 
 Render = Callable[[RunData], str | None]
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forerun.report.metrics import write_atomically
 from forerun.report.page import figure_html, figures_html, page_html, table_html, text
 from forerun.report.plots import BAND_COLORS, Figure, Trace, bars, figure, line
 from forerun.report.summary import STAGES
+from forerun.tracking.run_folder import write_atomically
 
 Data = Mapping[str, Any]
 LAG_COLORS = ("--plain", "--speculative", "--stage-logprob", "--stage-train")

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from forerun.report.rundata import RunData
 from forerun.report.summary import STAGES, compared, stage_rows, times
-from forerun.report.timeline import LEARNER, Event
+from forerun.tracking.reader import RunData
+from forerun.tracking.timeline import LEARNER, Event
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]

@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.draft.base import Counting, Drafter, Learning, Rows
+from forerun.acceptance.chain import verify
+from forerun.acceptance.random import Purpose, round_keys, uniforms
+from forerun.acceptance.tree import TREE_RULES, TreeVerdict, verify_tree
+from forerun.acceptance.truncate import truncate
+from forerun.drafters.base import Counting, Drafter, Learning, Rows
 from forerun.engine.base import (
     Counters,
     Requests,
@@ -30,21 +34,17 @@ from forerun.engine.base import (
     nothing,
     requested,
 )
-from forerun.engine.local.schedule import Schedule
-from forerun.engine.local.schedule import Sequence as Live
+from forerun.engine.local.scheduler import Schedule
+from forerun.engine.local.scheduler import Sequence as Live
 from forerun.engine.local.tree import along_path, depths, keep_path, tree_places
-from forerun.engine.probe import AcceptanceProbe
+from forerun.engine.staleness import AcceptanceProbe
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.checksum import checksum
 from forerun.models.forward import PolicyForward, check_trees
 from forerun.models.load import load_exactly
-from forerun.records import Draft, Rollout, Verdict
-from forerun.verify.chain import verify
-from forerun.verify.random import Purpose, round_keys, uniforms
-from forerun.verify.tree import TREE_RULES, TreeVerdict, verify_tree
-from forerun.verify.truncate import truncate
+from forerun.types import Draft, Rollout, Verdict
 
 Verify = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], Verdict]
 VerifyTree = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], TreeVerdict]
@@ -69,7 +69,7 @@ class LocalEngine:
 
         Args:
             k: draft tokens per round, of a tree its nodes (0 or no drafter: plain).
-            rule: of verify/chain.py, or of verify/tree.py for a drafter of trees. Trees are judged by the walk where
+            rule: of `chain.py`, or of `tree.py` for a drafter of trees. Trees are judged by the walk where
                 the rule is one for chains.
             verifier, tree_verifier: for tests.
         """

@@ -3,7 +3,7 @@
 A tree of k nodes runs as one pass of k+1 tokens: the root, which is the newest token, at place start, and the node of
 slot j at place start + 1 + j. Its position is start + its depth, and it sees the text, the root and its ancestors.
 Rows of fewer nodes carry padding, which stands as children of the root and is seen by nobody.
-Left out: who judges (`verify/tree.py`). Axes: B rows, k slots, A depth of the batch's deepest node.
+Left out: who judges (`acceptance/tree.py`). Axes: B rows, k slots, A depth of the batch's deepest node.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from forerun.acceptance.chain import drafted
 from forerun.models.cache import SlotCache, TreePlaces
-from forerun.records import Draft
-from forerun.verify.chain import drafted
+from forerun.types import Draft
 
 
 def lineage(draft: Draft) -> Tensor:  # [B, k+1, k+1] bool

@@ -1,4 +1,4 @@
-"""Drafts out of samples of the same prompt, inside vLLM: the corpus of `draft/trie.py` behind vLLM's proposer class.
+"""Drafts out of samples of the same prompt, inside vLLM: the corpus of `drafters/trie.py` behind vLLM's proposer class.
 
 vLLM makes the class that its `speculative_config.model` names, in the worker, and asks it for drafts after every step,
 in the order of the batch. It says neither which request sits in a row nor where that one's prompt ends; the runner
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from forerun.config import TrieConfig
-from forerun.draft.trie import Corpus, Text, TrieDrafter
+from forerun.drafters.trie import Corpus, Text, TrieDrafter
 
 SETTINGS = "forerun_trie"  # key of vLLM's additional_config
 

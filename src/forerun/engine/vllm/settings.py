@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from forerun.config import SpeculationConfig
-from forerun.draft.eagle3_files import head_files, read_head
-from forerun.engine.transfer import Shapes, heated, shapes
+from forerun.drafters.eagle3_checkpoints import head_files, read_head
 from forerun.engine.vllm.proposer import SETTINGS
 from forerun.errors import UserError
 from forerun.models import Policy
+from forerun.models.auxiliary import decoder_layers
 from forerun.models.load import ALIASES, artifact
-from forerun.models.taps import decoder_layers
+from forerun.workers.weights import Shapes, heated, shapes
 
 REFUSED = {
     "mtp": "vLLM runs prediction heads only inside checkpoints of the architectures that were published with them, and "

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.engine.transfer import Piece, Shapes, Staging, heated
 from forerun.engine.vllm.sleep import Freed, fingerprints, free
 from forerun.errors import UserError
+from forerun.workers.weights import Piece, Shapes, Staging, heated
 
 DRAFT_NAMES = (("midlayer.", "model.layers.0."), ("fc.", "model.fc."), ("norm.", "model.norm."))
 

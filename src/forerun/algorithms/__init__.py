@@ -1,0 +1,1 @@
+"""What a policy learns from: advantages, losses, off-policy correction. Pure functions."""

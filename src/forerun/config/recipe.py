@@ -1,0 +1,457 @@
+"""The one typed configuration. A recipe is YAML; `dotted.key=value` overrides follow; unknown keys are refused.
+
+Every field is written out in `config.resolved.yaml` of a run, defaults included, so that a run folder explains itself.
+Left out: reading data or models. Whether a path exists is found out by the room that opens it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from forerun.config.drafters import Block, GraftConfig, NgramConfig, TrieConfig
+from forerun.config.messages import sentence
+from forerun.errors import UserError
+
+DType = Literal["auto", "float32", "bfloat16"]
+COTRAINED = ("eagle3", "mtp")  # drafters that can train beside the policy
+SAMPLED = ("eagle3", "mtp", "model")  # drafters that sample their drafts, from a q of their own
+
+
+class PolicyConfig(Block):
+    model: str = Field(description="folder or hub name of a Hugging Face causal language model, or a known alias")
+    adapter: str | None = Field(
+        None, description="LoRA folder or shipped artifact that is merged into the policy on load"
+    )
+    dtype: DType = Field("auto", description="auto: bfloat16 where the hardware multiplies it natively, else float32")
+    device: str = Field("auto", description="auto: cuda where there is one, else cpu")
+    system: str | None = Field(None, description="system message before every question; null: the chat template's own")
+    chat: bool = Field(True, description="false: questions are given as they are, without the model's chat template")
+
+
+class TaskConfig(Block):
+    name: str = Field(description="gsm8k, jsonl, or reasoning_gym")
+    path: str | None = Field(None, description="gsm8k: JSONL file instead of the hub; jsonl: training file")
+    eval_path: str | None = Field(None, description="JSONL of held-out problems; null: the last tenth of `path`")
+    dataset: str = Field("chain_sum", description="reasoning_gym: the name of its dataset")
+    options: dict[str, Any] = Field(default_factory=dict, description="reasoning_gym: the dataset's own options")
+    reward: str | None = Field(
+        None, description="package.module:function(problem, completion) -> float; null: the task's"
+    )
+    size: int = Field(2000, ge=1, description="training problems (at most this many)")
+    suffix: str = Field("", description="text that is added to every question, e.g. the wanted answer format")
+
+
+class ColdStartConfig(Block):
+    """Supervised training on worked solutions before the drafter and the reinforcement-learning stages."""
+
+    steps: int = Field(200, ge=1)
+    batch: int = Field(24, ge=1, description="solutions per step")
+    learning_rate: float = Field(5e-4, gt=0)
+    rank: int = Field(32, ge=1, description="rank of the LoRA adapter on every linear layer")
+    warmup: int = Field(10, ge=0, description="steps of linear warm-up; then cosine decay to a tenth")
+    answer_only: float = Field(
+        0.0, ge=0, lt=1, description="share of solutions cut to their answer: two habits for RL to choose between"
+    )
+
+
+class SpeculationConfig(Block):
+    """One block for trainer, engine and simulator alike."""
+
+    method: Literal["none", "eagle3", "mtp", "ngram", "trie", "model", "graft", "vllm"] = Field(
+        "none", description="vllm: a drafter of vLLM's own, e.g. suffix decoding or DFlash, which `vllm` describes"
+    )
+    draft: str | None = Field(
+        None,
+        description="eagle3, mtp, graft: folder or shipped artifact of the drafter, null: train one first; mtp: also "
+        "the folder of a policy that carries its heads; model: folder or "
+        "hub name of a smaller model; trie: folder of a saved corpus, null: begin empty; ngram: not read",
+    )
+    k: int | Literal["auto"] = Field(
+        3, description="tokens drafted per round; graft: above 0, the size of the tree is graft.nodes"
+    )
+    verify: Literal["block", "token"] = Field(
+        "block", description="acceptance rule at temperature > 0; graft: the trees are judged by the target-only walk"
+    )
+    proposal: Literal["sampled", "argmax"] = Field(
+        "sampled", description="argmax: the likeliest token with a one-hot q (usual elsewhere, worse at temperature 1)"
+    )
+    draft_temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        1.0,
+        description="temperature of sampled drafts over that of the rollouts: below 1 for an unsure drafter; auto: "
+        "learnt while drafting (eagle3, mtp, model)",
+    )
+    train: str = Field(
+        "off",
+        description="whether the drafter keeps training during the run (eagle3, mtp): off; every-N: after every N "
+        "steps; drift: after a step that shows its acceptance fallen, see draft.drift_share",
+    )
+    ngram: NgramConfig = NgramConfig()
+    trie: TrieConfig = TrieConfig()
+    graft: GraftConfig = GraftConfig()
+    vllm: dict[str, Any] = Field(
+        default_factory=dict,
+        description="entries of vLLM's speculative_config that are handed on as they are, e.g. "
+        "num_speculative_tokens_per_batch_size; method: vllm: its method, and its model if it has one",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> SpeculationConfig:
+        if self.method == "vllm" and "method" not in self.vllm:
+            raise ValueError("method: vllm needs the name of a drafter of vLLM's, e.g. vllm: {method: suffix}")
+        if self.k == "auto":
+            raise ValueError("k: auto needs the row budget, which this version does not have; set a number, e.g. k: 4")
+        if not 0 <= self.k <= 32:
+            raise ValueError(f"k must lie between 0 and 32, not {self.k}")
+        if self.train != "off" and self.method not in ("none", *COTRAINED):
+            raise ValueError(
+                f"train: {self.train} needs a drafter that learns beside the policy ({', '.join(COTRAINED)})"
+            )
+        if self.draft_temperature == "auto" and self.method not in ("none", *SAMPLED):
+            raise ValueError(
+                f"draft_temperature: auto learns from sampled drafts ({', '.join(SAMPLED)}), and method: {self.method} "
+                "samples none; leave it at 1"
+            )
+        if self.draft_temperature == "auto" and self.proposal != "sampled":
+            raise ValueError(
+                f"draft_temperature: auto learns from sampled drafts, and proposal: {self.proposal} samples none; set "
+                "proposal: sampled, or a number"
+            )
+        return self
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _train(cls, value: Any) -> Any:
+        value = "off" if value is False else value  # YAML 1.1 reads a bare off as false
+        if not isinstance(value, str) or not re.fullmatch(r"off|drift|every-[1-9][0-9]*", value):
+            raise ValueError("train must be off, drift or every-N, e.g. every-5")
+        return value
+
+    @property
+    def tokens(self) -> int:
+        """Draft tokens per round, of a tree its nodes; 0 when speculation is off."""
+        if self.method == "none" or isinstance(self.k, str):
+            return 0
+        return self.graft.nodes if self.method == "graft" and self.k > 0 else self.k
+
+
+class RolloutConfig(Block):
+    engine: Literal["local", "vllm"] = "local"
+    slots: int = Field(32, ge=1, description="sequences decoded side by side, by every replica")
+    replicas: int = Field(
+        0, ge=0, description="engines in processes of their own, watched and replaced; 0: one, in this process"
+    )
+    silence_s: float = Field(120.0, gt=0, description="without a word after which a replica is replaced")
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    stop: list[str] = Field(default_factory=list, description="strings that end a completion (kept in it)")
+
+
+class LoraConfig(Block):
+    """Low-rank adapters in place of the policy's weights (2106.09685), see `learner/lora.py`."""
+
+    rank: int = Field(16, ge=1)
+    alpha: float | None = Field(
+        None, gt=0, description="the product of the matrices counts alpha / rank times; null: twice the rank"
+    )
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear",
+        description="names of linear layers, or their ends, e.g. [q_proj, v_proj]; all-linear: all but the head",
+    )
+    seed: int = Field(0, description="of the matrices that do not start at zero")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the matrices' product."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+
+class TrainConfig(Block):
+    steps: int = Field(100, ge=0)
+    prompts_per_step: int = Field(8, ge=1)
+    samples_per_prompt: int = Field(8, ge=2)
+    learning_rate: float = Field(1e-6, gt=0)
+    warmup: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd: for few samples per update; a rate near 0.03")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="adamw")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd")
+    max_grad_norm: float = Field(1.0, gt=0)
+    updates_per_step: int = Field(1, ge=1, description="optimizer steps per batch of rollouts")
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.2, gt=0)
+    correction: Literal["token_tis", "sequence_mask", "icepop", "none"] = Field(
+        "token_tis",
+        description="weight of a token by the ratio of its probabilities, learner over engine: token_tis: the ratio, "
+        "at most importance_cap; icepop: the ratio, 0 outside importance_band; sequence_mask: token_tis, 0 in "
+        "sequences whose geometric mean ratio is outside importance_band; none: 1",
+    )
+    importance_cap: float = Field(2.0, ge=1, description="bound of the learner/engine probability ratio per token")
+    importance_band: tuple[float, float] | None = Field(
+        None, description="least and largest ratio; null: 0.5 and 5 for icepop, 0.9 and 1.1 for sequence_mask"
+    )
+    kl: float = Field(0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
+    normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
+    microbatch_tokens: int = Field(4096, ge=1, description="padded tokens per forward and backward pass")
+    packing: bool = Field(False, description="all sequences of a pass in one row, apart from each other: no padding")
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = Field(None, description="train an adapter alone; null: all weights")
+    ranks: int = Field(
+        1, ge=1, description="processes over which the learner is sharded (FSDP2), one per GPU; 1: in this process"
+    )
+    tensor_parallel: int = Field(
+        1, ge=1, description="of the ranks, how many share each layer's matrices and run the same rows; divides them"
+    )
+    silence_s: float = Field(300.0, gt=0, description="with ranks: without a word after which they are given up")
+
+    @property
+    def data_parallel(self) -> int:
+        """Groups of ranks that run rows of their own."""
+        return self.ranks // self.tensor_parallel
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Least and largest ratio that the correction lets through."""
+        return self.importance_band or ((0.9, 1.1) if self.correction == "sequence_mask" else (0.5, 5.0))
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        low, high = self.band
+        if not 0 <= low < 1 < high:
+            raise ValueError(
+                f"importance_band {[low, high]} leaves out the ratio 1 of tokens that the policy itself sampled; set "
+                "the first below 1 and the second above"
+            )
+        if self.importance_band is not None and self.correction not in ("icepop", "sequence_mask"):
+            raise ValueError(
+                f"importance_band is for correction: icepop and sequence_mask, not for {self.correction}; leave it out"
+            )
+        return self
+
+
+class EvalConfig(Block):
+    every: int = Field(10, ge=0, description="steps between held-out evaluations; 0: only at start and end")
+    prompts: int = Field(64, ge=0, description="held-out problems; 0: no evaluation")
+    samples: int = Field(1, ge=1, description="completions per problem")
+    temperature: float | None = Field(None, ge=0, description="null: as in rollouts")
+    slots: int | None = Field(
+        None, ge=1, description="decode plainly, so many at once (a full machine needs no drafts); null: as in rollouts"
+    )
+
+
+class LoopConfig(Block):
+    lag: int = Field(0, ge=0, description="weight versions that generation may run ahead; 0: synchronous")
+    in_flight: bool = Field(False, description="with lag: a new version takes over between two rounds of its samples")
+
+
+class CompareConfig(Block):
+    """Plain generation of the same prompts beside the speculative one, timed in the same run."""
+
+    steps: int = Field(0, ge=0, description="steps, spread over the run, whose prompts are also generated plainly")
+
+
+class CheckpointConfig(Block):
+    every: int = Field(10, ge=0, description="steps between checkpoints; 0: only on Ctrl-C")
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept; with 1 a broken one has none before it")
+    restarts: int = Field(
+        3, ge=0, description="times that a run which lost replicas or ranks goes back to the same checkpoint by itself"
+    )
+
+
+class ClusterConfig(Block):
+    """Rollout replicas, and the learner's ranks, as Ray actors on any machine of a cluster."""
+
+    address: str = Field(
+        "none",
+        description="none: processes of this machine; auto: the Ray cluster that this machine belongs to; local: a "
+        "private Ray on this machine; else Ray's address, host:port or ray://host:port",
+    )
+    gpus_per_replica: float = Field(0.0, ge=0, description="that Ray reserves for a replica")
+    cpus_per_replica: float = Field(1.0, gt=0, description="that Ray reserves for a replica; also its threads")
+    gpus_per_rank: int = Field(0, ge=0, le=1, description="that Ray reserves for a rank of train.ranks")
+    cpus_per_rank: float = Field(1.0, gt=0, description="that Ray reserves for a rank; also its threads")
+    placement: Literal["PACK", "SPREAD"] = Field(
+        "PACK",
+        description="PACK: replicas, and ranks, on as few machines as hold them; SPREAD: on as many as there are",
+    )
+
+
+class DraftConfig(Block):
+    """Training of the drafter (`forerun draft`)."""
+
+    rollouts: int = Field(512, ge=1, description="samples of the policy to train on")
+    texts: str | None = Field(
+        None,
+        description="JSONL to train on in place of samples: objects with prompt and completion, or with text alone",
+    )
+    epochs: int = Field(4, ge=1, description="passes over the training data, at most")
+    patience: int = Field(4, ge=1, description="epochs in a row without a better validation after which training ends")
+    learning_rate: float = Field(1e-3, gt=0)
+    batch_tokens: int = Field(4096, ge=64, description="tokens per optimizer step")
+    depth: int = Field(4, ge=1, description="training-time-test unroll, in draft positions")
+    decay: float = Field(1.0, gt=0, le=1, description="weight of each further draft position in the loss")
+    loss: Literal["lk", "kl", "tv", "ce", "e2e"] = Field(
+        "lk",
+        description="lk: forward KL that fades into total variation; kl, tv: either alone; ce: cross-entropy to the "
+        "tokens themselves; e2e: total variation of the whole chain, for drafters that are good already",
+    )
+    vocab: int = Field(8192, ge=16, description="eagle3, mtp: how many tokens are drafted, the most frequent first")
+    layers: list[int] | None = Field(
+        None, description="eagle3: hidden states that are fused (inputs of these layers); model: layers that are kept"
+    )
+    intermediate: int | None = Field(None, description="width of the drafter's MLP; null: the policy's")
+    mtp_layers: int = Field(1, ge=1, description="mtp: layers, one per draft position; the last one is applied again")
+    cache_gib: float = Field(
+        2.0,
+        ge=0,
+        description="memory for the policy's outputs; beyond it the policy runs again every epoch, and beside a policy "
+        "that trains (all ranks together) tokens are left out",
+    )
+    validation: float = Field(0.1, gt=0, lt=1, description="share of rollouts kept for validation")
+    online_learning_rate: float = Field(1e-4, gt=0, description="beside the policy (speculation.train)")
+    online_max_grad_norm: float = Field(0.5, gt=0, description="beside the policy")
+    drift_share: float = Field(
+        0.05, gt=0, lt=1, description="train: drift: fall of acceptance, at matched entropy, that starts an update"
+    )
+    drift_window: int = Field(4, ge=1, description="steps that set the reference level, and over which it is smoothed")
+
+
+class Recipe(Block):
+    """A whole run."""
+
+    name: str = "run"
+    seed: int = 0
+    runs: str = Field("runs", description="folder in which run folders are made")
+    policy: PolicyConfig
+    task: TaskConfig
+    cold_start: ColdStartConfig | None = None
+    speculation: SpeculationConfig = SpeculationConfig()
+    draft: DraftConfig = DraftConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    loop: LoopConfig = LoopConfig()
+    compare: CompareConfig = CompareConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if (self.speculation.method == "vllm" or self.speculation.vllm) and self.rollout.engine != "vllm":
+            raise ValueError(
+                f"speculation.vllm is for vLLM alone, and rollout.engine is {self.rollout.engine}; set it to vllm"
+            )
+        if self.train.ranks > 1 and self.train.lora is not None:
+            raise ValueError(
+                f"train.lora trains an adapter in one process, and train.ranks={self.train.ranks} shards the policy; "
+                "set train.ranks=1 or train.lora=null"
+            )
+        if self.train.ranks % self.train.tensor_parallel:
+            raise ValueError(
+                f"train.tensor_parallel={self.train.tensor_parallel} does not divide train.ranks={self.train.ranks}; "
+                "set train.ranks to a multiple of it"
+            )
+        if self.cold_start is not None and self.policy.adapter is not None:
+            raise ValueError("cold_start trains an adapter and policy.adapter loads one: keep one of the two")
+        if self.loop.lag and not self.rollout.replicas:
+            raise ValueError(
+                f"loop.lag={self.loop.lag} needs engines with weights of their own, and rollout.replicas is 0; set it "
+                "to 1"
+            )
+        if self.loop.lag and self.compare.steps:
+            raise ValueError(
+                f"loop.lag={self.loop.lag} keeps the engine busy, and compare.steps={self.compare.steps} needs it to "
+                "itself; set compare.steps=0"
+            )
+        if self.cluster.address != "none" and not self.rollout.replicas and self.train.ranks == 1:
+            raise ValueError(
+                f"cluster.address={self.cluster.address} places replicas and ranks, and rollout.replicas is 0 and "
+                "train.ranks is 1; set one of them higher"
+            )
+        if self.cluster.address != "none" and self.rollout.replicas and self.compare.steps:
+            raise ValueError(
+                f"compare.steps={self.compare.steps} would take as many replicas of the cluster again; set "
+                "compare.steps=0"
+            )
+        if self.loop.in_flight and not self.loop.lag:
+            raise ValueError("loop.in_flight=true changes weights while sampling goes on, which loop.lag=0 never does")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    folder = resources.files("forerun.config") / "recipes"
+    return sorted(Path(str(f)).stem for f in folder.iterdir() if str(f).endswith(".yaml"))
+
+
+def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        recipe: shipped name ("quickstart") or path of a YAML file.
+        overrides: dotted keys and values; strings are read as YAML ("0.5" is a number, "null" is None).
+
+    Raises:
+        UserError: no such recipe, broken YAML, an unknown key (with the nearest one), or a value out of range.
+    """
+    data = _read_yaml(recipe)
+    for key, value in (overrides or {}).items():
+        _set(data, key, yaml.safe_load(value) if isinstance(value, str) else value)
+    data.setdefault("name", Path(recipe).stem)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UserError(sentence(error, Recipe)) from None
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, Any]:
+    """`["train.steps=5"]` -> `{"train.steps": "5"}`.
+
+    Raises:
+        UserError: an argument without "=".
+    """
+    for argument in arguments:
+        if "=" not in argument or argument.startswith("-"):
+            raise UserError(f"'{argument}' is not an override; write it as dotted.key=value, e.g. train.steps=5")
+    return dict(argument.split("=", 1) for argument in arguments)
+
+
+def _read_yaml(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        names = recipe_names()
+        if recipe not in names:
+            near = difflib.get_close_matches(recipe, names, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"shipped recipes: {', '.join(names)}"
+            raise UserError(f"No recipe is called '{recipe}'; {hint}")
+        path = Path(str(resources.files("forerun.config") / "recipes" / f"{recipe}.yaml"))
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read the recipe {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"The recipe {path} holds {type(data).__name__}, not a mapping of settings")
+    return data
+
+
+def _set(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        if data.get(name) is None:
+            data[name] = {}
+        data = data[name]
+        if not isinstance(data, dict):
+            raise UserError(f"'{dotted}' reaches into '{name}', which is a value and not a group of settings")
+    data[last] = value

@@ -1,0 +1,189 @@
+"""A smaller causal language model as drafter (Leviathan et al. 2211.17192): same vocabulary, cache rows of its own.
+
+Each round it first reads what was emitted since it last ran, usually one token, two where the whole draft was accepted
+(the last draft was never fed), more where rounds passed without it. Then it samples k tokens one after the other, and
+hands over the very rows that it sampled from. A rejected draft's keys and values are overwritten before anything sees
+them, as in the policy's own cache.
+Left out: vocabularies that overlap in part; a draft model is refused unless its tokenizer is the policy's.
+Axes: R rows, B live rows, P positions, n tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forerun.drafters.base import Rows, heat_of_round, sample_draft
+from forerun.drafters.temperature import HeatSetting, make_heat
+from forerun.errors import UserError
+from forerun.models import Policy, load_policy, save_policy
+from forerun.models.cache import SlotCache, SlotPass
+from forerun.models.forward import PolicyForward
+from forerun.models.load import artifact, load_exactly
+from forerun.models.logprobs import head_sees
+from forerun.types import Draft, Verdict
+
+
+class ModelDrafter:
+    """The draft model at work: its cache, the rows' tokens, and how many of them the cache holds."""
+
+    method = "model"
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, model: Policy, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> None:
+        """`model` drafts for `policy`.
+
+        Args:
+            proposal: "argmax" drafts deterministically, with a one-hot q.
+            heat: temperature of sampled drafts over that of the rollouts, or "auto", see heat.py.
+
+        Raises:
+            UserError: their vocabularies differ.
+        """
+        _check_vocabulary(model, policy)
+        model.model.eval()
+        self.model, self.proposal, self.heat = model, proposal, make_heat(heat, proposal)
+        self._forward = PolicyForward(model, ())
+
+    def open(self, rows: int, positions: int, k: int) -> None:
+        self._forward.refresh()
+        self._cache = SlotCache(rows, positions)
+        self._text = torch.zeros(rows, positions + 1, dtype=torch.int64, device=self.model.device)
+        self._known = torch.zeros(rows, dtype=torch.int64, device=self.model.device)  # tokens that the cache holds
+        self._fed: int | None = None  # drafts that this round's `propose` ran, None: it did not run
+
+    def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
+        """Run all but the prompts' last tokens, as the policy did."""
+        span = slice(first_row, first_row + len(tokens))
+        self._text[span, : tokens.shape[1]] = tokens
+        self._known[span] = lengths - 1
+        n = min(tokens.shape[1] - 1, self.model.context)
+        if n > 0:
+            slots = SlotPass(self._cache, first_row, torch.zeros_like(lengths), n, n, fresh=True)
+            self._forward(tokens[:, :n], slots, head=False)
+
+    def copy(self, source: int, target: int) -> None:
+        self._cache.copy(source, target, min(int(self._known[source]), self._cache.positions))
+        self._text[target], self._known[target] = self._text[source], self._known[source]
+
+    @torch.no_grad()
+    def propose(self, rows: Rows, budget: Tensor) -> Draft:
+        """Read what is new, then draft token by token; a row beyond the model's own context drafts nothing."""
+        lengths = torch.minimum(budget, (self.model.context - rows.lengths).clamp(min=0))
+        k = int(lengths.max())
+        heat = heat_of_round(self.proposal, rows, self.heat.value)
+        logits = self._read(rows) if k > 0 else rows.temperature.new_zeros(rows.count, 0)
+        tokens, log_q = [], []
+        for slot in range(k):
+            token, row = sample_draft(logits, rows, slot, heat)
+            tokens.append(token)
+            log_q.append(row)
+            if slot < k - 1:
+                at = (rows.lengths + slot + 1).clamp(max=self.model.context - 1)  # beyond it nothing is read again
+                logits = self._run(token[:, None], at, int(at.max()) + 1, torch.zeros_like(at))
+        self._fed = max(k - 1, 0) if k > 0 else None
+        if k == 0:
+            return Draft(rows.last.new_zeros(rows.count, 0), lengths)
+        return Draft(torch.stack(tokens, dim=1), lengths, None if heat is None else torch.stack(log_q, dim=1))
+
+    def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
+        """Take the emitted tokens down; the cache now holds the newest token and the accepted ones of those it ran."""
+        n, count = verdict.tokens.shape[1], rows.count
+        at = rows.lengths[:, None] + 1 + torch.arange(n, device=rows.lengths.device)  # zeros behind are written over
+        self._text[torch.arange(count, device=at.device)[:, None], at] = verdict.tokens
+        if self._fed is not None:
+            self._known[:count] = rows.lengths + 1 + verdict.accepted.clamp(max=self._fed)
+        self._fed = None
+
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+        """See `Learning.learn`: the heat, where it is learnt."""
+        self.heat.learn(rows, draft, logits, verdict)
+
+    def metrics(self) -> dict[str, float]:
+        return self.heat.metrics()
+
+    def _read(self, rows: Rows) -> Tensor:
+        """Run each row's tokens from the oldest that any row lacks to its newest; logits [B, V] after that one.
+
+        Rows that lack fewer run some again: the same keys and values at the same places.
+        """
+        open_rows = rows.lengths < self.model.context
+        n = int(torch.where(open_rows, rows.lengths + 1 - self._known[: rows.count], 1).max())
+        starts = (rows.lengths + 1 - n).clamp(min=0, max=max(self.model.context - n, 0))
+        at = starts[:, None] + torch.arange(n, device=starts.device)
+        tokens = self._text[: rows.count].gather(1, at)
+        newest = (rows.lengths - starts).clamp(max=n - 1)
+        return self._run(tokens, starts, int(starts.max()) + n, newest)
+
+    def _run(self, tokens: Tensor, starts: Tensor, end: int, column: Tensor) -> Tensor:
+        """Run tokens [B, n] from `starts` [B]; logits of one column [B] per row: [B, V]."""
+        slots = SlotPass(self._cache, 0, starts, tokens.shape[1], end)
+        with head_sees(self.model.model, torch.arange(len(tokens), device=tokens.device), column):
+            logits, _ = self._forward(tokens, slots)
+        assert logits is not None
+        return logits
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` into the model. Raises UserError when a tensor is missing, unknown or of another shape."""
+        load_exactly(self.model.model, state, "the draft model")
+
+    def save(self, folder: Path, about: dict[str, Any]) -> None:
+        """Write a Hugging Face folder (weights, config, tokenizer); `about` stands in config.json under "forerun"."""
+        save_policy(self.model, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "forerun": about}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, source: str, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> ModelDrafter:
+        """Load a draft model in the policy's number format and on its device.
+
+        Args:
+            source: folder, shipped artifact, hub name or alias. Keywords as for the constructor.
+
+        Raises:
+            UserError: it cannot be found, has no tokenizer, or another vocabulary than the policy.
+        """
+        try:
+            model = load_policy(_place(source), str(policy.dtype).removeprefix("torch."), str(policy.device))
+        except UserError as error:
+            raise UserError(
+                f"speculation.draft={source} is no draft model: {error}; give a folder or a hub name of a smaller "
+                "causal language model with the policy's tokenizer"
+            ) from error
+        return cls(model, policy, proposal=proposal, heat=heat)
+
+
+def _place(source: str) -> str:
+    """A folder or shipped artifact where `source` is one, else `source` as a hub name or alias."""
+    try:
+        return str(artifact(source))
+    except (UserError, OSError):  # a name with a slash sends it into a folder that need not exist
+        return source
+
+
+def _check_vocabulary(model: Policy, policy: Policy) -> None:
+    """Token ids must mean the same to both: a draft is judged by id."""
+    ours, theirs = (int(p.model.config.get_text_config().vocab_size) for p in (model, policy))
+    if ours != theirs:
+        raise UserError(
+            f"The draft model '{model.name}' has {ours} tokens and the policy '{policy.name}' has {theirs}: "
+            "draft with a model of the policy's own family"
+        )
+    if model.tokenizer is None or policy.tokenizer is None:
+        return
+    own, other = model.tokenizer.get_vocab(), policy.tokenizer.get_vocab()
+    different = sorted({t for t, _ in own.items() ^ other.items()}, key=lambda t: (other.get(t, -1), t))
+    if different:
+        raise UserError(
+            f"The draft model '{model.name}' and the policy '{policy.name}' have {theirs} tokens each, but their "
+            f"tokenizers differ in {len(different)}, for example {different[0]!r} with id {own.get(different[0])} and "
+            f"{other.get(different[0])}: draft with a model that shares the policy's tokenizer"
+        )

@@ -1,0 +1,339 @@
+"""EAGLE-3 (Li et al. 2503.01840): one decoder layer that continues the policy's own hidden states.
+
+At position t it reads the fused hidden states g_t of three policy layers and the embedding of the *next* token x_{t+1},
+and predicts x_{t+2}. Where no g exists yet, because the policy has not run there, its own output takes g's place.
+The head knows a reduced vocabulary of D tokens (d2t); outside of it q is 0, which rejection sampling repairs.
+A row whose text has outgrown the head's own context drafts nothing. Files are read and written by eagle3_files.py.
+Axes: R rows, B live rows, n tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from forerun.drafters.base import Rows, heat_of_round, sample_draft
+from forerun.drafters.eagle3_checkpoints import Eagle3Config as Eagle3Config
+from forerun.drafters.eagle3_checkpoints import head_files, read_head
+from forerun.drafters.temperature import HeatSetting, make_heat
+from forerun.errors import UserError
+from forerun.models import Policy
+from forerun.models.auxiliary import check_taps, decoder_layers
+from forerun.models.cache import SlotCache, SlotPass
+from forerun.models.fused import rotate_sign, swap_halves
+from forerun.models.load import load_exactly
+from forerun.types import Draft, Verdict
+
+
+class RMSNorm(nn.RMSNorm):
+    """In the number format of its input, as the engine runs it, also while float32 weights train under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]"""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Eagle3Head(nn.Module):
+    """The trainable part. Parameter names are those of the published checkpoints."""
+
+    d2t: Tensor  # [D] int64, offsets: target id = draft id + d2t
+    t2d: Tensor  # [V] bool
+    midlayer: Any
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.config = config
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        if config.norm_before_fc:
+            self.input_norm = RMSNorm(config.tap_width * len(config.layers), eps)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(config.tap_width, eps) for _ in config.layers)
+        self.fc = nn.Linear(config.tap_width * len(config.layers), hidden, bias=False)
+        self.midlayer = _midlayer(config)
+        self.norm = RMSNorm(hidden, eps)
+        self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        if config.own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
+        # no buffer: frequencies stay float32 in a head of bfloat16, or far positions turn by other angles
+        self._frequencies, self._rotary_scale = rotary(config)
+
+    @property
+    def vocabulary(self) -> Tensor:
+        """Target ids of the draft vocabulary, ascending. [D]"""
+        return torch.arange(self.d2t.shape[0], device=self.d2t.device) + self.d2t
+
+    def set_vocabulary(self, target_ids: Tensor) -> None:
+        """Make `target_ids` [D], ascending, the draft vocabulary."""
+        self.d2t.copy_(target_ids - torch.arange(len(target_ids), device=target_ids.device))
+        self.t2d.zero_()[target_ids] = True
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """Hidden states at the taps [..., T·H] -> the head's hidden state [..., H]."""
+        features = features.to(self.fc.weight.dtype)
+        if self.config.norm_before_fc:
+            features = self.input_norm(features)
+        if self.config.fc_norm:
+            parts = features.chunk(len(self.fc_norm), dim=-1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(features)
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, n, head_dim] float32 of the rotary embedding at positions [B, n]."""
+        self._frequencies = self._frequencies.to(positions.device)
+        angle = positions[..., None].float() * self._frequencies
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos() * self._rotary_scale, angle.sin() * self._rotary_scale
+
+    def query_key_value(self, embedded: Tensor, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """embedded, hidden [B, n, H], positions [B, n] -> rotated q [B, heads, n, D], k and v [B, kv, n, D]."""
+        layer, attention, size = self.midlayer, self.midlayer["self_attn"], self.config.head_dim
+        x = torch.cat([layer["input_layernorm"](embedded.to(hidden.dtype)), layer["hidden_norm"](hidden)], dim=-1)
+        shape = (*x.shape[:2], -1, size)
+        query, key, value = (attention[f"{name}_proj"](x).view(shape) for name in "qkv")
+        if self.config.qk_norm:
+            query, key = attention["q_norm"](query), attention["k_norm"](key)
+        cos, sin = (t[:, :, None].to(x.dtype) for t in self.angles(positions))
+        query, key = (t * cos + swap_halves(t) * rotate_sign(sin) for t in (query, key))
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Rest of the layer: hidden [B, n, H] before it, attended [B, n, heads, D] -> hidden [B, n, H] after it."""
+        layer, mlp = self.midlayer, self.midlayer["mlp"]
+        around = layer["hidden_norm"](hidden) if self.config.norm_before_residual else hidden
+        hidden = around + layer["self_attn"]["o_proj"](attended.reshape(*hidden.shape[:2], -1))
+        x = layer["post_attention_layernorm"](hidden)
+        hidden = hidden + mlp["down_proj"](F.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
+        return self.norm(hidden) if self.config.norm_output else hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of the states that `finish` returns: [..., H] -> [..., D]"""
+        return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
+
+
+def _midlayer(config: Eagle3Config) -> nn.ModuleDict:
+    hidden, size, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
+    queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    attention: dict[str, nn.Module] = {
+        "q_proj": nn.Linear(2 * hidden, queries, bias=config.attention_bias),
+        "k_proj": nn.Linear(2 * hidden, keys, bias=config.attention_bias),
+        "v_proj": nn.Linear(2 * hidden, keys, bias=config.attention_bias),
+        "o_proj": nn.Linear(queries, hidden, bias=config.attention_bias),
+    }
+    if config.qk_norm:
+        attention |= {"q_norm": RMSNorm(size, eps), "k_norm": RMSNorm(size, eps)}
+    mlp = {
+        "gate_proj": nn.Linear(hidden, config.intermediate_size, bias=config.mlp_bias),
+        "up_proj": nn.Linear(hidden, config.intermediate_size, bias=config.mlp_bias),
+        "down_proj": nn.Linear(config.intermediate_size, hidden, bias=config.mlp_bias),
+    }
+    return nn.ModuleDict(
+        {
+            "input_layernorm": RMSNorm(hidden, eps),  # on the embedding
+            "hidden_norm": RMSNorm(hidden, eps),  # on the fused or fed-back hidden state
+            "self_attn": nn.ModuleDict(attention),
+            "post_attention_layernorm": RMSNorm(hidden, eps),
+            "mlp": nn.ModuleDict(mlp),
+        }
+    )
+
+
+def rotary(config: Eagle3Config) -> tuple[Tensor, float]:
+    """Inverse frequencies [head_dim / 2] float32 of the rotary embedding, and what scales its cos and sin."""
+    if config.rope_scaling is None:
+        return config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim), 1.0
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    shape = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters={**config.rope_scaling, "rope_theta": config.rope_theta},
+    )
+    inverse, scale = ROPE_INIT_FUNCTIONS[config.rope_scaling["rope_type"]](shape, torch.device("cpu"))
+    return inverse.float(), float(scale)
+
+
+class Eagle3Drafter:
+    """The head at work in an engine: its own cache rows, and what the last verification left to be read in.
+
+    Pending are, per row, the emitted tokens with the policy's hidden states *before* them: the pairs (x_{t+1}, g_t)
+    that the head has not read yet. Reading them replaces the entries that it guessed while drafting.
+    """
+
+    method = "eagle3"
+
+    def __init__(self, head: Eagle3Head, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> None:
+        """A head at work for `policy`.
+
+        Args:
+            proposal: "argmax" drafts deterministically.
+            heat: the drafts' temperature over the rollouts', or "auto", see heat.py.
+
+        Raises:
+            UserError: the head was made for another policy.
+        """
+        check_taps(head.config.layers, len(decoder_layers(policy.model)))
+        _check_fit(head.config, policy)
+        self.head = head.to(policy.device).eval()
+        self.taps = head.config.layers
+        self.proposal, self.heat = proposal, make_heat(heat, proposal)
+        self.dialect = "forerun"
+        self.vocabulary = head.vocabulary
+        self._embed = head.embed_tokens if head.config.own_embedding else policy.model.get_input_embeddings()
+        self._verifier = {"name_or_path": policy.name, "architectures": [type(policy.model).__name__]}
+        self._beyond, self._outgrown = 0, False
+
+    def open(self, rows: int, positions: int, k: int) -> None:
+        device, width = self.head.fc.weight.device, self.head.fc.in_features
+        self.cache = SlotCache(rows, positions)
+        self._outgrown = positions > self.head.config.max_position_embeddings  # whether a row could be
+        self._tokens = torch.zeros(rows, k + 1, dtype=torch.int64, device=device)
+        self._features = torch.zeros(rows, k + 1, width, dtype=self.head.fc.weight.dtype, device=device)
+        self.pending = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
+        """Read all pairs of the prompts but the last, which stays pending (as for a row that just emitted a token)."""
+        assert features is not None
+        rows = torch.arange(first_row, first_row + tokens.shape[0], device=tokens.device)
+        last = (lengths - 2).clamp(min=0)  # position of the last pair's hidden state
+        self.pending[rows] = (lengths > 1).long()
+        self._tokens[rows, 0] = tokens.gather(1, (last + 1).clamp(max=tokens.shape[1] - 1)[:, None])[:, 0]
+        self._features[rows, 0] = features[torch.arange(len(rows)), last].to(self._features.dtype)
+        if tokens.shape[1] > 2:
+            hidden = self.head.fuse(features[:, : tokens.shape[1] - 2])
+            slots = SlotPass(
+                self.cache, first_row, torch.zeros_like(lengths), hidden.shape[1], hidden.shape[1], fresh=True
+            )
+            self.run(tokens[:, 1:-1], hidden, slots)
+
+    def copy(self, source: int, target: int) -> None:
+        self.cache.copy(source, target, self.cache.positions)
+        for store in (self._tokens, self._features, self.pending):
+            store[target] = store[source]
+
+    @torch.no_grad()
+    def propose(self, rows: Rows, budget: Tensor) -> Draft:
+        """Read what is pending, then draft token by token; a row with nothing to read from drafts nothing."""
+        count = self.pending[: rows.count]
+        lengths = torch.where(count > 0, self.within(rows, budget), 0)
+        k, n = int(lengths.max()), int(count.max())
+        if k == 0:
+            return Draft(torch.zeros(rows.count, 0, dtype=torch.int64, device=rows.last.device), lengths)
+        hidden = self.read(rows, count, n)
+        heat = heat_of_round(self.proposal, rows, self.heat.value)
+        tokens, log_q = [], []
+        for slot in range(k):
+            token, row = sample_draft(self.head.logits(hidden), rows, slot, heat)
+            tokens.append(self.vocabulary[token])
+            log_q.append(row)
+            if slot < k - 1:
+                slots = SlotPass(self.cache, 0, rows.lengths + slot, 1, int(rows.lengths.max()) + slot + 1)
+                hidden = self.run(tokens[-1][:, None], hidden[:, None], slots)[:, 0]
+        if heat is None:
+            return Draft(torch.stack(tokens, dim=1), lengths)
+        return Draft(torch.stack(tokens, dim=1), lengths, torch.stack(log_q, dim=1), self.vocabulary)
+
+    def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
+        assert features is not None
+        n = features.shape[1]
+        self._tokens[: rows.count, :n] = verdict.tokens
+        self._features[: rows.count, :n] = features.to(self._features.dtype)
+        self.pending[: rows.count] = verdict.accepted + 1
+
+    def within(self, rows: Rows, budget: Tensor) -> Tensor:
+        """`budget` [B] as far as the head's positions reach; the rows that are cut are counted.
+
+        The newest token is read at the position before its own, and every further draft needs one position more.
+        """
+        if not self._outgrown:
+            return budget
+        reach = (self.head.config.max_position_embeddings - rows.lengths + 1).clamp(min=0)
+        self._beyond += int((reach < budget).sum())
+        return torch.minimum(budget, reach)
+
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+        """See `Learning.learn`: the heat, where it is learnt."""
+        self.heat.learn(rows, draft, logits, verdict)
+
+    def metrics(self) -> dict[str, float]:
+        """Rounds of a row that the head's own context cut short, where there were any, and the heat that is learnt."""
+        beyond = {"rows_beyond_drafter_context": self._beyond} if self._beyond else {}
+        return {**beyond, **self.heat.metrics()}
+
+    def read(self, rows: Rows, count: Tensor, n: int) -> Tensor:
+        """Read what is pending, count [B] pairs of at most n per row; the states [B, H] after the newest tokens."""
+        starts = (rows.lengths - count).clamp(min=0)
+        slots = SlotPass(self.cache, 0, starts, n, int(starts.max()) + n)
+        fused = self.head.fuse(self._features[: rows.count, :n])
+        out = self.run(self._tokens[: rows.count, :n], fused, slots)
+        return out[torch.arange(rows.count, device=out.device), (count - 1).clamp(min=0)]
+
+    def run(self, tokens: Tensor, hidden: Tensor, slots: SlotPass) -> Tensor:
+        """The layer on target tokens [B, n] and the states before them [B, n, H]: the states after them [B, n, H]."""
+        query, key, value = self.head.query_key_value(self._embed(tokens), hidden, slots.positions)
+        return self.head.finish(hidden, slots.attend(0, query, key, value, None))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.head.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` into the head. Raises UserError when a tensor is missing, unknown or of another shape."""
+        load_exactly(self.head, state, "the drafter")
+        self.vocabulary = self.head.vocabulary
+
+    def save(self, folder: Path, about: dict[str, Any], layout: str = "specforge") -> None:
+        """Write config.json and model.safetensors; `about` records how it was made.
+
+        Args:
+            layout: of the files, "specforge" or "speculators"; vLLM reads both.
+        """
+        from safetensors.torch import save_file
+
+        data, tensors = head_files(self.head.config, self.head.state_dict(), layout)
+        if layout == "speculators":
+            data["speculators_config"] = {
+                "algorithm": "eagle3",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+                "verifier": self._verifier,
+            }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({**data, "forerun": about}, indent=2) + "\n")
+        save_file(tensors, folder / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> Eagle3Drafter:
+        """Read a head in any published layout (`dialect` says which it was) and check that it fits the policy.
+
+        Keywords as for the constructor.
+
+        Raises:
+            UserError: files are missing or broken, or the head was made for another policy.
+        """
+        layers, embedding = len(decoder_layers(policy.model)), policy.model.get_input_embeddings().weight
+        found = read_head(folder, layers, embedding)
+        head = Eagle3Head(found.config).to(policy.dtype)
+        load_exactly(head, found.state, f"the drafter in {folder}")
+        drafter = cls(head, policy, proposal=proposal, heat=heat)
+        drafter.dialect = found.dialect
+        return drafter
+
+
+def _check_fit(config: Eagle3Config, policy: Policy) -> None:
+    target = policy.model.config.get_text_config()
+    for name, ours in (("hidden_size", config.tap_width), ("vocab_size", config.vocab_size)):
+        if ours != getattr(target, name):
+            raise UserError(
+                f"The drafter was made for a policy with {name} {ours}, and this one has {getattr(target, name)}"
+            )

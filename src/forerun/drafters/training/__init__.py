@@ -1,0 +1,1 @@
+"""Training of drafters: teacher outputs, losses, the loop, distillation."""

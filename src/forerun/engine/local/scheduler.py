@@ -1,0 +1,126 @@
+"""Who sits in which cache row. Plain Python, no tensors.
+
+Live sequences fill rows 0 .. live-1 without gaps. Prompts are prefilled once into the rows above and copied from there
+into a slot for each of their samples; a prompt's row is free again when its last sample has been admitted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence as Sequences
+from dataclasses import dataclass, field
+
+from forerun.types import Rollout
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One sample in flight. `length` tokens are in the policy's cache; the newest token is not among them yet."""
+
+    prompt_ids: list[int]
+    prompt_index: int
+    sample_index: int
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    drafted: list[bool] = field(default_factory=list)
+    rounds: int = 0
+    finish_reason: str = ""
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_ids) + len(self.tokens) - 1
+
+    @property
+    def last(self) -> int:
+        return self.tokens[-1] if self.tokens else self.prompt_ids[-1]
+
+    def rollout(self) -> Rollout:
+        """The finished sample."""
+        return Rollout(
+            self.prompt_ids, self.tokens, self.logprobs, self.versions, self.finish_reason,
+            self.prompt_index, self.sample_index, self.rounds, self.drafted,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Schedule:
+    """Admission in the order of the requests: (prompt, sample), all samples of a prompt before the next one's."""
+
+    slots: int
+    prompts: Sequences[list[int]]
+    requests: Sequences[tuple[int, int]]
+    seed: int
+    live: list[Sequence] = field(default_factory=list)
+    _waiting: deque[tuple[int, int]] = field(default_factory=deque)  # (prompt, sample)
+    _row_of: dict[int, int] = field(default_factory=dict)  # prompt -> row of its prefill
+    _unfilled: deque[int] = field(default_factory=deque)  # prompts before their prefill
+    _fewest: int = 1  # samples of a prompt
+
+    def __post_init__(self) -> None:
+        self._waiting.extend(self.requests)
+        samples = Counter(prompt for prompt, _ in self.requests)
+        self._unfilled.extend(samples)
+        self._fewest = min(samples.values(), default=1)
+
+    @property
+    def prompt_rows(self) -> int:
+        """Rows above the slots: as many prompts as fill all slots at once."""
+        return min(len(self.prompts), -(-self.slots // self._fewest))
+
+    @property
+    def done(self) -> bool:
+        return not self.live and not self._waiting
+
+    def to_prefill(self) -> list[int]:
+        """Prompts to prefill now, as many as rows are free; none while the next sample in line has its prompt ready."""
+        if not self._waiting or len(self.live) >= self.slots or self._waiting[0][0] in self._row_of:
+            return []
+        free = self.prompt_rows - len(self._row_of)
+        chosen = [self._unfilled.popleft() for _ in range(min(free, len(self._unfilled)))]
+        used = set(self._row_of.values())
+        rows = [r for r in range(self.slots, self.slots + self.prompt_rows) if r not in used]
+        self._row_of.update(zip(chosen, rows, strict=False))
+        return chosen
+
+    def row_of(self, prompt: int) -> int:
+        """Cache row that holds the prompt's prefill."""
+        return self._row_of[prompt]
+
+    def admit(self, row: int | None = None) -> tuple[int, int] | None:
+        """Seat the next waiting sample in `row` (None: a new one at the end). Returns (row to copy from, its row)."""
+        if not self._waiting or (row is None and len(self.live) >= self.slots):
+            return None
+        prompt, sample = self._waiting[0]
+        if prompt not in self._row_of:
+            return None
+        self._waiting.popleft()
+        sequence = Sequence(self.prompts[prompt], prompt, sample, request_seed(self.seed, prompt, sample))
+        source = self._row_of[prompt]
+        if not self._waiting or self._waiting[0][0] != prompt:
+            del self._row_of[prompt]
+        if row is None:
+            self.live.append(sequence)
+            return source, len(self.live) - 1
+        self.live[row] = sequence
+        return source, row
+
+    def vacate(self, row: int) -> int | None:
+        """Close the gap at `row` with the last live sequence. Returns the row it came from, None without a gap."""
+        last = self.live.pop()
+        if row == len(self.live):
+            return None
+        self.live[row] = last
+        return len(self.live)
+
+
+def request_seed(seed: int, prompt: int, sample: int) -> int:
+    """A seed of its own for every sample: splitmix64 over (seed, prompt, sample), as a signed 64-bit integer."""
+    state = 0
+    for part in (seed, prompt, sample):
+        state = (state + part + 0x9E3779B97F4A7C15) & (2**64 - 1)
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+        state ^= state >> 31
+    return state - 2**64 if state >= 2**63 else state

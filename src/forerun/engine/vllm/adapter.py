@@ -1,0 +1,482 @@
+"""vLLM in this process, behind the engine's contract.
+
+Requests go to vLLM's own scheduler, which batches up to `slots` of them, prefills, drafts and verifies; every step
+brings each live request the tokens of one round. Log-probabilities are vLLM's processed ones: of the row that verified
+the token, at the sampling temperature, and of the unscaled distribution at temperature 0.
+
+Randomness: each request has a seed of its own for coins and residual draws; sampled drafts come from one stream per
+call. Results depend on the seed and on how vLLM batched. The caller's random state is left alone.
+Left out: tensor parallelism, adapters.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+from forerun.config import SpeculationConfig
+from forerun.drafters import Drafter
+from forerun.engine.base import (
+    Counters,
+    Requests,
+    Sampling,
+    Weights,
+    check_request,
+    engine_metrics,
+    generate_all,
+    nothing,
+    requested,
+)
+from forerun.engine.local.scheduler import Sequence as Sample
+from forerun.engine.local.scheduler import request_seed
+from forerun.engine.staleness import AcceptanceProbe
+from forerun.engine.vllm.in_process import device, own_process, random_state
+from forerun.engine.vllm.metrics import Ledger, Live
+from forerun.engine.vllm.patches import ensure_exact, let_scan_pass
+from forerun.engine.vllm.settings import (
+    WEIGHTED,
+    Translated,
+    additional,
+    check,
+    describe_policy,
+    draft_files,
+    heat_of,
+    policy_folder,
+    translate,
+)
+from forerun.engine.vllm.sleep import LEVELS
+from forerun.engine.vllm.state import Given, Holding
+from forerun.errors import UserError
+from forerun.models import Policy
+from forerun.models.checksum import checksum
+from forerun.models.load import resolve_dtype, save_policy
+from forerun.types import Rollout
+from forerun.workers.weights import chunks, shapes
+
+BROKEN = "The engine's weights are neither the old nor the new ones"
+COOLEST = 0.01  # vLLM raises lower temperatures to this one
+OPEN: WeakSet[VllmEngine] = WeakSet()  # of this process
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes of an engine."""
+
+    slots: int = 32  # sequences decoded side by side
+    context: int | None = None  # positions per sequence; None: as many as the policy was made for
+    cache_gib: float | None = None  # of KV cache; None: 2 on a CPU, vLLM's own choice on a GPU
+    chunk_bytes: int = 64 * 2**20  # of weights per message
+    sleep: bool = False  # whether it may sleep; on a GPU vLLM then allocates in another way, for one engine a process
+
+
+class VllmEngine:
+    """A `RolloutEngine` that keeps its own copy of the weights, in vLLM."""
+
+    def __init__(
+        self,
+        policy: str,
+        speculation: SpeculationConfig | None = None,
+        *,
+        dtype: str = "auto",
+        limits: Limits | None = None,
+    ) -> None:
+        """An engine for the policy in a folder.
+
+        Args:
+            policy: folder, alias or shipped artifact, in Hugging Face format with its tokenizer.
+            dtype: "float32", "bfloat16" or "auto", as for `load_policy`.
+
+        Raises:
+            UserError: vLLM is not installed, or cannot run this policy or this speculation block.
+        """
+        self.speculation, self.limits = speculation or SpeculationConfig(), limits or Limits()
+        if self.speculation.tokens:
+            check(self.speculation)
+        self.k = self.speculation.tokens
+        self.policy = describe_policy(policy_folder(policy))
+        self.counters = Counters(accepted_at=[0] * self.k, drafted_at=[0] * self.k)
+        self.timeline: list[tuple[float, int]] = []  # of the latest stream: (seconds, unfinished samples) per step
+        self.warnings: list[str] = []
+        self.context = min(self.limits.context or self.policy.context, self.policy.context)
+        self.mends = True  # whether vLLM's faults are mended; for the verification, which has to find them
+        self._ledger = Ledger(self.counters)
+        self._probe = AcceptanceProbe()
+        self._running = self._paused = False
+        self._asleep: dict[str, str] | None = None  # fingerprints of the weights that it keeps asleep
+        self._looks_up = self.k > 0 and self.speculation.method == "trie"
+        self._counted: dict[str, int] = {}  # by the drafter, when the engine was closed
+        self._random = torch.Generator().get_state()
+        self._requests = 0
+        with tempfile.TemporaryDirectory() as scratch:
+            source = policy_folder(policy)
+            draft = draft_files(self.speculation, self.policy, source, Path(scratch))
+            self._holding = Holding({"policy": shapes(self.policy.model.state_dict())})
+            if self.k:
+                self._holding.groups["draft"] = draft.shapes if draft is not None else {}  # none: nothing to be stale
+            number_format = str(resolve_dtype(dtype, device()))[6:]
+            self.rule = self._start(source, draft.folder if draft is not None else None, number_format)
+
+    @classmethod
+    def around(
+        cls,
+        policy: Policy,
+        drafter: Drafter | None = None,
+        speculation: SpeculationConfig | None = None,
+        *,
+        limits: Limits | None = None,
+    ) -> VllmEngine:
+        """An engine that starts with the weights of a live policy and drafter, through a temporary folder.
+
+        Raises:
+            UserError: the block speculates and there is no drafter, or the other way round; else as the constructor.
+        """
+        if (drafter is not None) != bool(speculation and speculation.tokens):
+            method = speculation.method if speculation else "none"
+            raise UserError(f"speculation.method={method} and {'no' if drafter is None else 'a'} drafter: give both")
+        with tempfile.TemporaryDirectory() as scratch:
+            save_policy(policy, Path(scratch) / "policy")
+            block = speculation or SpeculationConfig()
+            if drafter is not None and block.method in (*WEIGHTED, "trie"):
+                drafter.save(Path(scratch) / "drafter", {})
+                block = block.model_copy(update={"draft": str(Path(scratch) / "drafter")})
+            engine = cls(str(Path(scratch) / "policy"), block, dtype=str(policy.dtype)[6:], limits=limits)
+        groups = {"policy": checksum(policy.model.state_dict())}
+        if drafter is not None:
+            groups["draft"] = checksum(drafter.state_dict())
+        engine._holding.take(Weights(0, groups))
+        return engine
+
+    # ---- the contract ----
+
+    def generate(
+        self,
+        prompts: Sequence[list[int] | str],
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        n: int = 1,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[Rollout]:
+        """See `RolloutEngine.generate`."""
+        sampling = Sampling(max_new_tokens, temperature, seed, tuple(stop))
+        return generate_all(self, self.policy, prompts, sampling, n)
+
+    def stream(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        n: int = 1,
+        only: Requests | None = None,
+        between: Callable[[], None] = nothing,
+    ) -> Iterator[Rollout]:
+        """See `RolloutEngine.stream`. One stream at a time: they would share the counters."""
+        if self._running:
+            raise UserError("This engine is already generating; finish or close its stream first")
+        self._check(prompts, sampling, n)
+        if self.k and sampling.temperature > 0 and self.mends:
+            ensure_exact(device().type == "cpu")
+        if self._looks_up:
+            self._vllm.collective_rpc("forerun_open")
+        self._running = True
+        started = time.perf_counter()
+        self.timeline = []
+        live: dict[str, Live] = {}
+        try:
+            self._random = torch.Generator().manual_seed(sampling.seed).get_state()
+            self._submit(prompts, sampling, requested(len(prompts), n, only), live)
+            while live:
+                between()
+                finished = self._round(live, sampling)
+                self.timeline.append((time.perf_counter() - started, len(live)))
+                yield from (sample.sequence.rollout() for sample in finished)
+        finally:
+            self._vllm.abort_request(list(live))
+            self._running = False
+            self.counters.seconds += time.perf_counter() - started
+
+    def load(self, weights: Weights) -> Weights:
+        """Take a version: the tensors of policy and drafter, or only checksums where it holds these bytes already.
+
+        A version that is refused leaves the engine as it was. Samples in flight go on with the new weights, their cache
+        computed again.
+        """
+        if self._asleep is not None:
+            raise UserError(f"The engine is asleep; call wake() before it takes version {weights.version}")
+        given = self._holding.check(weights)
+        if given:
+            self._send(given, weights.checksums)
+        self._probe.restart(self.counters)
+        return self._holding.take(weights)
+
+    def pause(self) -> None:
+        """Refuse to start a round until `resume`."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Go on; acceptance is probed as after a load."""
+        self._paused = False
+        self._probe.restart(self.counters)
+
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back until `wake`: the KV cache, and at level 2 the weights of policy and drafter.
+
+        Level 1 keeps the weights in host memory. After level 2 the engine holds no version: once awake it must `load`
+        one with the tensors of every group, not older than the one it held.
+
+        Raises:
+            UserError: the level is neither 1 nor 2, a stream is open, or the engine sleeps or was not made to sleep.
+        """
+        self._check_sleep(level)
+        self._asleep = self._vllm.collective_rpc("forerun_fingerprints")[0] if level == 1 else {}
+        if device().type == "cpu":
+            self._vllm.reset_prefix_cache()
+            self._vllm.collective_rpc("forerun_sleep", args=(level,))
+        else:
+            self._vllm.sleep(level)
+        if level == 2:
+            self._holding.discard()
+
+    def wake(self) -> None:
+        """Take the memory again; acceptance is probed as after a load. Does nothing to an engine that is awake.
+
+        Raises:
+            UserError: the weights are not those that it went to sleep with (level 1): load a version again.
+        """
+        if self._asleep is None:
+            return
+        if device().type == "cpu":
+            self._vllm.collective_rpc("forerun_wake")
+        else:
+            self._vllm.wake_up()
+        before, self._asleep = self._asleep, None
+        self._probe.restart(self.counters)
+        if before:
+            self._compare(before, self._vllm.collective_rpc("forerun_fingerprints")[0])
+
+    def metrics(self) -> dict[str, Any]:
+        """See `RolloutEngine.metrics`; the version is None while none is held."""
+        found = engine_metrics(self._holding.held, self.counters, self.warnings, self._drafter_metrics())
+        if self._holding.version is None:
+            found |= {"version": None, "checksums": {}}
+        return {**found, "rule": self.rule}
+
+    def close(self) -> None:
+        """Give vLLM's memory back. Its process groups are shared, so the last engine of the process takes them down."""
+        self._counted = self._drafter_metrics()
+        core = self._vllm.engine_core.engine_core
+        OPEN.discard(self)
+        if OPEN:
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+            gc.unfreeze()
+        else:
+            core.shutdown()
+        del self._vllm
+
+    # ---- vLLM ----
+
+    def _start(self, folder: Path, draft: Path | None, dtype: str) -> str:
+        """Start vLLM; the rule that verifies."""
+        try:
+            with own_process():
+                from vllm import EngineArgs
+                from vllm.v1.engine.llm_engine import LLMEngine
+                from vllm.v1.executor import Executor
+
+                let_scan_pass()
+                wanted = translate(self.speculation, draft, block=True)
+                settings = EngineArgs(**self._arguments(folder, dtype), speculative_config=wanted.config)
+                config = settings.create_engine_config()
+                wanted = self._settle_rule(config, wanted, draft)
+                self._vllm = LLMEngine(
+                    config, Executor.get_class(config), log_stats=True, stat_loggers=[lambda *_: self._ledger]
+                )
+        except ImportError as error:
+            raise UserError(f"The vLLM engine needs vLLM: {error}; see docs/vllm.md for the install") from error
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise UserError(f"vLLM cannot run '{folder}': {str(error).strip().splitlines()[0]}") from error
+        self._vllm.engine_core._finalizer.detach()  # it would take the process groups of other engines down
+        OPEN.add(self)
+        if self._looks_up:
+            self._vllm.collective_rpc("forerun_attach")
+        self.warnings += wanted.notes
+        return wanted.rule
+
+    def _arguments(self, folder: Path, dtype: str) -> dict[str, Any]:
+        gib = self.limits.cache_gib
+        if gib is None and device().type == "cpu":
+            gib = 2.0
+        return {
+            "model": str(folder),
+            "dtype": dtype,
+            # with room for a draft behind the end: where one sample has none, vLLM drafts for none of the batch
+            "max_model_len": min(self.context + self.k + 1, self.policy.context),
+            "max_num_seqs": self.limits.slots,
+            "enforce_eager": device().type == "cpu",
+            "enable_sleep_mode": self.limits.sleep and device().type != "cpu",
+            "async_scheduling": False,
+            # samples share the whole blocks of their prompt; vLLM's own 128 on a CPU is longer than many prompts
+            "block_size": 32 if device().type == "cpu" else None,
+            "kv_cache_memory_bytes": None if gib is None else int(gib * 2**30),
+            "logprobs_mode": "processed_logprobs",
+            "generation_config": "vllm",  # its sampling defaults are not wanted; its end tokens are set per request
+            "worker_extension_cls": "forerun.engine.vllm.worker.WeightReceiver",
+            "additional_config": additional(self.speculation),
+            "per_request_spec_decode_metrics": "detailed" if self.k else "none",
+            "use_tqdm_on_load": False,
+            "seed": 0,
+        }
+
+    def _settle_rule(self, config: Any, wanted: Translated, draft: Path | None) -> Translated:
+        """Fall back to token rejection where vLLM chose its older runner, which would switch sampled drafts off."""
+        if wanted.rule != "block" or config.use_v2_model_runner:
+            return wanted
+        config.speculative_config.rejection_sample_method = "standard"
+        return translate(self.speculation, draft, block=False)
+
+    def _submit(
+        self, prompts: Sequence[list[int]], sampling: Sampling, requests: Requests, live: dict[str, Live]
+    ) -> None:
+        """Queue the samples."""
+        for index, sample in requests:
+            prompt, seed = prompts[index], request_seed(sampling.seed, index, sample)
+            self._requests += 1
+            name = str(self._requests)
+            room = min(sampling.max_new_tokens, self.context - len(prompt))
+            self._vllm.add_request(name, {"prompt_token_ids": prompt}, self._parameters(sampling, seed, room))
+            live[name] = Live(Sample(prompt, index, sample, seed))
+
+    def _parameters(self, sampling: Sampling, seed: int, room: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=room,
+            temperature=sampling.temperature,
+            seed=seed,
+            logprobs=0,  # of the sampled token alone
+            ignore_eos=sampling.ignore_eos,
+            stop_token_ids=[] if sampling.ignore_eos else sorted(self.policy.eos_ids),
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def _round(self, live: dict[str, Live], sampling: Sampling) -> list[Live]:
+        """One step of vLLM. Finished samples leave `live`."""
+        if self._paused:
+            raise UserError("The engine is paused; call resume() before the next round")
+        with random_state(self._random):
+            outputs = self._vllm.step()
+            self._random = torch.get_rng_state()
+        finished = []
+        for output in outputs:
+            if self._take(live[output.request_id], output, sampling):
+                finished.append(live.pop(output.request_id))
+        if warning := self._probe.look(self.counters):
+            self.warnings.append(warning)
+        return finished
+
+    def _take(self, sample: Live, output: Any, sampling: Sampling) -> bool:
+        """Add one request's tokens of this step; whether the sample is done."""
+        new, sequence = output.outputs[0], sample.sequence
+        before = len(sequence.tokens)
+        sample.add(new.token_ids, new.logprobs, self._holding.held.version)
+        reason = self._stopped(sample, before, sampling) or _reason(sequence, new.finish_reason, sampling)
+        if reason:
+            sequence.finish_reason = reason
+            sample.settle(new.spec_decode_metrics, self.counters)
+            if new.finish_reason is None:
+                self._vllm.abort_request([output.request_id])
+        self.counters.tokens += len(sequence.tokens) - before
+        self.counters.rows += 1
+        return bool(reason)
+
+    def _stopped(self, sample: Live, before: int, sampling: Sampling) -> str:
+        """Cut the sample behind the token that completes a stop string."""
+        if not sampling.stop:
+            return ""
+        window = max(len(s) for s in sampling.stop) + 8
+        tokens = sample.sequence.tokens
+        for length in range(before + 1, len(tokens) + 1):
+            if tokens[length - 1] in self.policy.eos_ids and not sampling.ignore_eos:
+                return ""
+            text = self.policy.tokenizer.decode(tokens[max(0, length - window) : length])
+            if any(s in text for s in sampling.stop):
+                sample.cut(length)
+                return "stop"
+        return ""
+
+    def _send(self, given: Given, expected: Mapping[str, str]) -> None:
+        """Carry the groups over and put them in use."""
+        call = self._vllm.collective_rpc
+        call("forerun_begin", args=({g: shapes(s) for g, s in given.items()},))
+        for pieces in chunks(given, self.limits.chunk_bytes):
+            call("forerun_receive", args=(pieces,))
+        try:
+            agreed = call("forerun_commit", args=(dict(expected), heat_of(self.speculation)))[0]
+        except UserError:
+            raise
+        except Exception as error:
+            self._holding.lose(BROKEN)
+            raise UserError(f"vLLM failed while it took the weights over: {error}; load a version again") from error
+        if idle := [group for group, state in given.items() if state and not agreed.get(group)]:
+            self._holding.lose(BROKEN)
+            raise UserError(f"vLLM took no parameter of the {' and the '.join(idle)} over; load a version again")
+        if not self._vllm.reset_prefix_cache(reset_running_requests=True):
+            self._holding.lose(BROKEN)
+            raise UserError("vLLM kept key-value entries of the old weights; close its streams before a load")
+
+    def _drafter_metrics(self) -> dict[str, int]:
+        """What the drafter counts by itself, also after the engine was closed."""
+        if not self._looks_up or self not in OPEN:
+            return self._counted
+        return self._vllm.collective_rpc("forerun_drafter_metrics")[0]
+
+    # ---- checks ----
+
+    def _check_sleep(self, level: int) -> None:
+        if level not in LEVELS:
+            raise UserError(f"Sleep level {level}: there are levels {LEVELS[0]} and {LEVELS[1]}")
+        if not self.limits.sleep:
+            raise UserError("The engine was not made to sleep; start it with Limits(sleep=True)")
+        if self._asleep is not None:
+            raise UserError("The engine is asleep already; call wake() first")
+        if self._running:
+            raise UserError("The engine is generating; finish or close its stream before it sleeps")
+
+    def _compare(self, before: Mapping[str, str], after: Mapping[str, str]) -> None:
+        """Refuse weights that changed in a sleep."""
+        if changed := [group for group in before if before[group] != after.get(group)]:
+            self._holding.lose(f"The engine woke with other weights of the {' and the '.join(changed)}")
+            self._holding.require()
+
+    def _check(self, prompts: Sequence[list[int]], sampling: Sampling, n: int) -> None:
+        if self._asleep is not None:
+            raise UserError("The engine is asleep; call wake() before it generates")
+        self._holding.require()
+        if 0 < sampling.temperature < COOLEST:
+            raise UserError(
+                f"Temperature {sampling.temperature}: vLLM samples at 0 or at {COOLEST} and above, not between"
+            )
+        if sampling.truncation:
+            raise UserError(f"{sampling.truncation}: the vLLM engine samples from the whole distribution")
+        vocabulary = self.policy.model.config.get_text_config().vocab_size
+        check_request(prompts, sampling, n, vocabulary, self.context)
+
+
+def _reason(sample: Sample, said: str | None, sampling: Sampling) -> str:
+    """vLLM's reason for an end in the contract's words; "" for none."""
+    if said not in (None, "stop", "length"):
+        raise UserError(f"vLLM ended sample {sample.sample_index} of prompt {sample.prompt_index} with '{said}'")
+    if said == "length":
+        return "length" if len(sample.tokens) >= sampling.max_new_tokens else "context"
+    return "" if said is None else "eos"

@@ -1,0 +1,92 @@
+"""What vLLM did, in the engine's counters and in the rollouts.
+
+vLLM reports drafts and accepted drafts per step, and per request when it ends. Tokens that were accepted behind the end
+of a sample are taken back, so that the numbers mean what the local engine's mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+from typing import Any
+
+from forerun.engine.base import Counters
+from forerun.engine.local.scheduler import Sequence
+
+
+@dataclass(slots=True)
+class Ledger:
+    """A stat logger of vLLM's that adds into `counters`."""
+
+    counters: Counters = field(default_factory=Counters)
+
+    def record(
+        self, scheduler_stats: Any = None, iteration_stats: Any = None, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        """Add one scheduler step."""
+        stats = getattr(scheduler_stats, "spec_decoding_stats", None)
+        if stats is None:
+            return
+        c = self.counters
+        c.rounds += stats.num_drafts
+        c.round_tokens += stats.num_drafts + stats.num_accepted_tokens
+        c.drafted += stats.num_draft_tokens
+        for totals, new in (
+            (c.accepted_at, stats.num_accepted_tokens_per_pos),
+            (c.drafted_at, stats.num_draft_tokens_per_pos),
+        ):
+            for position, count in enumerate(new):
+                totals[position] += count
+
+    def log(self) -> None:
+        """Nothing: the numbers go where the caller wants them."""
+
+    def log_engine_initialized(self) -> None:
+        """Nothing."""
+
+    def record_sleep_state(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@dataclass(slots=True)
+class Live:
+    """One sample in flight at vLLM."""
+
+    sequence: Sequence
+    emitted: int = 0  # by vLLM in all, with tokens behind a stop string
+    last: int = 0  # of these in the latest step
+
+    def add(self, tokens: Tokens[int], logprobs: Any, version: int) -> None:
+        """One step's tokens; the last of a round is not drafted."""
+        sequence = self.sequence
+        sequence.rounds += 1
+        self.emitted, self.last = self.emitted + len(tokens), len(tokens)
+        for place, (token, entry) in enumerate(zip(tokens, logprobs, strict=True)):
+            sequence.tokens.append(token)
+            sequence.logprobs.append(entry[token].logprob)
+            sequence.versions.append(version)
+            sequence.drafted.append(place < len(tokens) - 1)
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        s = self.sequence
+        for values in (s.tokens, s.logprobs, s.versions, s.drafted):
+            del values[length:]
+
+    def settle(self, spec: Any, counters: Counters) -> None:
+        """Take back what the last round kept behind the end. `spec` is vLLM's record of the request, if it gave one."""
+        kept = self.last - (self.emitted - len(self.sequence.tokens))  # of the last round
+        accepted = self._accepted_last(spec)
+        counters.round_tokens -= accepted + 1 - kept
+        for position in range(kept, accepted):
+            counters.accepted_at[position] -= 1
+        if accepted >= kept:
+            self.sequence.drafted[-1] = True  # the end stood inside an accepted run
+
+    def _accepted_last(self, spec: Any) -> int:
+        """Drafts that vLLM accepted in the last round, those behind the end among them."""
+        if spec is None:
+            return self.last - 1
+        rounds = sum(spec.per_step_accepted) + len(spec.per_step_accepted)
+        behind = rounds + (self.sequence.rounds - len(spec.per_step_accepted)) - self.emitted
+        return self.last - 1 + behind

@@ -1,0 +1,115 @@
+"""Which version an engine with a copy of its own holds, and which it may take next.
+
+An engine holds nothing after a load that broke off and after a sleep that threw the weights away. Then only a version
+that carries the tensors of every group is taken: a checksum is worth nothing where there are no bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from forerun.engine.base import Weights
+from forerun.errors import UserError
+from forerun.models.checksum import checksum
+from forerun.workers.weights import Shapes
+
+Given = dict[str, Mapping[str, Tensor]]  # tensors by group
+
+
+@dataclass(slots=True)
+class Holding:
+    """The version that is held, among groups of known shapes. A group without tensors has nothing to be stale."""
+
+    groups: dict[str, Shapes]
+    held: Weights = field(default_factory=lambda: Weights(0, {}))
+    lost: str = ""  # why nothing is held, as a sentence without its end
+    discarded: Weights | None = None  # what a sleep threw away
+
+    @property
+    def version(self) -> int | None:
+        """Its number; None: nothing is held."""
+        return None if self.lost else self.held.version
+
+    def require(self) -> None:
+        """Raises UserError when nothing is held."""
+        if self.lost:
+            raise UserError(f"{self.lost}; load a version again")
+
+    def check(self, weights: Weights) -> Given:
+        """The tensors of a version that may be taken.
+
+        Raises:
+            UserError: a group is missing, partial, or not held where only its checksum is given; or the version is
+                older than the one that was thrown away, or other bytes under its number.
+        """
+        given = {g: s for g, s in (("policy", weights.policy), ("draft", weights.draft)) if s is not None}
+        self._check_groups(weights, given)
+        self._check_age(weights)
+        known = {group: checksum({}) for group, names in self.groups.items() if not names}
+        known |= {} if self.lost else dict(self.held.checksums)
+        for group, expected in weights.checksums.items():
+            if group not in given and known.get(group) != expected:
+                raise UserError(
+                    f"The {group} weights of version {weights.version} have checksum {expected}, but the engine holds "
+                    f"{known.get(group, 'none that it knows of')}; it keeps a copy of its own, so a new version must "
+                    "carry the tensors"
+                )
+        for group, state in given.items():
+            _match(state, self.groups[group], group)
+        return given
+
+    def take(self, weights: Weights) -> Weights:
+        """Note that a version is held now; what it is, without the tensors."""
+        self.held, self.lost, self.discarded = Weights(weights.version, dict(weights.checksums)), "", None
+        return self.held
+
+    def lose(self, why: str) -> None:
+        """Note that nothing is held."""
+        self.lost = why
+
+    def discard(self) -> None:
+        """Note that the weights are thrown away."""
+        self.discarded = self.discarded if self.lost else self.held
+        self.lost = "The engine threw its weights away when it went to sleep"
+
+    def _check_groups(self, weights: Weights, given: Given) -> None:
+        for group in given:
+            if group not in weights.checksums:
+                raise UserError(f"Version {weights.version} carries {group} weights without a checksum")
+        if ("draft" in self.groups) != ("draft" in weights.checksums):
+            have, want = ("a", "no") if "draft" in self.groups else ("no", "a")
+            raise UserError(f"Version {weights.version} carries {want} drafter, but this engine speculates with {have}")
+        if "policy" not in weights.checksums:
+            raise UserError(f"Version {weights.version} carries no policy")
+
+    def _check_age(self, weights: Weights) -> None:
+        """Hold the number against that of the version which was thrown away: there are no bytes to compare with."""
+        old = self.discarded
+        if old is None:
+            return
+        if weights.version < old.version:
+            raise UserError(
+                f"Version {weights.version} is older than version {old.version}, which the engine held before it "
+                "slept: it is stale; send the current one (to go back on purpose, load the older one before the sleep)"
+            )
+        for group, before in old.checksums.items():
+            if weights.version == old.version and weights.checksums.get(group) != before:
+                raise UserError(
+                    f"The {group} weights of version {weights.version} had checksum {before} before the sleep and have "
+                    f"{weights.checksums.get(group)} now: one number, two versions; give the new one its own number"
+                )
+
+
+def _match(state: Mapping[str, Tensor], expected: Shapes, group: str) -> None:
+    """Refuse missing, unknown and misshapen tensors; number formats may differ."""
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unknown:
+        raise UserError(
+            f"The weights of the {group} do not match: missing {missing or 'none'}, unknown {unknown or 'none'}"
+        )
+    for name, (shape, _) in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise UserError(f"{name} of the {group} has shape {list(state[name].shape)}, expected {list(shape)}")

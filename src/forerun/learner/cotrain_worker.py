@@ -1,0 +1,166 @@
+"""A rank's part of a drafter that trains beside a sharded policy. The parent's end: `cotrain_distributed.py`.
+
+Every rank holds the whole drafter and its optimizer. In the logprob stage it keeps what its own rows teach, each row by
+itself. In an update it judges its rows of every batch, divided by the rows of the whole batch on whichever ranks they
+are; gradients are added up over the ranks, and all take the same optimizer step: that of one process, up to the order
+of float32 sums. What the drafter uses of the policy (embedding, output head) is gathered once per update. All ranks
+must call in the same order. Left out: a drafter that is itself sharded.
+Axes: l tokens of a row, H hidden, T taps, D draft vocabulary, J depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from forerun.config import DraftConfig, TrainConfig
+from forerun.drafters.mtp import MtpHead
+from forerun.drafters.training.heads import Head, Pass, TeacherBatch, judge, lesson, rows_by_position, weighted_loss
+from forerun.learner.cotrain import draft_optimizer, draft_step
+from forerun.learner.parallel import whole
+from forerun.models import Policy
+from forerun.models.checksum import checksum
+from forerun.models.logprobs import TokenBatch, completion_logits, microbatches
+from forerun.types import Rollout
+
+Row = tuple[Tensor, Tensor, Tensor, Tensor]  # of a TeacherBatch: [l], [l, T·H], [l, D], [l]
+
+
+@dataclass(slots=True)
+class Taught:
+    """What a rank has to say of an update."""
+
+    losses: list[float] = field(default_factory=list)  # its part of each optimizer step's
+    norms: list[float] = field(default_factory=list)  # the same on every rank
+    judged: list[list[Pass]] = field(default_factory=list)  # of its own rows
+    checksum: str = ""  # of the drafter
+
+
+class Pupil:
+    """The drafter on one rank."""
+
+    def __init__(
+        self, head: Head, policy: Policy, dtype: torch.dtype, config: DraftConfig, train: TrainConfig, heat: float
+    ) -> None:
+        """Holds `head`, which may come `apart`; `policy` is this rank's part, run in `dtype`; `heat` the rollouts'."""
+        self.policy, self.dtype, self.config, self.heat = policy, dtype, config, heat
+        self.microbatch_tokens, self.copies = train.microbatch_tokens, train.tensor_parallel
+        self.head = head
+        if isinstance(head, MtpHead):
+            head.share(policy)
+        self.optimizer = draft_optimizer(self.head, config)
+        self.batches: Sequence[Sequence[int]] = []
+        self.rows: dict[int, Row] = {}  # by number of the rollout
+
+    def listen(
+        self, rollouts: Sequence[Rollout], batches: Sequence[Sequence[int]]
+    ) -> Callable[[Any, TokenBatch], Tensor]:
+        """`completion_logits` for `Learner.score` of these rollouts, keeping what they teach.
+
+        Args:
+            batches: which rollouts of this rank are in each of the update's batches; empty: no update is due.
+        """
+        self.batches, self.rows = batches, {}
+        lengths = [len(r.prompt_ids) + len(r.tokens) for r in rollouts]
+        wanted = {i for batch in batches for i in batch}
+        passes = iter(microbatches(lengths, self.microbatch_tokens))  # those that the learner makes; then empty ones
+
+        def forward(model: Any, batch: TokenBatch) -> Tensor:
+            here = next(passes, [])
+            if wanted.isdisjoint(here):
+                return completion_logits(model, batch)
+            taught, logits = lesson(self.head, model, batch, self.heat)
+            self.rows |= {i: _row(taught, n, lengths[i]) for n, i in enumerate(here) if i in wanted}
+            return logits
+
+        return forward
+
+    def study(self, tick: Callable[[], None]) -> Taught:
+        """The update on what was kept. `tick`: called after every optimizer step.
+
+        Raises:
+            UserError: the drafter's gradient is not finite; raised on all ranks, and this step was not made.
+        """
+        try:
+            with self._policy_at_hand():
+                assert self.policy.dtype == self.dtype  # by which `judge` computes
+                taught = Taught()
+                for batch, rows in zip(self.batches, self._rows_of_batches(), strict=True):
+                    if rows:
+                        self._train_on(batch, rows, taught)
+                    tick()
+        finally:
+            self.batches, self.rows = [], {}
+        taught.checksum = checksum(self.head.state_dict())
+        return taught
+
+    @contextmanager
+    def _policy_at_hand(self) -> Iterator[None]:
+        """Gather what the drafter uses of the policy: the unit of embedding, final norm and output head."""
+        model, head = self.policy.model, self.head
+        model.unshard()
+        try:
+            if isinstance(head, MtpHead) and self.copies > 1:  # it reads the output head's matrix itself
+                output = head.shared.head
+                parts = {"weight": output.weight, "bias": getattr(output, "bias", None)}
+                plain = SimpleNamespace(**{k: None if p is None else whole(p.detach()) for k, p in parts.items()})
+                head.use(replace(head.shared, head=plain))
+            yield
+        finally:
+            if isinstance(head, MtpHead):
+                head.share(self.policy)
+            model.reshard()
+
+    def _rows_of_batches(self) -> list[list[int]]:
+        """Rows of each draft position in each batch, on all ranks; positions without any are left out."""
+        own = torch.zeros(len(self.batches), self.config.depth, dtype=torch.int64)  # [batches, J]
+        for number, batch in enumerate(self.batches):
+            for i in batch:
+                own[number] += torch.tensor(rows_by_position(self.rows[i][3][None], self.config.depth))
+        dist.all_reduce(own)
+        return [[n for n in rows if n] for rows in (own // self.copies).tolist()]
+
+    def _train_on(self, batch: Sequence[int], rows: Sequence[int], taught: Taught) -> None:
+        """One optimizer step on this rank's rollouts of a batch, possibly none, and the other ranks' of it."""
+        passes: list[Pass] = []
+        if batch:
+            lessons = zip(*(self.rows[i] for i in batch), strict=True)
+            teacher = TeacherBatch(*(pad_sequence(list(parts), batch_first=True) for parts in lessons))
+            passes = judge(self.head, self.policy, teacher, self.config, self.heat)
+        loss = 0.0
+        if passes:
+            part = weighted_loss(passes, self.config.decay, rows)
+            part.backward()
+            loss = float(part.detach())
+            taught.judged.append([Pass(p.loss.detach().cpu(), p.accepted, p.rows) for p in passes])
+        sum_gradients(self.optimizer.masters, self.copies)
+        taught.norms.append(draft_step(self.optimizer, self.config.online_learning_rate))
+        taught.losses.append(loss)
+
+
+def _row(taught: TeacherBatch, n: int, length: int) -> Row:
+    """Row n without its padding, nor the storage of the others."""
+    tokens, features, log_p, scored = (
+        x[n, :length].clone() for x in (taught.tokens, taught.features, taught.log_p, taught.scored)
+    )
+    return tokens, features, log_p, scored
+
+
+def sum_gradients(masters: Sequence[nn.Parameter], copies: int) -> None:
+    """Add up the ranks' gradients, of which there are so many `copies`; what has none on any rank keeps none."""
+    anywhere = torch.tensor([int(m.grad is not None) for m in masters])
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+    for master, has in zip(masters, anywhere.tolist(), strict=True):
+        if has:
+            master.grad = torch.zeros_like(master) if master.grad is None else master.grad
+            dist.all_reduce(master.grad)
+            if copies > 1:
+                master.grad.div_(copies)

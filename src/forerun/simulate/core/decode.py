@@ -1,0 +1,274 @@
+"""What one decode step and one speculation round cost on a replica, and how many tokens a round yields.
+
+Conventions: seconds per iteration of the whole replica; `k` draft tokens per sequence and round, 0 = plain decoding;
+acceptance length α counts the emitted tokens of a round, bonus included, 1 <= α <= k+1. A budget maps the number of
+running sequences to k. Batch and context may be numpy arrays.
+Left out: drafter training, rejection sampling kernels (part of the fitted constants), draft caches in memory limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forerun.errors import UserError
+from forerun.simulate.core.operators import (
+    WEIGHT_BYTES,
+    Layout,
+    Numbers,
+    Replica,
+    cache_tokens,
+    forward_s,
+    gemm_s,
+    host_s,
+    prefill_s,
+)
+from forerun.simulate.core.shapes import ModelShape
+
+EAGLE3_VOCAB = 32_000  # draft vocabulary of the published EAGLE-3 heads
+METHODS = ("eagle3", "eagle1", "mtp", "model", "ngram", "tree")
+
+
+class Costs(Protocol):
+    """What a rollout must know of an engine: an analytical replica or an engine fitted to measurements."""
+
+    def plain_s(self, batch: Numbers, context: Numbers) -> Numbers:
+        """Seconds of one plain decode step."""
+
+    def round_s(self, batch: Numbers, k: Numbers, context: Numbers) -> Numbers:
+        """Seconds of one round with k draft tokens."""
+
+    def prompt_s(self, tokens: Numbers) -> Numbers:
+        """Seconds that one prompt occupies the replica."""
+
+    def room_tokens(self) -> float:
+        """Tokens of cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drafter:
+    """Who proposes. `shape` is what runs once per draft step (None: nothing does, as for n-grams)."""
+
+    method: str
+    shape: ModelShape | None = None
+    width: int = 1  # rows per sequence and draft step (trees)
+    nodes: int = 0  # verified nodes of a tree; 0: a chain of k
+
+
+@dataclass(frozen=True, slots=True)
+class RoundTuning:
+    """The constants of a round that no roofline gives; at most two of them are fitted per engine.
+
+    `token_s` is charged per draft step (launches and host work), `fixed_s` once per round (rejection sampling,
+    bookkeeping), `row_s` per draft token of every running sequence (bookkeeping and log-probabilities of each verified
+    row). Beyond `fast_k` draft tokens rows leave the engine's captured path and cost `slow_row_s` instead of `row_s`.
+    `scan_s` is the price of an n-gram lookup per token of context and sequence, on the host.
+    """
+
+    token_s: float = 0.3e-3
+    fixed_s: float = 0.5e-3
+    row_s: float = 0.0
+    slow_row_s: float = 0.0
+    fast_k: int = 1_000
+    scan_s: float = 3e-9
+
+
+IDEAL = RoundTuning(token_s=0.0, fixed_s=0.0, scan_s=0.0)  # an engine whose rounds cost what the device needs
+
+
+def make_drafter(
+    method: str, model: ModelShape, *, draft: ModelShape | None = None, width: int = 4, nodes: int = 16
+) -> Drafter:
+    """The drafter of a method for a policy.
+
+    Raises:
+        UserError: an unknown method, or `model` without a draft model.
+    """
+    if method == "ngram":
+        return Drafter(method)
+    if method == "model":
+        if draft is None:
+            raise UserError("Drafting with a small model needs that model; name it, for example draft=Qwen3-0.6B.")
+        return Drafter(method, draft)
+    if method not in METHODS:
+        raise UserError(f"There is no drafter called {method!r}; there are {', '.join(METHODS)}.")
+    layer = replace(model, name=f"{model.name} {method}", layers=1)
+    if method == "mtp":
+        experts = None if model.experts is None else replace(model.experts, dense_layers=0)
+        return Drafter(method, replace(layer, experts=experts))
+    dense = replace(layer, experts=None, latent=None, kv_heads=min(model.kv_heads, 8))
+    if method == "eagle1":
+        return Drafter(method, dense)
+    head = replace(dense, vocab=min(EAGLE3_VOCAB, model.vocab))
+    return Drafter(method, head, width, nodes) if method == "tree" else Drafter(method, head)
+
+
+def with_vocab(drafter: Drafter, vocab: int) -> Drafter:
+    """The same drafter with another draft vocabulary; 0, or a drafter that has no head of its own, changes nothing."""
+    if not vocab or drafter.shape is None or drafter.method not in ("eagle3", "tree"):
+        return drafter
+    return replace(drafter, shape=replace(drafter.shape, vocab=vocab))
+
+
+@dataclass(frozen=True, slots=True)
+class Speculator:
+    """An analytical engine: a replica, a drafter on the same GPUs, and the round constants. Implements `Costs`."""
+
+    replica: Replica
+    drafter: Drafter = Drafter("ngram")
+    tuning: RoundTuning = RoundTuning()
+
+    def plain_s(self, batch: Numbers, context: Numbers) -> Numbers:
+        """Eq. 10: device pass plus host."""
+        return forward_s(self.replica, batch, 1.0, context) + host_s(self.replica, batch)
+
+    def verify_s(self, batch: Numbers, k: Numbers, context: Numbers) -> Numbers:
+        """Eq. 11: the policy's pass over k+1 rows (a tree: all nodes and the root), host included."""
+        rows = np.asarray(k, dtype=float) + 1.0
+        if self.drafter.nodes:
+            rows = np.where(rows > 1.0, self.drafter.nodes + 1.0, 1.0)
+        return forward_s(self.replica, batch, rows, context) + host_s(self.replica, batch)
+
+    def draft_s(self, batch: Numbers, context: Numbers) -> Numbers:
+        """Device seconds of one draft step for all sequences."""
+        if self.drafter.shape is None:
+            return 0.0 * batch
+        expert = self.replica.layout.expert if self.drafter.shape.experts else 1
+        layout = Layout(self.replica.layout.tensor, self.replica.layout.data, expert)
+        own = replace(self.replica, model=self.drafter.shape, layout=layout)
+        return forward_s(own, batch, float(self.drafter.width), context)
+
+    def round_s(self, batch: Numbers, k: Numbers, context: Numbers) -> Numbers:
+        """Eq. 12: verify + k (draft + token_s + batch row_s) + fixed_s; with k = 0 exactly a plain step."""
+        steps, tuning = np.asarray(k, dtype=float), self.tuning
+        row_s = np.where(steps > tuning.fast_k, tuning.slow_row_s, tuning.row_s)
+        per_token_s = self.draft_s(batch, context) + batch * row_s
+        extra_s = steps * per_token_s + self._once_s(batch, steps, context)
+        return np.where(steps > 0, self.verify_s(batch, steps, context) + extra_s, self.plain_s(batch, context))
+
+    def _once_s(self, batch: Numbers, steps: Numbers, context: Numbers) -> Numbers:
+        """What a round costs beyond verification and draft passes: launches, fusion of hidden states, lookup."""
+        if self.drafter.shape is None:
+            return self.tuning.fixed_s + self.tuning.scan_s * batch * context
+        return self.tuning.fixed_s + steps * self.tuning.token_s + self._fusion_s(batch)
+
+    def prompt_s(self, tokens: Numbers) -> Numbers:
+        """Seconds that one prompt occupies the replica (attention copies work side by side)."""
+        return prefill_s(self.replica, tokens) / self.replica.layout.data
+
+    def room_tokens(self) -> float:
+        """Tokens of cache beside policy and drafter."""
+        return cache_tokens(self.replica, self.draft_bytes())
+
+    def draft_bytes(self) -> float:
+        """Weight bytes of the drafter, on all GPUs of the replica."""
+        shape = self.drafter.shape
+        return 0.0 if shape is None else shape.params * WEIGHT_BYTES[self.replica.precision] * self.replica.layout.data
+
+    def _fusion_s(self, batch: Numbers) -> Numbers:
+        """EAGLE-3 fuses three hidden states into one, once per round."""
+        if self.drafter.method not in ("eagle3", "tree"):
+            return 0.0 * batch
+        hidden = self.replica.model.hidden
+        return gemm_s(self.replica, batch, hidden / self.replica.layout.tensor, 3 * hidden)
+
+
+def acceptance_length(k: Numbers, rate: float) -> Numbers:
+    """α = (1 - p^(k+1)) / (1 - p): one plus the expected accepted drafts at a constant conditional rate p."""
+    k = np.asarray(k, dtype=float)
+    return k + 1.0 if rate >= 1.0 else (1.0 - rate ** (k + 1.0)) / (1.0 - rate)
+
+
+def rate_for(k: int, alpha: float) -> float:
+    """The constant conditional rate p that gives acceptance length α at k, by bisection.
+
+    Raises:
+        UserError: α outside [1, k+1].
+    """
+    if not 1.0 <= alpha <= k + 1.0:
+        raise UserError(f"An acceptance length of {alpha} with k = {k} cannot be; it lies between 1 and {k + 1}.")
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if acceptance_length(k, middle) < alpha else (low, middle)
+    return (low + high) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """Conditional acceptance by position: `rates[j]` given that the j drafts before were accepted.
+
+    The last rate holds for all later positions. α(k) = 1 + sum over positions of the cumulative product.
+    """
+
+    rates: tuple[float, ...]
+
+    def length(self, k: Numbers) -> NDArray[np.float64]:
+        """Acceptance length α for each k."""
+        wanted = np.asarray(k, dtype=float)
+        longest = int(np.max(wanted, initial=0))
+        rates = (self.rates + self.rates[-1:] * longest)[:longest]
+        table = 1.0 + np.concatenate([[0.0], np.cumsum(np.cumprod(rates))])
+        return np.interp(wanted, np.arange(longest + 1), table)
+
+
+def constant_acceptance(rate: float) -> Acceptance:
+    """The same conditional rate at every position.
+
+    Raises:
+        UserError: a rate outside [0, 1].
+    """
+    if not 0.0 <= rate <= 1.0:
+        raise UserError(f"An acceptance rate of {rate} cannot be; it lies between 0 and 1.")
+    return Acceptance((rate,))
+
+
+def acceptance_from_lengths(lengths: dict[int, float]) -> Acceptance:
+    """Conditional rates from measured acceptance lengths at some k; between two k the rate is constant."""
+    rates: list[float] = []
+    reached, alpha = 1.0, 1.0  # chance that all drafts so far were accepted, α so far
+    for k in sorted(lengths):
+        gap, gain = k - len(rates), lengths[k] - alpha
+        rate = rate_for(gap, 1.0 + gain / reached) if gain > 0 else 0.0
+        rates += [rate] * gap
+        reached, alpha = reached * rate**gap, lengths[k]
+    return Acceptance(tuple(rates))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Draft tokens per sequence as a function of the running batch: `steps` are (largest batch, k), ascending."""
+
+    steps: tuple[tuple[float, int], ...]
+
+    def k(self, batch: Numbers) -> NDArray[np.float64]:
+        """k for each batch; beyond the last step 0."""
+        edges = np.array([edge for edge, _ in self.steps])
+        values = np.array([k for _, k in self.steps] + [0], dtype=float)
+        return values[np.searchsorted(edges, np.asarray(batch, dtype=float))]
+
+
+def fixed_budget(k: int) -> Budget:
+    """The same k at every batch.
+
+    Raises:
+        UserError: a negative k.
+    """
+    if k < 0:
+        raise UserError(f"k = {k} draft tokens cannot be; 0 is plain decoding.")
+    return Budget(((np.inf, k),))
+
+
+def best_budget(costs: Costs, acceptance: Acceptance, context: float, batches: Sequence[int], k_max: int = 8) -> Budget:
+    """For each batch the k that yields most tokens per second; equal neighbours are merged."""
+    sizes = np.array(sorted(batches), dtype=float)
+    ks = np.arange(k_max + 1, dtype=float)
+    seconds = np.stack([costs.round_s(sizes, np.full_like(sizes, k), np.full_like(sizes, context)) for k in ks])
+    best = np.argmax(acceptance.length(ks)[:, None] / seconds, axis=0)
+    steps = [(float(size), int(k)) for size, k in zip(sizes, best, strict=True)]
+    merged = [step for step, after in zip(steps, [*steps[1:], (np.inf, -1)], strict=True) if step[1] != after[1]]
+    return Budget((*merged[:-1], (np.inf, merged[-1][1])))

@@ -1,0 +1,164 @@
+"""One machine as a run sees it: what a decode pass, a round, a scored token and a trained token cost on it.
+
+Conventions: seconds; a stage's `band` is the relative error to expect of its seconds, so that they lie between
+seconds / (1 + band) and seconds x (1 + band). Three origins, from vague to sharp: nominal (the hardware's peaks and the
+shares of them that small engines reach), a cost table of `forerun bench`, a finished run (`run.py`).
+Left out: engines on several GPUs, which are analytical (`operators.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from forerun.errors import UserError
+from forerun.simulate.core.decode import Drafter
+from forerun.simulate.core.hardware import Hardware
+from forerun.simulate.core.operators import WEIGHT_BYTES
+from forerun.simulate.core.shapes import ModelShape
+from forerun.simulate.core.step import Stages, forward_flops
+from forerun.simulate.plan.calibrate import CostTable, FittedEngine, fit_engine, held_out_error
+
+# Shares of the peaks that a small engine reaches, and what it spends per layer besides. From SmolLM2-135M on two CPUs
+# (float32 on AVX2, bfloat16 on AVX512): weights stream at 10-13 of 14-16 GB/s, products of 64 rows and more reach
+# 0.7-0.9 of the measured rate, a layer of small tensors costs 0.2-0.3 ms. GPUs: launches from Python, never measured.
+CPU_BANDWIDTH_SHARE, CPU_COMPUTE_SHARE = 0.75, 0.8
+CPU_LAYER_S, GPU_LAYER_S = 0.25e-3, 0.3e-3
+PASS_S, ROUND_FIXED_S = 2e-3, 2e-3  # the loop around a pass; acceptance and bookkeeping of a round
+CHECKSUM_BYTES_PER_S = 1.3e9  # weights are summed twice per version
+OPTIMIZER_BYTES = 40.0  # moved per parameter and update: master, two moments, gradient, weight
+NOMINAL_BAND, NOMINAL_COST_BAND = 1.0, 0.4  # a factor of 2 on seconds; 40 % on the cost of a round
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What one machine takes. `engine` generates; the other constants are the learner's."""
+
+    hardware: Hardware
+    precision: str
+    engine: FittedEngine
+    score_token_s: float  # one forward pass over one token of prompt or answer
+    train_token_s: float  # forward and backward of one
+    update_s: float  # per optimizer update
+    prepare_s: float
+    data_s: float
+    band: float  # of the learner's stages
+    engine_band: float  # of generation
+    cost_band: float  # of c, the cost of a round in plain steps
+    origin: str  # a sentence
+    reward_s: float = 0.0  # the reward functions' part of the generation stage
+    drafter_s: float = 0.0  # the drafter's part of the train stage, where it learns beside the policy
+
+    def stages(self, work: Work, generation_s: float, machines: float = 1.0) -> Stages:
+        """The five stages of a step; `machines` share the learner's work."""
+        trained_s = work.trained * work.tokens * work.train_passes / 3.0 * self.train_token_s
+        return Stages(
+            data_s=self.data_s,
+            prepare_s=self.prepare_s,
+            generation_s=generation_s + self.reward_s,
+            logprob_s=work.tokens * work.score_passes * self.score_token_s / machines,
+            train_s=(trained_s + work.updates * self.update_s * (work.trained > 0)) / machines + self.drafter_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the learner has to do in one step."""
+
+    tokens: float  # of prompts and answers
+    score_passes: float = 1.0  # 2 with a reference policy
+    train_passes: float = 3.0  # in forward passes: 3, or 4 where activations are recomputed
+    updates: float = 1.0
+    trained: float = 1.0  # share of the tokens whose advantage is not zero
+
+
+def nominal_machine(
+    hardware: Hardware, model: ModelShape, drafter: Drafter | None, precision: str, context: float = 256.0
+) -> Machine:
+    """A machine of which nothing was measured but its peaks.
+
+    Args:
+        context: mean tokens that a sequence has cached; the learner's attention is priced there.
+
+    Raises:
+        UserError: the hardware does not multiply in this precision.
+    """
+    if precision not in hardware.flops:
+        known = " or ".join(hardware.flops)
+        raise UserError(f"{hardware.name} does not multiply in {precision!r}; set precision to one it does: {known}.")
+    rate, bandwidth, layer_s = _reached(hardware, precision)
+    engine = _nominal_engine(hardware, model, drafter, precision)
+    score_s = forward_flops(model, 1, 2 * context) / (2 * context) / rate
+    return Machine(
+        hardware=hardware,
+        precision=precision,
+        engine=engine,
+        score_token_s=score_s,
+        train_token_s=3 * score_s,
+        update_s=OPTIMIZER_BYTES * model.params / bandwidth + model.layers * layer_s,
+        prepare_s=2 * model.params * WEIGHT_BYTES[precision] / CHECKSUM_BYTES_PER_S,
+        data_s=5e-3,
+        band=NOMINAL_BAND,
+        engine_band=NOMINAL_BAND,
+        cost_band=NOMINAL_COST_BAND,
+        origin=f"Nothing was measured on this machine: nominal figures of {_peaks(hardware, precision)}, "
+        f"so read every time as right within a factor of {1 + NOMINAL_BAND:.0f}.",
+    )
+
+
+def _reached(hardware: Hardware, precision: str) -> tuple[float, float, float]:
+    """FLOP/s and bytes/s that a small engine reaches, and its seconds per layer and pass besides."""
+    if hardware.name == "CPU":
+        rate = CPU_COMPUTE_SHARE * hardware.flops[precision]
+        return rate, CPU_BANDWIDTH_SHARE * hardware.memory_bytes_per_s, CPU_LAYER_S
+    fit = hardware.gemm[precision]
+    return fit.compute_share * hardware.flops[precision], fit.bandwidth_share * hardware.memory_bytes_per_s, GPU_LAYER_S
+
+
+def _nominal_engine(hardware: Hardware, model: ModelShape, drafter: Drafter | None, precision: str) -> FittedEngine:
+    """Weights and launches once per pass, arithmetic per row, cache per sequence and token."""
+    rate, bandwidth, layer_s = _reached(hardware, precision)
+    value_bytes = WEIGHT_BYTES[precision]
+    read = model.active_body_params + model.vocab * model.hidden
+    row_s = forward_flops(model, 1, 1) / rate
+    draft_fixed_s = draft_row_s = 0.0
+    shape = drafter.shape if drafter else None
+    if shape is not None:
+        draft_fixed_s = shape.active_params * value_bytes / bandwidth + 2 * shape.layers * layer_s
+        draft_row_s = forward_flops(shape, 1, 1) / rate
+    return FittedEngine(
+        step_s=read * value_bytes / bandwidth + model.layers * layer_s + PASS_S,
+        sequence_s=row_s,
+        cached_s=model.cache_bytes_per_token(value_bytes) / bandwidth,
+        verify_fixed_s=ROUND_FIXED_S,
+        row_s=row_s,
+        draft_fixed_s=draft_fixed_s,
+        draft_row_s=draft_row_s,
+        prompt_token_s=row_s,
+        capacity_tokens=0.5 * hardware.memory_bytes / model.cache_bytes_per_token(value_bytes),
+    )
+
+
+def _peaks(hardware: Hardware, precision: str) -> str:
+    rate, bandwidth = hardware.flops[precision], hardware.memory_bytes_per_s
+    name = "this CPU" if hardware.name == "CPU" else f"one {hardware.name}"
+    return f"{name} ({rate / 1e9:,.0f} GFLOP/s in {precision}, {bandwidth / 1e9:,.0f} GB/s)"
+
+
+def benched_machine(nominal: Machine, table: CostTable, method: str) -> Machine:
+    """A machine whose engine was measured by `forerun bench`; its learner stays nominal.
+
+    Raises:
+        UserError: the table has no rows of the method.
+    """
+    rows = table.of(method)
+    engine, error = fit_engine(rows, nominal.engine.cached_s), held_out_error(rows)
+    room = nominal.engine.capacity_tokens
+    vague = f" Not identified: {'; '.join(engine.not_identified)}." if engine.not_identified else ""
+    return replace(
+        nominal,
+        engine=replace(engine, capacity_tokens=room),
+        engine_band=error,
+        cost_band=error,
+        origin=f"The engine's costs come from {len(rows)} rows of a cost table, off by {error:.0%} on batch sizes that "
+        f"were held out; the learner's are nominal, within a factor of {1 + nominal.band:.0f}.{vague}",
+    )

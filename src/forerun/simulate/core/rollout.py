@@ -1,0 +1,270 @@
+"""A batch of rollouts on replicas that drain: seconds until the last sequence ends.
+
+Conventions: lengths in output tokens, times in seconds. Event driven: between two endings of a replica its batch is
+constant and every running sequence advances by α tokens per round; all replicas are advanced together in numpy.
+Requests beyond the slots or the cache wait in order and enter as others end (continuous batching); prompts of one
+group share their prefill. Left out: preemption, migration between replicas, variance of acceptance within a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forerun.errors import UserError
+from forerun.simulate.core.decode import Acceptance, Budget, Costs
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Output lengths: lognormal around a mean, cut at a cap (the mean is that before the cut)."""
+
+    mean_tokens: float
+    sigma: float
+    cap_tokens: int
+
+    def sample(self, count: int, seed: int = 0) -> Floats:
+        """`count` lengths, at least one token each.
+
+        Raises:
+            UserError: a negative or zero length, cap, or spread below zero.
+        """
+        if self.mean_tokens <= 0 or self.cap_tokens < 1 or self.sigma < 0:
+            raise UserError(
+                f"Output lengths of mean {self.mean_tokens}, spread {self.sigma} and cap {self.cap_tokens} cannot be; "
+                "mean and cap must be positive and the spread not negative."
+            )
+        normal = np.random.default_rng(seed).standard_normal(count)
+        drawn = self.mean_tokens * np.exp(self.sigma * normal - self.sigma**2 / 2)
+        return np.clip(np.rint(drawn), 1, self.cap_tokens)
+
+
+def lengths_with_mean(mean_tokens: float, sigma: float, cap_tokens: int, count: int) -> Floats:
+    """`count` lognormal lengths, cut at the cap, whose mean after the cut is `mean_tokens`, up to rounding.
+
+    For a mean that was observed: a run's, or that of a drafter's training answers.
+    """
+    goal, low, high = min(mean_tokens, float(cap_tokens)), min(mean_tokens, float(cap_tokens)), 1e3 * cap_tokens
+    for _ in range(40):
+        middle = (low * high) ** 0.5
+        short = Lengths(middle, sigma, cap_tokens).sample(count).mean() < goal
+        low, high = (middle, high) if short else (low, middle)
+    return Lengths(high, sigma, cap_tokens).sample(count)
+
+
+def trace_lengths(tokens: Sequence[float]) -> Floats:
+    """Lengths of a real run's rollouts.
+
+    Raises:
+        UserError: no lengths, or one that is not positive.
+    """
+    lengths = np.asarray(tokens, dtype=float)
+    if lengths.size == 0 or lengths.min() < 1:
+        worst = "none" if lengths.size == 0 else f"{lengths.min():g}"
+        raise UserError(f"A trace of output lengths needs positive numbers; its smallest is {worst}.")
+    return lengths
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutResult:
+    """What a simulated rollout took."""
+
+    seconds: float
+    tokens: float
+    rounds: float  # policy passes of all replicas together
+    prefill_s: float  # of the slowest replica
+    tail_s: float  # of the slowest replica, with at most a tenth of its peak batch
+    mean_batch: float  # running sequences per replica, weighted by time
+    replica_s: Floats
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens per second."""
+        return self.tokens / self.seconds
+
+
+def simulate_rollout(
+    costs: Costs,
+    lengths: Floats,
+    *,
+    replicas: int,
+    budget: Budget,
+    acceptance: Acceptance,
+    prompt_tokens: float = 128.0,
+    group: int = 1,
+    slots: int = 1024,
+) -> RolloutResult:
+    """Drain `lengths` on `replicas` equal replicas.
+
+    Args:
+        costs: the engine; `group` samples share one prompt and its prefill.
+        slots: sequences that a replica runs side by side at most; its cache may allow fewer.
+
+    Raises:
+        UserError: fewer than one replica or slot, or a cache that cannot hold a single sequence.
+    """
+    if replicas < 1 or slots < 1:
+        raise UserError(f"{replicas} replicas with {slots} slots cannot run anything; both must be 1 at least.")
+    queue = _deal(lengths, replicas)
+    limit = _running_limit(costs, lengths, prompt_tokens, slots)
+    prompt_s = float(costs.prompt_s(np.float64(prompt_tokens))) / group
+    drain = drain_together if queue.shape[1] <= limit else drain_by_events
+    clocks = drain(costs, queue, limit, budget, acceptance, prompt_tokens, prompt_s)
+    slowest = int(np.argmax(clocks.seconds))
+    return RolloutResult(
+        seconds=float(clocks.seconds[slowest]),
+        tokens=float(lengths.sum()),
+        rounds=float(clocks.rounds.sum()),
+        prefill_s=float(clocks.prefill_s[slowest]),
+        tail_s=float(clocks.tail_s[slowest]),
+        mean_batch=float(clocks.batch_seconds.sum() / max(clocks.seconds.sum(), 1e-12)),
+        replica_s=clocks.seconds,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """What each of R replicas spent."""
+
+    seconds: Floats  # [R]
+    rounds: Floats  # [R]
+    prefill_s: Floats  # [R]
+    tail_s: Floats  # [R]
+    batch_seconds: Floats  # [R], running sequences integrated over time
+
+
+def drain_together(
+    costs: Costs,
+    queue: Floats,
+    limit: int,
+    budget: Budget,
+    acceptance: Acceptance,
+    prompt_tokens: float,
+    prompt_s: float,
+) -> Clocks:
+    """All requests [R, Q] start at once: all between endings is known beforehand, so one pass over [R, Q] does."""
+    ends = np.sort(queue, axis=1)
+    begins = np.concatenate([np.zeros((len(queue), 1)), ends[:, :-1]], axis=1)
+    batch = np.arange(queue.shape[1], 0, -1.0)[None, :] * np.ones_like(ends)
+    k = budget.k(batch)
+    rounds = (ends - begins) / acceptance.length(k)
+    seconds = rounds * costs.round_s(batch, k, prompt_tokens + (begins + ends) / 2)
+    requests = (queue > 0).sum(1)
+    prefill_s = requests * prompt_s
+    tail = batch <= 0.1 * np.maximum(requests, 1)[:, None]
+    batch_seconds = (batch * seconds).sum(1) + requests * prefill_s
+    return Clocks(seconds.sum(1) + prefill_s, rounds.sum(1), prefill_s, (seconds * tail).sum(1), batch_seconds)
+
+
+def drain_by_events(
+    costs: Costs,
+    queue: Floats,
+    limit: int,
+    budget: Budget,
+    acceptance: Acceptance,
+    prompt_tokens: float,
+    prompt_s: float,
+) -> Clocks:
+    """At most `limit` of the requests [R, Q] of a replica run at once; the next in order enters as one ends."""
+    state = _Drain(queue, limit, prompt_tokens)
+    while state.advance(costs, budget, acceptance, prompt_s):
+        continue
+    return Clocks(state.clock_s, state.rounds, state.prefill_s, state.tail_s, state.batch_seconds)
+
+
+def _deal(lengths: Floats, replicas: int) -> Floats:
+    """Deal lengths round robin onto replicas: [replicas, requests], zero where a replica has none."""
+    rows = -(-len(lengths) // replicas)
+    padded = np.zeros(rows * replicas)
+    padded[: len(lengths)] = lengths
+    return padded.reshape(rows, replicas).T.copy()
+
+
+def _running_limit(costs: Costs, lengths: Floats, prompt_tokens: float, slots: int) -> int:
+    room, need = costs.room_tokens(), prompt_tokens + float(np.mean(lengths))
+    if room < prompt_tokens + 1:
+        raise UserError(
+            f"The cache holds {room:.0f} tokens, but one prompt has {prompt_tokens:.0f}; use more GPUs per replica."
+        )
+    return max(1, int(min(slots, room / need)))
+
+
+class _Drain:
+    """State of all replicas: [R, Q] requests in order of admission, [R] clocks."""
+
+    def __init__(self, queue: Floats, limit: int, prompt_tokens: float) -> None:
+        self.left = queue  # tokens still to emit, 0 = finished or empty
+        self.done = np.zeros_like(queue)
+        self.limit, self.prompt_tokens = limit, prompt_tokens
+        self.peak = np.maximum(np.minimum((queue > 0).sum(1), limit), 1)
+        zeros = np.zeros(len(queue))
+        self.clock_s, self.rounds, self.prefill_s = zeros.copy(), zeros.copy(), zeros.copy()
+        self.tail_s, self.batch_seconds = zeros.copy(), zeros.copy()
+        self.seen = np.zeros_like(queue, dtype=bool)
+
+    def advance(self, costs: Costs, budget: Budget, acceptance: Acceptance, prompt_s: float) -> bool:
+        """To the next ending of every replica that still runs; False when all are done."""
+        waiting = self.left > 0
+        running = waiting & (np.cumsum(waiting, axis=1) <= self.limit)
+        batch = running.sum(1).astype(float)
+        live = batch > 0
+        if not live.any():
+            return False
+        step = np.where(running, self.left, np.inf).min(1, initial=np.inf)
+        step = np.where(live, step, 0.0)
+        size = np.maximum(batch, 1.0)
+        context = self.prompt_tokens + np.where(running, self.done, 0.0).sum(1) / size + step / 2
+        k = budget.k(size)
+        rounds = step / acceptance.length(k)
+        fresh = (running & ~self.seen).sum(1) * prompt_s
+        self.seen |= running
+        spent_s = np.where(live, rounds * costs.round_s(size, k, context) + fresh, 0.0)
+        self._account(spent_s, fresh, rounds, batch)
+        self.left = np.where(running, self.left - step[:, None], self.left)
+        self.done = np.where(running, self.done + step[:, None], self.done)
+        return True
+
+    def _account(self, spent_s: Floats, fresh_s: Floats, rounds: Floats, batch: Floats) -> None:
+        self.clock_s += spent_s
+        self.prefill_s += fresh_s
+        self.rounds += rounds
+        self.batch_seconds += batch * spent_s
+        self.tail_s += np.where(batch <= 0.1 * self.peak, spent_s, 0.0)
+
+
+def stream_s(
+    costs: Costs,
+    lengths: Floats,
+    *,
+    replicas: int,
+    in_flight: float,
+    budget: Budget,
+    acceptance: Acceptance,
+    prompt_tokens: float = 128.0,
+    group: int = 1,
+    slots: int = 1024,
+) -> float:
+    """Eq. 14: seconds per batch when `in_flight` batches overlap, so that one batch fills the tail of another.
+
+    The running sequences per replica settle at C = in_flight (N/R) E[L] / max L (a batch may not take longer than
+    `in_flight` intervals), or at the slots where those are fewer; T = N E[L] t(C) / (α R C).
+    """
+    mean, longest = float(np.mean(lengths)), float(np.max(lengths))
+    limit = _running_limit(costs, lengths, prompt_tokens, slots)
+    batch = float(np.clip(in_flight * len(lengths) / replicas * mean / longest, 1e-9, limit))
+    size = np.array([max(batch, 1.0)])
+    context = prompt_tokens + float(np.mean(lengths**2)) / (2 * mean)
+    k = budget.k(size)
+    round_s = costs.round_s(size, k, np.array([context])) / acceptance.length(k)
+    decode_s = float(round_s[0]) * len(lengths) * mean / (replicas * batch)
+    return decode_s + mean_prefill_s(costs, len(lengths), replicas, prompt_tokens, group)
+
+
+def mean_prefill_s(costs: Costs, requests: int, replicas: int, prompt_tokens: float, group: int) -> float:
+    """Seconds of prefill per replica when a group of requests shares its prompt."""
+    return float(costs.prompt_s(np.float64(prompt_tokens))) * requests / (group * replicas)

@@ -1,0 +1,447 @@
+"""Every number that 2604.26779 publishes on time, beside the simulator's.
+
+Conventions: seconds and ratios; each row says whether its published cell was used to calibrate ("calibration") or not
+("test"). The paper is silent on batch, lengths, layouts and training tokens: they are the fields of `Measured` and
+`Projected`, each with the value we assume and its reason. Calibration is done here, from the cells named in
+`CALIBRATION`, never stored. Left out: accuracy curves, and figures of which no value could be read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forerun.simulate.core.decode import (
+    IDEAL,
+    RoundTuning,
+    Speculator,
+    constant_acceptance,
+    fixed_budget,
+    make_drafter,
+    rate_for,
+)
+from forerun.simulate.core.hardware import load_hardware
+from forerun.simulate.core.operators import Layout, Replica, Tuning
+from forerun.simulate.core.rollout import Lengths, simulate_rollout, stream_s
+from forerun.simulate.core.shapes import load_model
+from forerun.simulate.core.step import (
+    AsyncStep,
+    Learner,
+    Stages,
+    async_step,
+    best_split,
+    forward_flops,
+    learner_stages,
+    refit_s,
+)
+from forerun.simulate.plan.calibrate import shipped_constants
+
+Row = dict[str, Any]
+STAGES = ("data", "prepare", "generation", "logprob", "train")
+
+CALIBRATION = {
+    "Table 1, RL-Zero plain, all five stages": "mean length, data, prepare, MFU of logprob and of training",
+    "Table 1, RL-Think plain, generation": "mean length of RL-Think",
+    "Table 4, RL-Zero, k = 3 and k = 7": "row_s and slow_row_s of the engine: the two constants of its rounds",
+    "Table 2, RL-Zero n-gram": "scan_s, the host's lookup per token of context",
+    "Asynchronous run, both plain cells": "size of its batch relative to the synchronous runs, and batches in flight",
+    "235B at 512 GPUs, k = 3, alpha = 3": "MFU of training (step cell); the layout was chosen by its rollout cell",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Assumptions on the measured 8B runs, where the paper is silent."""
+
+    sequences: int = 2048  # 64 prompts x 32 samples, defaults of a co-author's GB200 script for NeMo-RL
+    cap_tokens: int = 8192  # prompt and response, NeMo-RL's Qwen3-8B recipe on the same data
+    sigma: float = 0.8  # spread of the lognormal lengths
+    tensor: int = 4  # same recipe
+    group: int = 32
+    prompt_tokens: int = 150
+    gpus: int = 32
+    fast_k: int = 3  # draft tokens up to which rows stay on the engine's captured path
+    ngram_k: int = 5  # vLLM's documented example
+
+
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """Assumptions on the projected 235B runs, where the paper is silent."""
+
+    sequences: int = 4096  # published
+    mean_tokens: float = 5700  # NeMo-RL's measured 235B runs
+    cap_tokens: int = 8192  # same
+    sigma: float = 0.8
+    layout: Layout = field(
+        default_factory=lambda: Layout(tensor=4, data=16, expert=64)
+    )  # one NVL72 domain: attention 16 x TP4, experts over 64
+    host_s: float = 1e-3  # a kernel-level simulator has little host time
+    group: int = 16
+    prompt_tokens: int = 150
+
+
+@cache
+def published() -> dict[str, Any]:
+    """The published cells."""
+    return json.loads((files("forerun.simulate.core") / "data" / "paper.json").read_text())
+
+
+def _row(table: str, cell: str, unit: str, reference: float, predicted: float, role: str) -> Row:
+    error = predicted / reference - 1 if reference else float("nan")
+    return {
+        "table": table,
+        "cell": cell,
+        "unit": unit,
+        "published": reference,
+        "predicted": predicted,
+        "error": error,
+        "role": role,
+    }
+
+
+def _solve(function: Callable[[float], float], target: float, low: float, high: float, steps: int = 25) -> float:
+    """The argument at which an increasing function meets a target, by bisection in logarithms."""
+    for _ in range(steps):
+        middle = float(np.sqrt(low * high))
+        low, high = (middle, high) if function(middle) < target else (low, middle)
+    return float(np.sqrt(low * high))
+
+
+def _set(rounds: RoundTuning, name: str, value: float) -> RoundTuning:
+    """One constant changed by name."""
+    constants: dict[str, Any] = {name: value}
+    return replace(rounds, **constants)
+
+
+class Runs8B:
+    """The measured 8B runs: calibrated once, then asked for any cell."""
+
+    def __init__(self, assumed: Measured) -> None:
+        self.assumed = assumed
+        self.model, self.gpu = load_model("Qwen3-8B"), load_hardware("GB200")
+        self.engine = shipped_constants().tuning(("Qwen3-8B", "GB200", "vllm"), "dense")
+        self.rounds = RoundTuning(token_s=0.0, fixed_s=0.0, fast_k=assumed.fast_k)
+        plain = {name: cells["plain"]["generation"] for name, cells in published()["stages"].items()}
+        self.lengths = {name: self._lengths(seconds) for name, seconds in plain.items()}
+        self.rounds = self._round_constants()
+        self.learner = self._learner()
+
+    def _draw(self, mean_tokens: float) -> NDArray[np.float64]:
+        a = self.assumed
+        return Lengths(mean_tokens, a.sigma, a.cap_tokens - a.prompt_tokens).sample(a.sequences)
+
+    def _lengths(self, generation_s: float) -> NDArray[np.float64]:
+        """Lengths whose plain rollout takes as long as published."""
+        mean = _solve(lambda m: self._rollout_s(self._draw(m), 0, 1.0), generation_s, 50.0, 1e5)
+        return self._draw(mean)
+
+    def _engine(self, method: str = "eagle3") -> Speculator:
+        replica = Replica(self.model, self.gpu, Layout(tensor=self.assumed.tensor), "bf16", 2.0, self.engine)
+        return Speculator(replica, make_drafter(method, self.model), self.rounds)
+
+    def _rollout_s(self, lengths: NDArray[np.float64], k: int, alpha: float, method: str = "eagle3") -> float:
+        a = self.assumed
+        result = simulate_rollout(
+            self._engine(method),
+            lengths,
+            replicas=a.gpus // a.tensor,
+            budget=fixed_budget(k),
+            acceptance=constant_acceptance(rate_for(k, alpha) if k else 0.0),
+            prompt_tokens=a.prompt_tokens,
+            group=a.group,
+        )
+        return result.seconds
+
+    def _stream_s(self, lengths: NDArray[np.float64], k: int, alpha: float, gpus: int, in_flight: float) -> float:
+        a = self.assumed
+        return stream_s(
+            self._engine(),
+            lengths,
+            replicas=gpus // a.tensor,
+            in_flight=in_flight,
+            budget=fixed_budget(k),
+            acceptance=constant_acceptance(rate_for(k, alpha) if k else 0.0),
+            prompt_tokens=a.prompt_tokens,
+            group=a.group,
+        )
+
+    def generation_s(self, workload: str, k: int, alpha: float, method: str = "eagle3") -> float:
+        """Seconds of one rollout of a workload."""
+        return self._rollout_s(self.lengths[workload], k, alpha, method)
+
+    def _round_constants(self) -> RoundTuning:
+        """`row_s` from RL-Zero's k = 3, `slow_row_s` from its k = 7, the lookup from its n-gram run."""
+        plain_s, found = published()["stages"]["RL-Zero"]["plain"]["generation"], self.rounds
+        for name, k in (("row_s", 3), ("slow_row_s", 7)):
+            cell = next(
+                d for d in published()["drafts"] if d["workload"] == "RL-Zero" and d["table"] == "4" and d["k"] == k
+            )
+            found = self._with(found, name, 10e-6, plain_s / cell["speedup"], k, cell["alpha"], "eagle3")
+        lookup = published()["ngram"][0]
+        return self._with(found, "scan_s", 1e-9, lookup["generation_s"], self.assumed.ngram_k, lookup["alpha"], "ngram")
+
+    def _with(
+        self, rounds: RoundTuning, name: str, unit: float, target_s: float, k: int, alpha: float, method: str
+    ) -> RoundTuning:
+        """`rounds` with the constant `name` such that RL-Zero takes `target_s`: a rollout is linear in each of them."""
+        taken_s = []
+        for value in (0.0, unit):
+            self.rounds = _set(rounds, name, value)
+            taken_s.append(self.generation_s("RL-Zero", k, alpha, method))
+        slope = (taken_s[1] - taken_s[0]) / unit
+        return _set(rounds, name, max((target_s - taken_s[0]) / slope, 0.0) if slope > 0 else 0.0)
+
+    def _learner(self) -> Learner:
+        """Constants of the learner from the plain column of RL-Zero; batches are padded to the cap (no packing)."""
+        cells, a = published()["stages"]["RL-Zero"]["plain"], self.assumed
+        forward_s = forward_flops(self.model, a.sequences, a.cap_tokens) / (a.gpus * self.gpu.flops["bf16"])
+        return Learner(
+            train_mfu=3.0 * forward_s / cells["train"],
+            logprob_mfu=2.0 * forward_s / cells["logprob"],
+            prepare_fixed_s=cells["prepare"] - refit_s(self.model),
+            data_s=cells["data"],
+        )
+
+    def stages(self, generation_s: float, *, gpus: int | None = None, share: float = 1.0) -> Stages:
+        """Stages of a step around a generation time; `share` of the synchronous batch on `gpus` training GPUs."""
+        a = self.assumed
+        return learner_stages(
+            self.learner, self.model, self.gpu, gpus or a.gpus, share * a.sequences, a.cap_tokens, generation_s
+        )
+
+    def asynchronous(self) -> dict[str, AsyncStep]:
+        """The asynchronous run: its two plain cells calibrate batch and overlap, the speculative ones are a test.
+
+        A lag of 1 bounds the batches in flight by 1 (strict) and 2 (a collector that starts the next batch while
+        the learner still waits for this one).
+        """
+        cells, alpha = published()["asynchronous"], published()["drafts"][3]["alpha"]
+        busy_s = cells["plain"]["step"] - cells["plain"]["exposed"]
+        share = _solve(lambda x: self.stages(0.0, gpus=cells["training_gpus"], share=x).learner_s, busy_s, 0.05, 2.0)
+        lengths = self.lengths[cells["workload"]]
+        batch = lengths[: round(share * len(lengths))]
+
+        def run(in_flight: float, k: int) -> AsyncStep:
+            generation_s = self._stream_s(batch, k, alpha if k else 1.0, cells["generation_gpus"], in_flight)
+            return async_step(self.stages(generation_s, gpus=cells["training_gpus"], share=share), cells["lag"])
+
+        fewer = _solve(lambda x: run(1.0 / x, 0).step_s, cells["plain"]["step"], 0.5, 1.0, 15)
+        return {"plain": run(1.0 / fewer, 0), "speculative": run(1.0 / fewer, 3)}
+
+
+@cache
+def measured_runs() -> Runs8B:
+    """The 8B runs under the default assumptions, calibrated once per process."""
+    return Runs8B(Measured())
+
+
+def round_cost_rows() -> list[Row]:
+    """The published costs of a round beside ours: what `paper_rows` has under the unit "steps"."""
+    runs = measured_runs()
+    return [row for row in (*_draft_rows(runs), *_ngram_rows(runs)) if row["unit"] == "steps"]
+
+
+def _rows_8b(runs: Runs8B) -> Iterator[Row]:
+    yield from _stage_rows(runs)
+    yield from _draft_rows(runs)
+    yield from _ngram_rows(runs)
+    cells, ours = published()["asynchronous"], runs.asynchronous()
+    for arm in ("plain", "speculative"):
+        role = "calibration" if arm == "plain" else "test"
+        yield _row("async 8B", f"step, {arm}", "s", cells[arm]["step"], ours[arm].step_s, role)
+        yield _row("async 8B", f"exposed generation, {arm}", "s", cells[arm]["exposed"], ours[arm].exposed_s, role)
+    yield _row(
+        "async 8B", "step speed-up", "x", cells["speedup"], ours["plain"].step_s / ours["speculative"].step_s, "test"
+    )
+
+
+def _stage_rows(runs: Runs8B) -> Iterator[Row]:
+    for workload, arms in published()["stages"].items():
+        alpha = {
+            d["workload"]: d["alpha"] for d in reversed(published()["drafts"]) if d["table"] == "4" and d["k"] == 3
+        }
+        totals = {}
+        for arm, cells in arms.items():
+            k = 0 if arm == "plain" else 3
+            stages = runs.stages(runs.generation_s(workload, k, alpha[workload]))
+            totals[arm] = stages.total_s
+            for stage in STAGES:
+                fitted = (workload == "RL-Zero" and (arm == "plain" or stage == "generation")) or (
+                    arm == "plain" and stage == "generation"
+                )
+                role = "calibration" if fitted else "test"
+                yield _row("1", f"{workload} {arm} {stage}", "s", cells[stage], getattr(stages, f"{stage}_s"), role)
+            role = "calibration" if (workload, arm) == ("RL-Zero", "plain") else "test"
+            yield _row("1", f"{workload} {arm} overall", "s", sum(cells.values()), stages.total_s, role)
+        reference = published()["step_speedup"][workload]
+        yield _row("1", f"{workload} step speed-up", "x", reference, totals["plain"] / totals["speculative"], "test")
+
+
+def _draft_rows(runs: Runs8B) -> Iterator[Row]:
+    for cell in published()["drafts"]:
+        workload, k = cell["workload"], cell["k"]
+        ours = runs.generation_s(workload, 0, 1.0) / runs.generation_s(workload, k, cell["alpha"])
+        fitted = cell["table"] == "4" and workload == "RL-Zero" and k in (3, 7)
+        role = "calibration" if fitted else "test"
+        yield _row(cell["table"], f"{workload} {cell['variant']} k={k} speed-up", "x", cell["speedup"], ours, role)
+        label = f"{workload} {cell['variant']} k={k} round cost"
+        published_c = cell["alpha"] / cell["speedup"]
+        yield _row(f"{cell['table']} (c)", label, "steps", published_c, cell["alpha"] / ours, role)
+
+
+def _ngram_rows(runs: Runs8B) -> Iterator[Row]:
+    for cell in published()["ngram"]:
+        workload = cell["workload"]
+        ours_s = runs.generation_s(workload, runs.assumed.ngram_k, cell["alpha"], "ngram")
+        ours, role = runs.generation_s(workload, 0, 1.0) / ours_s, "calibration" if workload == "RL-Zero" else "test"
+        yield _row("2", f"{workload} n-gram generation", "s", cell["generation_s"], ours_s, role)
+        yield _row("2", f"{workload} n-gram speed-up", "x", cell["speedup"], ours, role)
+        yield _row(
+            "2 (c)",
+            f"{workload} n-gram round cost",
+            "steps",
+            cell["alpha"] / cell["speedup"],
+            cell["alpha"] / ours,
+            role,
+        )
+
+
+class Runs235B:
+    """The projected 235B runs under an engine without round overhead, as a kernel-level simulator has."""
+
+    def __init__(self, assumed: Projected) -> None:
+        self.assumed = assumed
+        self.model, self.gpu = load_model("Qwen3-235B-A22B"), load_hardware("GB200")
+        tuning = Tuning(host_s=assumed.host_s, sequence_s=0.0)
+        replica = Replica(self.model, self.gpu, assumed.layout, "fp8", 1.0, tuning)
+        self.engine = Speculator(replica, make_drafter("eagle3", self.model), IDEAL)
+        cap = assumed.cap_tokens - assumed.prompt_tokens
+        self.lengths = Lengths(assumed.mean_tokens, assumed.sigma, cap).sample(assumed.sequences)
+        self.learner = self._learner()
+
+    def rollout_s(self, k: int, alpha: float, gpus: int) -> float:
+        """Seconds until one batch is done."""
+        return simulate_rollout(
+            self.engine,
+            self.lengths,
+            replicas=gpus // self.assumed.layout.gpus,
+            budget=fixed_budget(k),
+            acceptance=constant_acceptance(rate_for(k, alpha) if k else 0.0),
+            prompt_tokens=self.assumed.prompt_tokens,
+            group=self.assumed.group,
+        ).seconds
+
+    def stream_s(self, k: int, alpha: float, gpus: int, lag: int) -> float:
+        """Seconds per batch when batches overlap."""
+        return stream_s(
+            self.engine,
+            self.lengths,
+            replicas=gpus // self.assumed.layout.gpus,
+            in_flight=lag,
+            budget=fixed_budget(k),
+            acceptance=constant_acceptance(rate_for(k, alpha) if k else 0.0),
+            prompt_tokens=self.assumed.prompt_tokens,
+            group=self.assumed.group,
+        )
+
+    def _learner(self) -> Learner:
+        """One MFU for training and two logprob passes, so that the step cell of k = 3 at 512 GPUs is met."""
+        cell = published()["projection_512"][0]
+        plain_s, ours_s = self.rollout_s(0, 1.0, 512), self.rollout_s(cell["k"], cell["alpha"], 512)
+        # 1 / (R / S + 1 - R) = step  =>  the learner's share of the plain step
+        share = (1 - 1 / cell["step"]) / (1 - ours_s / plain_s)
+        work_s = plain_s * (1 - share) / share - refit_s(self.model)
+        forward = forward_flops(self.model, self.assumed.sequences, self.assumed.cap_tokens)
+        mfu = 5.0 * forward / (work_s * 512 * self.gpu.flops["bf16"])
+        return Learner(mfu, mfu, prepare_fixed_s=0.0, data_s=0.0)
+
+    def stages(self, generation_s: float, training_gpus: int) -> Stages:
+        """Stages around a generation time."""
+        a = self.assumed
+        return learner_stages(
+            self.learner, self.model, self.gpu, training_gpus, a.sequences, a.cap_tokens, generation_s
+        )
+
+    def at_2048(self) -> dict[str, float]:
+        """Lag 2 on 2,048 GPUs, split as is best with speculation; both arms on that split."""
+        cell = published()["projection_2048"]
+        k, alpha, lag = cell["k"], cell["alpha"], cell["lag"]
+
+        def stages_of(generating: int, training: int, k: int, alpha: float) -> Stages:
+            return self.stages(self.stream_s(k, alpha, generating, lag), training)
+
+        best = best_split(2048, self.assumed.layout.gpus, lag, partial(stages_of, k=k, alpha=alpha))
+        own = best_split(2048, self.assumed.layout.gpus, lag, partial(stages_of, k=0, alpha=1.0))
+        plain = async_step(stages_of(best.generation_gpus, best.training_gpus, 0, 1.0), lag)
+        gpus = best.generation_gpus
+        return {
+            "rollout": self.rollout_s(0, 1.0, gpus) / self.rollout_s(k, alpha, gpus),
+            "step": plain.step_s / best.step.step_s,
+            "step_own_splits": own.step.step_s / best.step.step_s,
+            "rollout_all_gpus": self.rollout_s(0, 1.0, 2048) / self.rollout_s(k, alpha, 2048),
+            "rollout_throughput": self.stream_s(0, 1.0, gpus, lag) / self.stream_s(k, alpha, gpus, lag),
+            "generation_gpus": float(gpus),
+        }
+
+
+def _rows_235b(runs: Runs235B) -> Iterator[Row]:
+    plain_s = runs.rollout_s(0, 1.0, 512)
+    for index, cell in enumerate(published()["projection_512"]):
+        ours_s = runs.rollout_s(cell["k"], cell["alpha"], 512)
+        step = runs.stages(plain_s, 512).total_s / runs.stages(ours_s, 512).total_s
+        role = "test" if index else "calibration"
+        label = f"k={cell['k']} alpha={cell['alpha']:g}"
+        yield _row("235B, 512 GPUs", f"{label} rollout", "x", cell["rollout"], plain_s / ours_s, role)
+        yield _row("235B, 512 GPUs", f"{label} step", "x", cell["step"], step, role)
+    cell, ours = published()["projection_2048"], runs.at_2048()
+    for name in ("rollout", "step"):
+        yield _row("235B, 2,048 GPUs, lag 2", name, "x", cell[name], ours[name], "test")
+
+
+def paper_rows(measured: Measured | None = None, projected: Projected | None = None) -> list[Row]:
+    """All published cells beside ours, under the given assumptions."""
+    return [*_rows_8b(Runs8B(measured or Measured())), *_rows_235b(Runs235B(projected or Projected()))]
+
+
+def sensitivity() -> list[Row]:
+    """What each assumption moves: one changed at a time, median and worst error of the test ratios it bears on."""
+    rows = []
+    base8, base235 = Measured(), Projected()
+    eight = [
+        ("sequences 4096", replace(base8, sequences=4096)),
+        ("sigma 0.5", replace(base8, sigma=0.5)),
+        ("sigma 1.1", replace(base8, sigma=1.1)),
+        ("tensor 8", replace(base8, tensor=8)),
+        ("cap 12,288", replace(base8, cap_tokens=12288)),
+        ("fast_k 1,000 (no slow path)", replace(base8, fast_k=1000)),
+        ("ngram_k 4", replace(base8, ngram_k=4)),
+        ("ngram_k 6", replace(base8, ngram_k=6)),
+    ]
+    big = [
+        ("layout TP8 EP8", replace(base235, layout=Layout(8, 1, 8))),
+        ("layout DP32 EP32", replace(base235, layout=Layout(1, 32, 32))),
+        ("host 0 ms", replace(base235, host_s=0.0)),
+        ("host 3 ms", replace(base235, host_s=3e-3)),
+        ("mean 4,000, cap 16,384", replace(base235, mean_tokens=4000, cap_tokens=16384)),
+        ("sigma 0.5", replace(base235, sigma=0.5)),
+    ]
+    rows += [_moved("8B", name, list(_rows_8b(Runs8B(assumed)))) for name, assumed in [("as assumed", base8), *eight]]
+    rows += [
+        _moved("235B", name, list(_rows_235b(Runs235B(assumed)))) for name, assumed in [("as assumed", base235), *big]
+    ]
+    return rows
+
+
+def _moved(model: str, change: str, rows: list[Row]) -> Row:
+    tests = [row for row in rows if row["role"] == "test" and row["unit"] == "x"]
+    sizes = np.array([abs(row["error"]) for row in tests])
+    worst = tests[int(np.argmax(sizes))]
+    return {"model": model, "change": change, "median": float(np.median(sizes)), "worst": float(sizes.max()),
+            "worst_cell": f"{worst['table']}: {worst['cell']}"}  # fmt: skip

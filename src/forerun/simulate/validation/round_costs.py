@@ -1,0 +1,153 @@
+"""Published costs of a speculation round against the simulator's, two fitted constants per engine and head at most.
+
+Conventions: c = seconds of a round / seconds of a plain step at the same batch; speed-up of generation = α / c. The
+rows, their sources and the layouts that we had to assume stand in `data/rounds.json`; which rows an engine's constants
+were fitted on stands in each row, the others are the test.
+Left out: the rows of 2604.26779, whose batches drain; they are in `paper`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+
+from forerun.simulate.core.decode import RoundTuning, Speculator, make_drafter
+from forerun.simulate.core.fitting import map_fit
+from forerun.simulate.core.hardware import load_hardware
+from forerun.simulate.core.operators import Layout, Replica
+from forerun.simulate.core.shapes import ModelShape, load_model
+from forerun.simulate.plan.calibrate import shipped_constants
+
+PRIOR_S, PRIOR_SPREAD = (0.3e-3, 0.5e-3), (1.5, 1.5)  # token_s, fixed_s: order of magnitude, very wide
+NOISE = 0.15  # two constants cannot follow every row: residuals below 22 % are squared, not robbed of their weight
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPoint:
+    """One published round cost. `alpha` is None where the source gives no acceptance length."""
+
+    engine: str
+    label: str
+    speculator: Speculator
+    batch: float
+    context: float
+    k: int
+    c: float
+    alpha: float | None
+    fitted: bool
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return json.loads((files("forerun.simulate.core") / "data" / "rounds.json").read_text())
+
+
+def _model(name: str) -> ModelShape:
+    own = _table()["models"].get(name)
+    return load_model(name if own is None else {**own, "_name_or_path": name})
+
+
+def round_points() -> list[RoundPoint]:
+    """All published points, one per k."""
+    points: list[RoundPoint] = []
+    for row in _table()["rows"]:
+        replica = _replica(row)
+        speculator = Speculator(replica, make_drafter(row["drafter"], replica.model))
+        label = f"{row['model']} {row['drafter']}, {row['tensor']} x {row['gpu']}, batch {row['batch']}"
+        for k, c in row["c"].items():
+            alpha, fitted = row["alpha"].get(k), int(k) in row["fit"]
+            points.append(
+                RoundPoint(row["engine"], label, speculator, row["batch"], row["context"], int(k), c, alpha, fitted)
+            )
+    return points
+
+
+def _replica(row: dict[str, Any]) -> Replica:
+    """The replica under the shipped constants of its backend; where a plain step is published, host time meets it."""
+    model = _model(row["model"])
+    tuning = shipped_constants().tuning(
+        (model.name, row["gpu"], row["engine"]), "experts" if model.experts else "dense"
+    )
+    layout = Layout(tensor=row["tensor"])
+    replica = Replica(model, load_hardware(row["gpu"]), layout, row["precision"], 2.0, tuning)
+    if "plain_ms" not in row:
+        return replica
+    bare = Speculator(replace(replica, tuning=replace(tuning, host_s=0.0)))
+    host_s = row["plain_ms"] / 1e3 - float(bare.plain_s(np.float64(row["batch"]), np.float64(row["context"])))
+    return replace(replica, tuning=replace(tuning, host_s=max(host_s, 0.0)))
+
+
+def round_cost(point: RoundPoint, tuning: RoundTuning) -> float:
+    """Predicted c of a point."""
+    spec = Speculator(point.speculator.replica, point.speculator.drafter, tuning)
+    batch, context = np.float64(point.batch), np.float64(point.context)
+    return float(spec.round_s(batch, point.k, context) / spec.plain_s(batch, context))
+
+
+def fit_rounds(points: Sequence[RoundPoint]) -> dict[str, RoundTuning]:
+    """The two constants of each engine, from its fitted points alone; an engine without any takes another's.
+
+    Where an engine was fitted with more than one kind of head, each also has constants of its own under
+    `"<engine>, <drafter>"`: what a draft step costs beyond the device is the head's implementation, and published
+    slopes differ the other way round than the device's times (EAGLE-1's pass is twice EAGLE-3's and its step cheaper).
+    """
+    tunings: dict[str, RoundTuning] = {}
+    for engine in _table()["engines"]:
+        name = engine["name"]
+        own = [point for point in points if point.engine == name and point.fitted]
+        tunings[name] = _fit(own) if own else tunings[engine["takes"]]
+        heads = sorted({_head(point) for point in own})
+        if len(heads) > 1:
+            tunings |= {f"{name}, {head}": _fit([p for p in own if _head(p) == head]) for head in heads}
+    return tunings
+
+
+def _head(point: RoundPoint) -> str:
+    return point.speculator.drafter.method
+
+
+def tuning_of(point: RoundPoint, tunings: Mapping[str, RoundTuning]) -> RoundTuning:
+    """The constants of a point: its engine's for its head, else its engine's."""
+    return tunings.get(f"{point.engine}, {_head(point)}", tunings[point.engine])
+
+
+def _fit(points: Sequence[RoundPoint]) -> RoundTuning:
+    def predict(x: np.ndarray) -> np.ndarray:
+        return np.array([round_cost(point, RoundTuning(float(x[0]), float(x[1]))) for point in points])
+
+    fit = map_fit(predict, np.array([point.c for point in points]), np.array(PRIOR_S), np.array(PRIOR_SPREAD), NOISE)
+    return RoundTuning(float(fit.values[0]), float(fit.values[1]))
+
+
+def round_errors(points: Sequence[RoundPoint] | None = None) -> list[dict[str, Any]]:
+    """One row per point: published and predicted c, error, role, and whether the speed-up has the right sign."""
+    points = round_points() if points is None else points
+    tunings = fit_rounds(points)
+    return [_compared(point, round_cost(point, tuning_of(point, tunings))) for point in points]
+
+
+def _compared(point: RoundPoint, predicted: float) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "engine": point.engine,
+        "row": point.label,
+        "k": point.k,
+        "c_published": point.c,
+        "c_predicted": predicted,
+        "error": predicted / point.c - 1,
+        "role": "fit" if point.fitted else "test",
+    }
+    if point.alpha is not None:
+        published, ours = point.alpha / point.c, point.alpha / predicted
+        row |= {"speedup_published": published, "speedup_predicted": ours, "sign_right": (published > 1) == (ours > 1)}
+    return row
+
+
+def engine_notes() -> list[Mapping[str, Any]]:
+    """Source, and rows fitted on, of every engine."""
+    return _table()["engines"]

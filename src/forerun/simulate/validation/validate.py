@@ -1,0 +1,162 @@
+"""The simulator against measurements: serving rows by family, group and limiting operator, and round costs.
+
+Conventions: errors are relative, |predicted / measured - 1|; constants are fitted on the half of a file's rows that
+`ServingRow.fitted` names and reported on the other half. The package's own constants (fitted on the fit half of its
+689 rows) are reported beside them on all rows that do not carry the fit mark. Left out: training steps, see `paper`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forerun.errors import UserError
+from forerun.simulate.core.fitting import errors
+from forerun.simulate.core.operators import Tuning
+from forerun.simulate.plan.calibrate import ServingConstants, fit_serving, shipped_constants
+from forerun.simulate.validation.round_costs import engine_notes, round_errors
+from forerun.simulate.validation.serving import SPLIT_RULE, ServingRow, predict_s, read_rows
+
+Floats = NDArray[np.float64]
+# Which operator a constant of the tuning scales; the largest share of a row's time names what limits it.
+OPERATORS = {
+    "host_s": "host",
+    "sequence_s": "host",
+    "overhead": "launches",
+    "memory": "weights",
+    "cache": "cache reads",
+    "compute": "matrix compute and prefill",
+    "link": "collectives",
+    "experts": "experts",
+}
+TARGETS = {"dense": 0.08, "experts": 0.15}  # median error on the test half
+
+
+def validate(data_path: str | Path | None) -> dict[str, Any]:
+    """Fit on half of a file's rows and report the error on the other half.
+
+    Args:
+        data_path: CSV with the columns of `serving.COLUMNS`; None: round costs alone, whose points are shipped.
+
+    Returns:
+        `families`, `operators` and `groups` (errors of the `fit` and the `test` half; `shipped`: the package's
+        constants on the test half), `rounds` (published round costs), `skipped` (rows not covered, and why).
+
+    Raises:
+        UserError: the file cannot be read, or no row of it is covered.
+    """
+    found: dict[str, Any] = {"rounds": round_errors(), "round_engines": [dict(note) for note in engine_notes()]}
+    if data_path is None:
+        return {"rule": SPLIT_RULE, "rows": 0, "skipped": [], "families": [], "operators": [], "groups": [], **found}
+    rows, skipped = read_rows(data_path)
+    if not rows:
+        first = skipped[0] if skipped else "the file is empty"
+        raise UserError(f"None of the rows of {data_path} can be predicted; the first: {first}.")
+    constants = fit_serving(rows)
+    predicted, shipped = predict_all(rows, constants), predict_all(rows, shipped_constants())
+    limits = limiting_operators(rows, constants)
+
+    def by(key_of: Callable[[int], str]) -> list[dict[str, Any]]:
+        return _by_key(rows, predicted, shipped, key_of)
+
+    families = by(lambda i: rows[i].family)
+    for family in families:
+        target, test = TARGETS[family["name"]], family["test"]
+        family |= {"target_median": target, "reached": bool(test["rows"] and test["median"] <= target)}
+    return {
+        "rule": SPLIT_RULE,
+        "rows": len(rows),
+        "skipped": skipped,
+        "families": families,
+        "operators": by(lambda i: f"{rows[i].family}: {limits[i]}"),
+        "groups": [group | _vague(constants, group["name"]) for group in by(lambda i: " / ".join(rows[i].group))],
+        **found,
+        "worst_rows": _worst(rows, predicted),
+    }
+
+
+def predict_all(rows: Sequence[ServingRow], constants: ServingConstants) -> Floats:
+    """Predicted seconds per output token of all rows, each under the most specific constants.
+
+    A backend and family of which no row was fitted takes the constants of the package.
+    """
+    predicted = np.zeros(len(rows))
+    for group in dict.fromkeys(row.group for row in rows):
+        members = [i for i, row in enumerate(rows) if row.group == group]
+        tuning = _tuning(constants, rows[members[0]])
+        predicted[members] = predict_s([rows[i] for i in members], tuning)
+    return predicted
+
+
+def _tuning(constants: ServingConstants, row: ServingRow) -> Tuning:
+    found = constants.find(row.group, row.family)
+    return found.tuning if found else shipped_constants().tuning(row.group, row.family)
+
+
+def limiting_operators(rows: Sequence[ServingRow], constants: ServingConstants) -> list[str]:
+    """The operator with the largest share of each row's predicted time: d log time / d log constant."""
+    found = [""] * len(rows)
+    for group in dict.fromkeys(row.group for row in rows):
+        members = [i for i, row in enumerate(rows) if row.group == group]
+        own = [rows[i] for i in members]
+        shares = operator_shares(partial(predict_s, own), _tuning(constants, own[0]))
+        names, table = list(shares), np.stack(list(shares.values()))
+        for i, best in zip(members, table.argmax(0), strict=True):
+            found[i] = names[best]
+    return found
+
+
+def operator_shares(seconds: Callable[[Tuning], Floats], tuning: Tuning) -> dict[str, Floats]:
+    """Share of each operator in a time that depends on the tuning, by finite differences."""
+    base, step = seconds(tuning), 1e-3
+    shares: dict[str, Floats] = {}
+    for field in fields(Tuning):
+        moved = replace(tuning, **{field.name: getattr(tuning, field.name) * (1 + step)})
+        share = (seconds(moved) / base - 1) / step
+        shares[OPERATORS[field.name]] = shares.get(OPERATORS[field.name], np.zeros_like(base)) + share
+    return shares
+
+
+def _by_key(
+    rows: Sequence[ServingRow], predicted: Floats, shipped: Floats, key_of: Callable[[int], str]
+) -> list[dict[str, Any]]:
+    measured, fitted = np.array([row.measured_s for row in rows]), np.array([row.fitted for row in rows])
+    keys = np.array([key_of(i) for i in range(len(rows))])
+    table = []
+    for key in sorted(set(keys)):
+        fit, test = (keys == key) & fitted, (keys == key) & ~fitted
+        entry: dict[str, Any] = {"name": str(key), "fit": errors(predicted[fit], measured[fit])}
+        entry["test"] = errors(predicted[test], measured[test])
+        entry["shipped"] = errors(shipped[test], measured[test])
+        table.append(entry)
+    return table
+
+
+def _vague(constants: ServingConstants, name: str) -> dict[str, Any]:
+    found = constants.groups.get(tuple(name.split(" / ")))
+    return {
+        "not_identified": list(found.not_identified) if found else ["all: no row to fit, the engine's constants stand"]
+    }
+
+
+def _worst(rows: Sequence[ServingRow], predicted: Floats, count: int = 10) -> list[dict[str, Any]]:
+    """The test rows with the largest errors."""
+    test = [i for i, row in enumerate(rows) if not row.fitted]
+    ranked = sorted(test, key=lambda i: -abs(predicted[i] / rows[i].measured_s - 1))[:count]
+    return [
+        {
+            "group": " / ".join(rows[i].group),
+            "prompt_tokens": rows[i].prompt_tokens,
+            "output_tokens": rows[i].output_tokens,
+            "batch": rows[i].batch,
+            "measured_ms": rows[i].measured_s * 1e3,
+            "predicted_ms": float(predicted[i]) * 1e3,
+        }
+        for i in ranked
+    ]

@@ -1,0 +1,196 @@
+"""A run folder read back, whole or in pieces: what is missing or torn is told in a sentence, never an error.
+
+A run that was killed has no summary.json; `provisional_summary` makes one from the metrics so far, from fewer facts and
+under the same keys. Of rollouts.jsonl only a dozen samples are kept, from the first and the last step, spread over the
+rewards; the file itself is read line by line, so its size does not matter.
+Left out: drawing.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from forerun.errors import UserError
+from forerun.report.summary import STAGES, overlap
+from forerun.tracking.timeline import Event, read_timeline
+
+FIRST_SAMPLES, LAST_SAMPLES = 4, 8
+SAMPLES_IN_MEMORY = 256  # of one step
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """Everything that a report section may show. `metrics` has one dict per step, ascending, "step" among its keys."""
+
+    path: Path
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    config: str = ""
+    env: dict[str, Any] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    finished: bool = False  # whether `summary` is the run's own or a provisional one
+    timeline: list[Event] = field(default_factory=list)  # of a run that left one
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric, at the steps that have it."""
+        rows = [(row["step"], row[name]) for row in self.metrics if row.get(name) is not None]
+        return [step for step, _ in rows], [value for _, value in rows]
+
+    def names(self) -> list[str]:
+        """Names of all logged metrics in the order in which they first appear."""
+        return list(dict.fromkeys(name for row in self.metrics for name in row if name != "step"))
+
+
+def load_run(run_dir: Path | str) -> RunData:
+    """Read a run folder.
+
+    Raises:
+        UserError: the folder does not exist or holds none of a run's files.
+    """
+    path = Path(run_dir)
+    files = ("config.resolved.yaml", "env.json", "metrics.jsonl", "rollouts.jsonl", "summary.json")
+    if not any((path / name).exists() for name in files):
+        raise UserError(f"{path} holds none of {', '.join(files)}: give the folder of a run, for example runs/latest.")
+    missing = [f"{name} is missing." for name in files if not (path / name).exists()]
+    metrics = _read_metrics(path / "metrics.jsonl", missing)
+    samples = _read_samples(path / "rollouts.jsonl", missing)
+    summary = _read_json(path / "summary.json", missing)
+    config = _read_text(path / "config.resolved.yaml")
+    env = _read_json(path / "env.json", missing)
+    timeline, broken = read_timeline(path / "timeline.json")
+    if broken:
+        missing.append(_broken_lines("timeline.json", broken))
+    finished = bool(summary)
+    if finished and metrics and metrics[-1]["step"] > (summary.get("steps") or metrics[-1]["step"]):
+        missing.append(f"summary.json ends at step {summary['steps']}, metrics.jsonl at step {metrics[-1]['step']}.")
+    if not finished:
+        summary = provisional_summary(metrics, config)
+    return RunData(path.resolve(), metrics, samples, summary, config, env, missing, finished, timeline)
+
+
+def provisional_summary(metrics: list[dict[str, Any]], config: str) -> dict[str, Any]:
+    """The figures of the final table as far as metrics and recipe give them, for a run without a summary."""
+    trained = [row for row in metrics if row.get("time/step") is not None]
+    summary: dict[str, Any] = _recipe_facts(config)
+    summary["steps"] = len(trained)
+    summary["stage_seconds"] = {name: _mean(trained, f"time/{name}") for name in STAGES}
+    summary["step_seconds"] = _mean(trained, "time/step")
+    summary["overlap"] = overlap(trained)
+    summary["acceptance_length"] = _mean(metrics, "spec/acceptance_length")
+    positions = _family(metrics, "spec/acceptance_pos_")
+    summary["acceptance_per_position"] = [_mean(metrics, name) for name in positions]
+    summary["k"] = len(positions) or None
+    summary["compare"] = _comparisons(metrics)
+    evaluated = [row for row in metrics if row.get("eval/reward") is not None]
+    if len(evaluated) > 1:
+        first, last = evaluated[0], evaluated[-1]
+        summary |= {"reward_start": first["eval/reward"], "reward_start_stderr": first.get("eval/stderr")}
+        summary |= {"reward_end": last["eval/reward"], "reward_end_stderr": last.get("eval/stderr")}
+    return {key: value for key, value in summary.items() if value not in (None, [], {})}
+
+
+def _recipe_facts(config: str) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(config)
+    except yaml.YAMLError:
+        recipe = None
+    if not isinstance(recipe, dict):
+        return {}
+    speculation = recipe.get("speculation")
+    return {
+        "recipe": recipe.get("name") or recipe.get("recipe"),
+        "seed": recipe.get("seed"),
+        "speculation": speculation if isinstance(speculation, dict) else None,
+    }
+
+
+def _comparisons(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    keys = ("plain_s", "spec_s", "plain_tokens", "spec_tokens", "plain_tokens_per_s", "spec_tokens_per_s", "speedup")
+    rows = [row for row in metrics if row.get("compare/plain_s") is not None and row.get("compare/spec_s")]
+    found = [{"step": row["step"]} | {key: row.get(f"compare/{key}") for key in keys} for row in rows]
+    for row in found:
+        row["speedup"] = row["speedup"] or row["plain_s"] / row["spec_s"]
+    return found
+
+
+def _family(metrics: list[dict[str, Any]], stem: str) -> list[str]:
+    names = {name for row in metrics for name in row if name.startswith(stem) and name[len(stem) :].isdigit()}
+    return sorted(names, key=lambda name: int(name[len(stem) :]))
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _read_json(path: Path, missing: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        missing.append(f"{path.name} cannot be read as a JSON object.")
+        return {}
+    return value
+
+
+def _read_lines(path: Path, missing: list[str]) -> Iterator[dict[str, Any]]:
+    """The lines that hold a JSON object with a whole "step"; the others are counted and told at the end."""
+    broken = 0
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    yield row
+                else:
+                    broken += bool(line.strip())
+    if broken:
+        missing.append(_broken_lines(path.name, broken))
+
+
+def _broken_lines(name: str, count: int) -> str:
+    return f"{name} has {count} broken line{'s' * (count > 1)}, left out here."
+
+
+def _read_metrics(path: Path, missing: list[str]) -> list[dict[str, Any]]:
+    steps: dict[int, dict[str, Any]] = {}
+    for row in _read_lines(path, missing):
+        steps.setdefault(row["step"], {}).update(row)
+    return [steps[step] for step in sorted(steps)]
+
+
+def _read_samples(path: Path, missing: list[str]) -> list[dict[str, Any]]:
+    first: list[dict[str, Any]] = []
+    last: list[dict[str, Any]] = []
+    for row in _read_lines(path, missing):
+        if last and row["step"] != last[0]["step"]:
+            first, last = first or last, []
+        if len(last) < SAMPLES_IN_MEMORY:
+            last.append(row)
+    return _spread(first, FIRST_SAMPLES) + _spread(last, LAST_SAMPLES)
+
+
+def _spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """`count` rows at equal distances in the order of their reward, the best and the worst among them."""
+    ranked = sorted(rows, key=lambda row: -(row.get("reward") or 0.0))
+    if len(ranked) <= count:
+        return ranked
+    return [ranked[round(index * (len(ranked) - 1) / (count - 1))] for index in range(count)]

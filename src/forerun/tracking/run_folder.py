@@ -1,0 +1,271 @@
+"""The run folder: where a run writes down what it did, one file per kind of fact.
+
+    runs/2026-01-31T120000Z-quickstart/      runs/latest -> that folder
+        config.resolved.yaml   every setting, defaults included
+        env.json               machine, versions, commit
+        metrics.jsonl          one line per `log`: {"step": 3, "reward/mean": 0.61, ...}
+        rollouts.jsonl         one line per sample that was kept
+        timeline.json          who was busy when, as a trace (`timeline.py` writes and reads it)
+        summary.json           the figures of the final table
+
+Whole files are replaced atomically; the two .jsonl files only grow, line by line, and each line is on its way to the
+disk when the call returns. A run that is killed leaves at worst one torn last line, which `open` removes.
+Left out: checkpoints (the learner's), trackers, and the reading side (`reader.py`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from forerun.errors import UserError
+from forerun.tracking.environment import describe_environment
+from forerun.tracking.metrics import DEFINITIONS, definition_of, nearest_name
+
+__all__ = ["DEFINITIONS", "RunFolder", "checked_metrics", "disk_errors", "write_atomically"]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError while writing `path`, or the error that safetensors makes of one, into one sentence.
+
+    Raises:
+        UserError: the disk or quota is full, or the path cannot be written for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _unwritten(path, error.errno, error.strerror) from error
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise _unwritten(path, int(number[1]) if number else None, str(error)) from error
+
+
+def _unwritten(path: Path, number: int | None, words: str | None) -> UserError:
+    if number in _FULL:
+        return UserError(
+            f"No space left while writing {path}: free space there or choose another folder, then resume the run; "
+            "what was written before is intact."
+        )
+    return UserError(f"Cannot write {path} ({words}): check that the folder exists and is yours.")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text` so that a reader, or a crash, sees the old file or the new one and never a part.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the old file is kept.
+    """
+    draft = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path):
+        try:
+            with draft.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def checked_metrics(step: int, metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The metrics as plain floats, every name defined and every value finite or None.
+
+    Raises:
+        UserError: a name without a definition (the nearest one is named), a NaN or an infinity (metric and step named).
+    """
+    checked: dict[str, float | None] = {}
+    for name, value in metrics.items():
+        if definition_of(name) is None:
+            raise UserError(f'Metric "{name}" has no definition; did you mean "{nearest_name(name)}"?')
+        if value is not None and not math.isfinite(value):
+            raise UserError(
+                f"Metric {name} is {float(value)} at step {step}: the run stops before it spreads; resume from the "
+                "last checkpoint with a lower learning rate or in float32."
+            )
+        checked[name] = None if value is None else float(value)
+    return checked
+
+
+class RunFolder:
+    """One run's folder and the files in it. Make it with `create` for a new run and `open` for one that goes on."""
+
+    def __init__(self, path: Path) -> None:
+        """Take `path` as it is; `create` and `open` are the ways in."""
+        self.path = path
+        self.config = path / "config.resolved.yaml"
+        self.env = path / "env.json"
+        self.metrics = path / "metrics.jsonl"
+        self.rollouts = path / "rollouts.jsonl"
+        self.timeline = path / "timeline.json"
+        self.summary = path / "summary.json"
+        self.report = path / "report.html"
+
+    @classmethod
+    def create(cls, root: Path | str, name: str) -> RunFolder:
+        """Make `root/<UTC time>-<name>`, never an existing folder, and point `root/latest` at it.
+
+        Raises:
+            UserError: the root cannot be written, or `root/latest` is something else than a link.
+        """
+        root = Path(root)
+        stem = f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-.') or 'run'}"
+        with disk_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
+            path = _make_new(root, stem)
+            _point_latest(root, path.name)
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """Take an existing run folder (or the `latest` link) to go on in it; a torn last line is removed.
+
+        Raises:
+            UserError: there is no run in that folder.
+        """
+        run = cls(Path(path).resolve())
+        if not run.config.exists() and not run.metrics.exists():
+            raise UserError(
+                f"{path} holds no run (neither config.resolved.yaml nor metrics.jsonl): give the folder of a run, "
+                "for example runs/latest."
+            )
+        for file in (run.metrics, run.rollouts):
+            _drop_torn_line(file)
+        return run
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved recipe as YAML. Raises UserError when the disk is full."""
+        write_atomically(self.config, text)
+
+    def write_env(self) -> dict[str, Any]:
+        """Write what this machine is and return it. Raises UserError when the disk is full."""
+        env = describe_environment()
+        write_atomically(self.env, json.dumps(env, indent=2) + "\n")
+        return env
+
+    def log(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Append one line of metrics; several lines of one step are one step to the report.
+
+        Raises:
+            UserError: an undefined name, a value that is not finite, or a full disk.
+        """
+        self._append(self.metrics, [json.dumps({"step": int(step)} | checked_metrics(step, metrics))])
+
+    def log_rollouts(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append one line per record: step, prompt_id, prompt, text, reward, advantage, tokens (count), finish_reason,
+        rounds and, where known, accepted_mask and token_texts (one entry per token).
+
+        Raises:
+            UserError: a number in a record is not finite, or the disk is full.
+        """
+        lines = []
+        for record in records:
+            try:
+                lines.append(json.dumps(dict(record), ensure_ascii=False, allow_nan=False, default=_plain))
+            except ValueError as error:
+                raise UserError(
+                    f"A rollout of step {record.get('step')} (prompt {record.get('prompt_id')}) holds a number that is "
+                    "not finite: check that the reward function returns finite numbers."
+                ) from error
+        self._append(self.rollouts, lines)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json atomically. Raises UserError for a value that is not finite and for a full disk."""
+        try:
+            text = json.dumps(dict(summary), indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+        except ValueError as error:
+            raise UserError(f"The summary of {self.path} holds a number that is not finite ({error}).") from error
+        write_atomically(self.summary, text + "\n")
+
+    def truncate_after(self, step: int) -> int:
+        """Drop the metric and rollout lines of steps after `step`, which a resumed run will write again.
+
+        Returns:
+            How many lines were dropped.
+        """
+        return sum(_keep_lines(file, step) for file in (self.metrics, self.rollouts))
+
+    def _append(self, path: Path, lines: list[str]) -> None:
+        with disk_errors(path), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(line + "\n" for line in lines)
+
+
+def _plain(value: Any) -> Any:
+    """What json does not know: paths as text, numbers of NumPy and torch as Python's."""
+    return str(value) if isinstance(value, Path) else value.item()
+
+
+def _make_new(root: Path, stem: str) -> Path:
+    attempt = 1
+    while True:
+        path = root / (stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            attempt += 1
+
+
+def _point_latest(root: Path, target: str) -> None:
+    latest = root / "latest"
+    if latest.exists() and not latest.is_symlink():
+        raise UserError(f"{latest} is not a link, so it cannot point at the newest run: move it away.")
+    draft = root / f".latest-{os.getpid()}"
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(target, target_is_directory=True)
+    os.replace(draft, latest)
+
+
+def _drop_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with disk_errors(path), path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        position = end
+        while position > 0:  # blocks from the end until the last newline
+            start = max(0, position - 65536)
+            file.seek(start)
+            newline = file.read(position - start).rfind(b"\n")
+            if newline >= 0:
+                position = start + newline + 1
+                break
+            position = start
+        if position < end:
+            file.truncate(position)
+
+
+def _keep_lines(path: Path, last_step: int) -> int:
+    if not path.exists():
+        return 0
+    draft, dropped = path.with_name(f".{path.name}.tmp"), 0
+    with disk_errors(path):
+        try:
+            with path.open(encoding="utf-8") as old, draft.open("w", encoding="utf-8") as new:
+                for line in old:
+                    keep = _step_of(line) <= last_step
+                    dropped += not keep
+                    new.write(line if keep else "")
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    return dropped
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity for a line that does not parse, so that it is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,352 @@
+"""The drafter of a run, loaded or trained: on the policy's own rollouts, or on texts of the user's.
+
+`forerun draft` makes one alone; what a killed one had done is kept in a `Scratch` until the drafter is saved.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forerun.config import Recipe
+from forerun.drafters import TRAINED, Drafter, load_drafter
+from forerun.drafters.draft_model import ModelDrafter
+from forerun.drafters.eagle3 import Eagle3Drafter
+from forerun.drafters.mtp import MtpDrafter, MtpHead
+from forerun.drafters.training.distill import distill, pruned_copy
+from forerun.drafters.training.heads import frequent_tokens, new_head, train_head
+from forerun.drafters.training.trainer import Report, StateFile, Validated, Validation
+from forerun.engine import Sampling
+from forerun.engine.local.engine import LocalEngine
+from forerun.errors import UserError
+from forerun.models import Policy, load_policy
+from forerun.models.checksum import checksum
+from forerun.report.console import Console
+from forerun.tasks import Problem, Task, load_task
+from forerun.tasks.jsonl import read_jsonl
+from forerun.tracking.run_folder import disk_errors, write_atomically
+from forerun.training.setup import encode, prepare_policy
+
+Pairs = list[tuple[list[int], list[int]]]  # (prompt ids, completion ids)
+
+
+def prepare_drafter(recipe: Recipe, policy: Policy, task: Task, folder: Path, console: Console) -> Drafter | None:
+    """Load the recipe's drafter, or train one on the policy's own rollouts where it names none."""
+    speculation = recipe.speculation
+    if speculation.tokens == 0:
+        return None
+    if speculation.draft is None and speculation.method in TRAINED:
+        train_drafter(recipe, policy, task, folder, console)
+        speculation = speculation.model_copy(update={"draft": str(folder)})
+    return load_drafter(policy, speculation)
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """What a killed `forerun draft` goes on from; removed when the drafter is saved.
+
+        OUT/training/settings.json   what decides the result: settings of the recipe, checksum of the policy
+        OUT/training/pairs.jsonl     {"prompt": [ids], "completion": [ids]}: the policy's samples, or the texts
+        OUT/training/state.pt        `draft.fit.StateFile`
+
+    Every file is written as a whole. Left out: a cold start that was cut off begins again.
+    """
+
+    folder: Path
+
+    @property
+    def state(self) -> StateFile:
+        """Where the training keeps its state."""
+        return StateFile(self.folder / "state.pt")
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is something to go on from."""
+        return self._settings.exists()
+
+    @property
+    def _settings(self) -> Path:
+        return self.folder / "settings.json"
+
+    def begin(self, recipe: Recipe, policy: Policy) -> None:
+        """Note what the training is of. Raises UserError when the disk is full or cannot be written."""
+        with disk_errors(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        settings = {"recipe": _deciding(recipe), "policy": checksum(policy.model.state_dict())}
+        write_atomically(self._settings, json.dumps(settings, indent=2) + "\n")
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Raises UserError when the training has other settings than `recipe`."""
+        saved, now = _flat(self._read()["recipe"]), _flat(_deciding(recipe))
+        for key in sorted(saved.keys() | now.keys()):
+            if saved.get(key) != now.get(key):
+                raise UserError(
+                    f"The unfinished training in {self.folder} has {key}={saved.get(key)} and this recipe "
+                    f"{key}={now.get(key)}; give the same settings, or remove the folder to start again"
+                )
+
+    def check_policy(self, policy: Policy) -> None:
+        """Raises UserError when the training is of other weights."""
+        saved, now = self._read()["policy"], checksum(policy.model.state_dict())
+        if saved != now:
+            raise UserError(
+                f"The unfinished training in {self.folder} is of a policy with checksum {saved} and '{policy.name}' "
+                f"now has {now}; bring the same weights, or remove the folder to start again"
+            )
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            data = json.loads(self._settings.read_text(encoding="utf-8"))
+            return {"recipe": dict(data["recipe"]), "policy": str(data["policy"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self._settings} is broken: {error}; remove {self.folder} to start again") from None
+
+    def save_pairs(self, pairs: Pairs) -> None:
+        """Keep what is trained on."""
+        lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs]
+        write_atomically(self.folder / "pairs.jsonl", "\n".join(lines) + "\n")
+
+    def pairs(self) -> Pairs | None:
+        """What is trained on, in its order; None: not known yet."""
+        path = self.folder / "pairs.jsonl"
+        if not self.exists or not path.exists():
+            return None
+        return [(row["prompt"], row["completion"]) for row in read_jsonl(str(path))]
+
+    def remove(self) -> None:
+        """The drafter is saved: nothing is left to go on from."""
+        self._settings.unlink(missing_ok=True)  # first: without it the rest is not looked at
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _deciding(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a drafter's weights depend on."""
+    data = recipe.model_dump(mode="json")
+    chosen = {key: data[key] for key in ("seed", "policy", "task", "cold_start", "draft", "rollout")}
+    return chosen | {
+        "speculation": {"method": recipe.speculation.method},
+        "train": {"samples_per_prompt": recipe.train.samples_per_prompt},
+    }
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def make_drafter(recipe: Recipe, out: Path, console: Console, resume: bool = False) -> dict[str, object]:
+    """Train the recipe's drafter and save it to `out`; one that was killed goes on with `resume`.
+
+    Returns:
+        See `train_drafter`.
+
+    Raises:
+        UserError: `out` holds an unfinished training and `resume` is false, or none or another and it is true; or
+            something of the user's is wrong. KeyboardInterrupt: Ctrl-C; what was done is kept.
+    """
+    scratch = Scratch(out / "training")
+    if scratch.exists and not resume:
+        raise UserError(f"{out} holds an unfinished training: go on with --resume, or remove {scratch.folder}")
+    if resume and not scratch.exists:
+        raise UserError(f"{out} holds no unfinished training to go on with; leave out --resume to start one")
+    _check_trained(recipe)
+    if recipe.draft.texts is not None and not resume:
+        read_texts(recipe.draft.texts)  # bad data is told before the model is loaded
+    task = load_task(recipe.task, recipe.seed)
+    if resume:
+        scratch.check_recipe(recipe)
+        policy = _policy_again(recipe, out, console)
+        scratch.check_policy(policy)
+    else:
+        policy = prepare_policy(recipe, task, out, console)
+    try:
+        return train_drafter(recipe, policy, task, out, console, scratch)
+    except KeyboardInterrupt:
+        if scratch.exists:
+            console.warn(f"stopped; go on with the same command and --resume (kept in {scratch.folder})")
+        raise
+
+
+def _policy_again(recipe: Recipe, folder: Path, console: Console) -> Policy:
+    """The policy of a training that had begun: the adapter of its cold start, if it had one, is there."""
+    settings = recipe.policy
+    adapter = settings.adapter if recipe.cold_start is None else str(folder / "cold_start")
+    with console.stage("loading the policy"):
+        return load_policy(settings.model, settings.dtype, settings.device, adapter)
+
+
+def _check_trained(recipe: Recipe) -> None:
+    if recipe.speculation.method not in TRAINED:
+        raise UserError("The recipe has no drafter to train: set speculation.method, e.g. speculation.method=eagle3")
+
+
+def train_drafter(
+    recipe: Recipe, policy: Policy, task: Task, folder: Path, console: Console, scratch: Scratch | None = None
+) -> dict[str, object]:
+    """Train a drafter on what the policy says, to the recipe's prompts or after `draft.texts`; save it to `folder`.
+
+    Args:
+        scratch: where samples and state are kept until the drafter is saved, and gone on from; None: nowhere.
+
+    Returns:
+        What is also written into the drafter's config.json under "forerun": data, settings and acceptance.
+    """
+    _check_trained(recipe)
+    pairs = _training_pairs(recipe, policy, task, console, scratch)
+    started, steps_done = time.perf_counter(), itertools.count(1)
+
+    def report(step: int, steps: int, loss: float) -> None:
+        console.progress(step, steps, "steps", next(steps_done) / (time.perf_counter() - started))
+
+    def validated(epoch: int, result: Validation) -> None:
+        console.note(f"drafter: epoch {epoch}/{recipe.draft.epochs}: {result}")
+
+    with console.stage("training the drafter"):
+        torch.manual_seed(recipe.seed)  # what a new head begins with; a resumed training must make the same
+        train = {"model": _distilled, "mtp": _mtp_head}.get(recipe.speculation.method, _eagle3_head)
+        drafter, best = train(recipe, policy, pairs, report, validated, None if scratch is None else scratch.state)
+    about: dict[str, object] = {
+        "policy": policy.name,
+        "adapter": recipe.policy.adapter,
+        "rollouts": len(pairs),
+        "tokens": sum(len(c) for _, c in pairs),
+        "temperature": recipe.rollout.temperature,
+        "training": recipe.draft.model_dump(mode="json"),
+        "acceptance_per_position": [round(a, 4) for a in best.per_position],
+        "tokens_per_round": round(best.length, 4),
+    }
+    with disk_errors(folder):
+        drafter.save(folder, about)
+    if scratch is not None:
+        scratch.remove()
+    return about
+
+
+def _training_pairs(
+    recipe: Recipe, policy: Policy, task: Task, console: Console, scratch: Scratch | None
+) -> Pairs:  # what is kept in `scratch`, or else the recipe's texts, or else samples
+    kept = None if scratch is None else scratch.pairs()
+    if kept is not None:
+        console.note(f"drafter: going on with {len(kept)} texts of the training that was broken off")
+        return kept
+    pairs: Pairs = []
+    if recipe.draft.texts is not None:
+        pairs, cut = text_pairs(recipe.draft.texts, recipe, policy)
+        console.note(f"drafter: {len(pairs)} texts, {cut} of them cut at the policy's {policy.context} positions")
+    if scratch is not None:
+        scratch.begin(recipe, policy)
+    pairs = pairs or sample_policy(recipe, policy, task, recipe.draft.rollouts, console)
+    if scratch is not None:
+        scratch.save_pairs(pairs)
+    return pairs
+
+
+def _eagle3_head(
+    recipe: Recipe, policy: Policy, pairs: Pairs, report: Report, validated: Validated, file: StateFile | None
+) -> tuple[Drafter, Validation]:
+    head, heat = new_head(policy, pairs, recipe.draft), recipe.rollout.temperature
+    best = train_head(head, policy, pairs, recipe.draft, heat, recipe.seed, report, validated, file)
+    return Eagle3Drafter(head.to(policy.dtype), policy), best
+
+
+def _mtp_head(
+    recipe: Recipe, policy: Policy, pairs: Pairs, report: Report, validated: Validated, file: StateFile | None
+) -> tuple[Drafter, Validation]:
+    tokens = frequent_tokens(pairs, recipe.draft.vocab)
+    head, heat = MtpHead(policy, recipe.draft.mtp_layers, tokens), recipe.rollout.temperature
+    best = train_head(head, policy, pairs, recipe.draft, heat, recipe.seed, report, validated, file)
+    return MtpDrafter(head.to(policy.dtype), policy), best
+
+
+def _distilled(
+    recipe: Recipe, policy: Policy, pairs: Pairs, report: Report, validated: Validated, file: StateFile | None
+) -> tuple[Drafter, Validation]:
+    """A copy of the policy with fewer layers: those that the recipe names, else the first two and the last two."""
+    count = policy.model.config.get_text_config().num_hidden_layers
+    layers = recipe.draft.layers or sorted({0, 1, count - 2, count - 1} & set(range(count)))
+    model, heat = pruned_copy(policy, layers), recipe.rollout.temperature
+    best = distill(model, policy, pairs, recipe.draft, heat, recipe.seed, report, validated, file)
+    return ModelDrafter(Policy(model.to(policy.dtype), policy.tokenizer, f"{policy.name}, pruned"), policy), best
+
+
+def read_texts(path: str) -> list[tuple[str | None, str]]:
+    """(prompt, completion) of every object of a JSONL file; of one that has `text` alone (None, text).
+
+    Raises:
+        UserError: the file is missing or empty, a line is not a JSON object, or an object has neither.
+    """
+    texts: list[tuple[str | None, str]] = []
+    for number, row in enumerate(read_jsonl(path), 1):
+        prompt, completion, text = (row.get(key) for key in ("prompt", "completion", "text"))
+        if isinstance(prompt, str) and isinstance(completion, str):
+            texts.append((prompt, completion))
+        elif isinstance(text, str):
+            texts.append((None, text))
+        else:
+            raise UserError(
+                f"Object {number} of {path} has neither strings under 'prompt' and 'completion' nor one under 'text'"
+            )
+    return texts
+
+
+def text_pairs(path: str, recipe: Recipe, policy: Policy) -> tuple[Pairs, int]:
+    """The texts of `draft.texts` as (prompt ids, completion ids), and how many were cut at the policy's context.
+
+    A prompt goes through the chat template like a problem's, and its completion gets the end token. A text without one
+    is a completion after its own first token.
+
+    Raises:
+        UserError: see `read_texts` and `encode`; or a text has no token that could be drafted.
+    """
+    pairs: Pairs = []
+    cut = 0
+    for number, (prompt, completion) in enumerate(read_texts(path), 1):
+        ids = policy.tokenizer(completion, add_special_tokens=prompt is None)["input_ids"]
+        if prompt is None:
+            head, ids = ids[:1], ids[1:]
+        else:
+            head = encode(Problem(f"{Path(path).name}/{number}", prompt, ""), recipe, policy).token_ids
+            ids = ids + _end(ids, policy)
+        if len(head) + len(ids) < 3:
+            raise UserError(f"Object {number} of {path} has {len(head) + len(ids)} tokens; a text needs at least 3")
+        room = policy.context - len(head)
+        cut += len(ids) > room
+        pairs.append((head, ids[:room]))
+    return pairs, cut
+
+
+def _end(ids: list[int], policy: Policy) -> list[int]:
+    """The token that ends a completion, unless it has one or there is none."""
+    end = policy.tokenizer.eos_token_id
+    return [] if end is None or (ids and ids[-1] in policy.eos_ids) else [int(end)]
+
+
+def sample_policy(recipe: Recipe, policy: Policy, task: Task, count: int, console: Console) -> Pairs:
+    """`count` plain samples on training prompts, at the recipe's temperature: (prompt ids, completion ids)."""
+    n = recipe.train.samples_per_prompt
+    problems = task.problems("train")
+    chosen = random.Random(recipe.seed + 1).sample(problems, min(len(problems), -(-count // n)))
+    prompts = [encode(p, recipe, policy).token_ids for p in chosen]
+    engine = LocalEngine(policy, slots=recipe.rollout.slots)
+    sampling = Sampling(
+        recipe.rollout.max_new_tokens, recipe.rollout.temperature, recipe.seed + 1, tuple(recipe.rollout.stop)
+    )
+    pairs: Pairs = []
+    started = time.perf_counter()
+    with console.stage("sampling the policy"):
+        for rollout in engine.stream(prompts, sampling, n):
+            pairs.append((rollout.prompt_ids, rollout.tokens))
+            console.progress(len(pairs), len(prompts) * n, "rollouts", len(pairs) / (time.perf_counter() - started))
+    return pairs

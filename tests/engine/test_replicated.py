@@ -1,0 +1,233 @@
+"""Engines in processes of their own, under real kills, hangs and lies: every sample comes once, of its version."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import faulty_engines
+from forerun.config import SpeculationConfig
+from forerun.drafters.ngram import NgramDrafter
+from forerun.engine import Sampling, Weights
+from forerun.engine.local.engine import LocalEngine
+from forerun.engine.replicated import Job, Patience, ReplicatedEngine, nonsense
+from forerun.errors import UserError
+from forerun.models import Policy, load_policy
+from forerun.training.weights import publish
+from forerun.types import Rollout
+
+PROMPTS = [[5, 6, 7], [9, 3], [3, 4, 5, 6, 7, 8], [20, 21], [30] * 10]
+LONG = Sampling(48, 1.0, 3, ignore_eos=True)
+N = 4
+GREEDY = replace(LONG, temperature=0.0)
+HASTY = Patience(silence_s=8.0, start_s=120.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def makers() -> Iterator[None]:
+    """The replicas find `faulty_engines.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(faulty_engines.__file__).parent), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="module")
+def small(tiny: Callable[..., Path]) -> Policy:
+    return load_policy(str(tiny("llama")), "float32", "cpu")
+
+
+def block() -> SpeculationConfig:
+    return SpeculationConfig.model_validate({"method": "ngram", "k": 3, "ngram": {"prompt_lookup_min": 1}})
+
+
+def drafter() -> NgramDrafter:
+    return NgramDrafter(block().ngram)
+
+
+def start(policy: Policy, replicas: int, maker: str, patience: Patience = HASTY) -> ReplicatedEngine:
+    return ReplicatedEngine(
+        "local", policy, drafter(), block(), slots=4, replicas=replicas, patience=patience, maker=maker
+    )
+
+
+@pytest.fixture(scope="module")
+def shared(small: Policy) -> Iterator[ReplicatedEngine]:
+    """Two replicas with a pause before each round, so that something can happen to them."""
+    engine = start(small, 2, "faulty_engines:patient")
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def engine(shared: ReplicatedEngine, small: Policy) -> ReplicatedEngine:
+    """The same, with the first weights and no history, whatever a test before did to it."""
+    shared.load(publish(0, small, drafter(), shared=False))
+    shared.warnings.clear()
+    shared.lost = shared.rerun = 0
+    return shared
+
+
+def changed(policy: Policy) -> Policy:
+    """Another policy of the same shape."""
+    other = load_policy(policy.name, "float32", "cpu")
+    torch.manual_seed(1)
+    for parameter in other.model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+    return other
+
+
+def expected(policy: Policy, sampling: Sampling) -> dict[tuple[int, int], list[int]]:
+    """The texts of one process without speculation; greedy texts do not depend on how they were batched."""
+    return by_place(LocalEngine(policy, slots=4).stream(PROMPTS, sampling, N))
+
+
+def by_place(rollouts: Any) -> dict[tuple[int, int], list[int]]:
+    found: dict[tuple[int, int], list[int]] = {}
+    for rollout in rollouts:
+        assert (rollout.prompt_index, rollout.sample_index) not in found
+        found[rollout.prompt_index, rollout.sample_index] = rollout.tokens
+    return found
+
+
+def test_texts_are_those_of_one_process(engine: ReplicatedEngine, small: Policy) -> None:
+    before = engine.counters.copy()
+    assert by_place(engine.stream(PROMPTS, GREEDY, N)) == expected(small, GREEDY)
+    metrics, counted = engine.metrics(), engine.counters.minus(before)
+    assert counted.tokens == len(PROMPTS) * N * 48 and 0 < counted.rounds < counted.tokens and counted.seconds > 0
+    replicas = metrics["replicas"]
+    assert {k: replicas[k] for k in ("count", "lost", "samples_rerun")} == {"count": 2, "lost": 0, "samples_rerun": 0}
+    assert replicas["slowest_ratio"] >= 1 and not engine.warnings
+
+
+@pytest.mark.parametrize(("how", "words"), [(signal.SIGKILL, "killed by signal 9"), (signal.SIGSTOP, "silent")])
+def test_a_replica_lost_in_a_stream_is_replaced_and_every_sample_comes_once(
+    engine: ReplicatedEngine, small: Policy, how: signal.Signals, words: str
+) -> None:
+    """The successor has the current version, too."""
+    other = changed(small)
+    engine.load(publish(7, other, drafter(), shared=False))
+    stream = engine.stream(PROMPTS, GREEDY, N)
+    found = [next(stream)]
+    os.kill(engine.pids[1], how)
+    found += list(stream)
+    assert by_place(found) == expected(other, GREEDY) != expected(small, GREEDY)
+    assert {v for r in found for v in r.versions} == {7}
+    assert engine.metrics()["replicas"]["lost"] == 1
+    assert 0 < engine.metrics()["replicas"]["samples_rerun"] <= 2 * N
+    assert len(engine.warnings) == 1 and "Replica 1" in engine.warnings[0] and words in engine.warnings[0]
+
+
+def test_one_lost_between_streams_is_replaced_at_the_next_load(engine: ReplicatedEngine, small: Policy) -> None:
+    os.kill(engine.pids[0], signal.SIGKILL)
+    engine.load(publish(1, small, drafter(), shared=False))
+    assert engine.metrics()["replicas"]["lost"] == 1
+    assert {v for r in engine.stream(PROMPTS, LONG, N) for v in r.versions} == {1}
+
+
+LIES: dict[str, tuple[dict[str, Any], str]] = {
+    "token": ({"tokens": [4, 10**6]}, "token id outside"),
+    "lengths": ({"logprobs": [-1.0]}, "1 log-probabilities"),
+    "too long": ({"tokens": [4] * 49, "logprobs": [-1.0] * 49, "versions": [0] * 49}, "49 tokens of at most 48"),
+    "empty": ({"tokens": [], "logprobs": [], "versions": []}, "0 tokens"),
+    "not finite": ({"logprobs": [-1.0, math.nan]}, "not finite"),
+    "above 0": ({"logprobs": [-1.0, 0.7]}, "above 0"),
+    "version": ({"versions": [0, 99]}, "is of versions"),
+    "not asked": ({"sample_index": 3}, "not asked of it, or came twice"),
+    "prompt": ({"prompt_ids": [1, 2]}, "another prompt"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_nonsense_is_seen(lie: str) -> None:
+    job = Job(PROMPTS, LONG, N, [{(0, 1)}], {0})
+    honest = Rollout(PROMPTS[0], [4, 5], [-1.0, -2.0], [0, 0], "length", 0, 1)
+    assert nonsense(honest, job, job.pending[0], 55) == ""
+    changes, words = LIES[lie]
+    assert words in nonsense(replace(honest, **changes), job, job.pending[0], 55)
+
+
+def test_a_liar_is_replaced(small: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first process spoils its third rollout; its successor is honest."""
+    monkeypatch.setenv("FORERUN_TEST_LIE", str(tmp_path / "told"))
+    with closing(start(small, 1, "faulty_engines:liar")) as engine:
+        assert by_place(engine.stream(PROMPTS, GREEDY, N)) == expected(small, GREEDY)
+        assert (tmp_path / "told").exists()
+        assert engine.metrics()["replicas"]["lost"] == 1 and "token id outside" in engine.warnings[0]
+
+
+def test_replicas_that_fail_again_and_again_stop_the_run(small: Policy) -> None:
+    with closing(start(small, 1, "faulty_engines:mortal", Patience(silence_s=20.0, losses=1))) as engine:
+        with pytest.raises(UserError, match="it was made to die; 2 were lost"):
+            list(engine.stream(PROMPTS, LONG, N))
+        assert engine.metrics()["replicas"]["lost"] == 2
+
+
+def test_a_model_that_cannot_be_loaded_is_told(small: Policy) -> None:
+    with pytest.raises(UserError, match="no such engine for the test"):
+        start(small, 1, "faulty_engines:refusing")
+
+
+def test_a_stream_that_is_left_early_leaves_the_replicas_usable(engine: ReplicatedEngine, small: Policy) -> None:
+    stream = engine.stream(PROMPTS, LONG, N)
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    assert by_place(engine.stream(PROMPTS, GREEDY, N)) == expected(small, GREEDY)
+    assert engine.metrics()["replicas"]["lost"] == 0
+
+
+def test_weights_change_in_flight(engine: ReplicatedEngine, small: Policy) -> None:
+    """Versions 0 and 5 in the same texts; what follows the change is the new policy's, over the cache of the old."""
+    done: list[Weights] = []
+    begun = engine.counters.tokens
+
+    def between() -> None:
+        if not done and engine.counters.tokens - begun > 100:
+            done.append(engine.load(publish(5, changed(small), drafter(), shared=False)))
+
+    found = list(engine.stream(PROMPTS, replace(LONG, max_new_tokens=120), N, between=between))
+    assert len(by_place(found)) == len(PROMPTS) * N
+    assert {v for r in found for v in r.versions} == {0, 5} and {0, 5} in [set(r.versions) for r in found]
+    assert all(r.versions == sorted(r.versions) for r in found)
+    assert engine.metrics()["replicas"]["lost"] == 0 and engine.metrics()["version"] == 5
+
+
+def test_pause_and_resume(engine: ReplicatedEngine) -> None:
+    stream = engine.stream(PROMPTS, LONG, N)
+    found = [next(stream)]
+    engine.pause()
+    with pytest.raises(UserError, match="paused"):
+        found += list(stream)
+    engine.resume()
+    assert len(list(engine.stream(PROMPTS, LONG, N))) == len(PROMPTS) * N
+
+
+def test_mistakes_are_told_once_and_kill_nobody(engine: ReplicatedEngine, small: Policy) -> None:
+    with pytest.raises(UserError, match="Prompt 1 is empty"):
+        list(engine.stream([[4], []], LONG, 1))
+    with pytest.raises(UserError, match="carries no drafter"):
+        engine.load(publish(1, small, None, shared=False))
+    whole = publish(2, small, drafter(), shared=False)
+    with pytest.raises(UserError, match="checksum"):
+        engine.load(replace(whole, checksums=dict(whole.checksums) | {"policy": "0"}))
+    assert engine.metrics()["replicas"]["lost"] == 0 and engine.metrics()["version"] == 0
+    assert {v for r in engine.stream(PROMPTS, LONG, N) for v in r.versions} == {0}
+
+
+def test_only_some_samples_are_those_of_all(policy: Policy) -> None:
+    """The contract's `only`: same seeds, same texts."""
+    engine = LocalEngine(policy, slots=3)
+    wanted = [(4, 1), (0, 0), (2, 3), (2, 0)]
+    everything = by_place(engine.stream(PROMPTS, GREEDY, N))
+    assert by_place(engine.stream(PROMPTS, GREEDY, N, wanted)) == {place: everything[place] for place in wanted}
+    sampled = by_place(LocalEngine(policy, slots=20).stream(PROMPTS, LONG, N))
+    some = by_place(LocalEngine(policy, slots=20).stream(PROMPTS, LONG, N, wanted))
+    assert sum(some[p] == sampled[p] for p in wanted) >= 3  # rounding may part one
