@@ -136,7 +136,10 @@ def test_a_hub_model_that_was_downloaded_before_is_known(monkeypatch: pytest.Mon
 
 
 def test_import_is_fast_and_needs_no_torch() -> None:
-    modules = ", ".join(f"forerun.simulate.{name}" for name in ("plan", "validate", "recipes", "predict", "run"))
+    modules = ", ".join(
+        f"forerun.simulate.{name}"
+        for name in ("plan.planner", "validation.validate", "plan.recipe", "plan.predict", "plan.run")
+    )
     code = (
         f"import time, sys; t = time.perf_counter(); import {modules}; "
         "heavy = {'torch', 'pandas', 'yaml', 'pydantic', 'plotly', 'transformers'} & set(sys.modules); "

@@ -2,7 +2,7 @@
 
 A launcher starts one process per rank, with a connection to each; orders and answers are the group's
 (`distributed.py`). On this machine a nursery imports once and forks the ranks (`worker.main`); here is the parent's end
-of it. When the parent dies, so do they, also one that is stopped. Left out: processes on other machines (`workers/ray_ranks.py`).
+of it. When the parent dies, so do they, also one that is stopped. Left out: other machines (`ray_ranks.py`).
 """
 
 from __future__ import annotations
