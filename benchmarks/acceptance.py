@@ -37,7 +37,7 @@ from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy
 from forerun.tracking.environment import describe_environment, machine_line
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 
 def measure(
@@ -62,7 +62,7 @@ class Expected:
 
     def __call__(
         self, rule: str, logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-    ) -> Verdict:
+    ) -> VerifyResult:
         run(self._note, next_token, logits, draft, temperature, coins, picks)
         return verify(rule, logits, draft, temperature, coins, picks)
 

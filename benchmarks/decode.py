@@ -3,8 +3,8 @@
     python -m benchmarks.decode [--model NAME] [--batches 1,8,32] [--tokens 64] [--out FILE]
 
 Both decode greedily to exactly `--tokens` tokens from the same prompts, with the same weights and number format. They
-take turns, five times each; medians. The engine's general forward (`lean=False`: Transformers' own modules over our
-cache) stands beside its lean one.
+take turns, five times each; medians. The engine's general forward (`fused=False`: Transformers' own modules over our
+cache) stands beside its fused one.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def prompts_of(policy: Policy, batch: int) -> list[list[int]]:
     return [policy.encode(question) for question in questions]
 
 
-def with_engine(policy: Policy, prompts: list[list[int]], tokens: int, lean: bool) -> Callable[[], None]:
+def with_engine(policy: Policy, prompts: list[list[int]], tokens: int, fused: bool) -> Callable[[], None]:
     """One call decodes everything once."""
-    engine = LocalEngine(policy, slots=len(prompts), lean=lean)
+    engine = LocalEngine(policy, slots=len(prompts), fused=fused)
     sampling = Sampling(tokens, 0.0, ignore_eos=True)
 
     def run() -> None:
@@ -75,8 +75,8 @@ def measure(policy: Policy, batch: int, tokens: int, repeats: int) -> dict[str, 
     """tokens/s of all three at one batch."""
     prompts = prompts_of(policy, batch)
     runs = {
-        "engine": with_engine(policy, prompts, tokens, lean=True),
-        "engine_general": with_engine(policy, prompts, tokens, lean=False),
+        "engine": with_engine(policy, prompts, tokens, fused=True),
+        "engine_general": with_engine(policy, prompts, tokens, fused=False),
         "transformers": with_transformers(policy, prompts, tokens),
     }
     rates = {name: batch * tokens / s for name, s in median_seconds(runs, repeats).items()}

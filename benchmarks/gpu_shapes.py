@@ -26,9 +26,9 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.scheduler import Schedule, request_seed
 from forerun.engine.local.scheduler import Sequence as Live
 from forerun.models import Policy
-from forerun.models.auxiliary import default_taps
+from forerun.models.auxiliary import default_aux_layers
 from forerun.models.cache import SlotCache
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 ACCEPTANCE_RATE = 0.7
 LENGTHS = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)  # acceptance lengths for which the speed-up is worked out
@@ -115,9 +115,9 @@ def make_models(shape: Shape, device: str) -> Models:
 def _head_config(config: Any, draft_vocabulary: int) -> Eagle3Config:
     """One decoder layer as wide as the policy's."""
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
-    taps = default_taps(config.num_hidden_layers)
+    aux_layers = default_aux_layers(config.num_hidden_layers)
     return Eagle3Config(
-        **{name: getattr(config, name) for name in names}, draft_vocab_size=draft_vocabulary, layers=taps
+        **{name: getattr(config, name) for name in names}, draft_vocab_size=draft_vocabulary, layers=aux_layers
     )
 
 
@@ -159,13 +159,15 @@ def _weight_bytes(module: Any) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def synthetic(rule: str, logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> Verdict:
+def synthetic(
+    rule: str, logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
+) -> VerifyResult:
     """The real verification, whose counts are then replaced by geometric ones; arguments as `verify`."""
     verdict = verify(rule, logits, draft, temperature, coins, picks)
     accepted = (coins < ACCEPTANCE_RATE).long().cumprod(1).sum(1)  # [B]
     stands = torch.arange(coins.shape[1], device=coins.device) < accepted[:, None]
     drafted = torch.where(stands, draft.tokens, verdict.tokens[:, :1])
-    return Verdict(accepted, torch.cat([drafted, verdict.tokens[:, :1]], dim=1), verdict.logprobs)
+    return VerifyResult(accepted, torch.cat([drafted, verdict.tokens[:, :1]], dim=1), verdict.logprobs)
 
 
 @dataclass(slots=True)

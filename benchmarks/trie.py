@@ -40,7 +40,7 @@ from forerun.drafters.trie import TrieDrafter
 from forerun.engine.local.engine import LocalEngine
 from forerun.tasks import Problem
 from forerun.tracking.environment import describe_environment, machine_line
-from forerun.types import Rollout, Verdict
+from forerun.types import Rollout, VerifyResult
 
 PROMPT, FRESH, GLOBAL = "prompt", "prompt, fresh", "global"
 
@@ -105,7 +105,7 @@ def _round(drafter: Drafter, live: list[Text], k: int, limit: int) -> None:
         tokens[row, :count] = following[:count]
         accepted.append(count - 1)
         text.place, text.rounds, text.drafted = text.place + count, text.rounds + 1, text.drafted + size
-    drafter.observe(rows, Verdict(torch.tensor(accepted), tokens, torch.zeros(tokens.shape)), None)
+    drafter.observe(rows, VerifyResult(torch.tensor(accepted), tokens, torch.zeros(tokens.shape)), None)
 
 
 @dataclass(slots=True)

@@ -7,9 +7,12 @@ Left out: anything that decides something. Records only carry.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STAGES = ("data", "prepare", "generation", "logprob", "train")  # of a step, as 2604.26779 times them
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class VerifyResult:
     """What verification decided: row b emits `tokens[b, : accepted[b] + 1]`, the last of them not drafted."""
 
     accepted: Tensor  # [B] int64

@@ -14,7 +14,7 @@ from forerun.acceptance.broken import BROKEN
 from forerun.acceptance.chain import RULES, RuleFunction, reference_block, reference_token, verify, verify_token
 from forerun.acceptance.oracle import Model, random_model, target_law
 from forerun.acceptance.random import Purpose, inverse_cdf, inverse_cdf_log, uniforms
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 REFERENCES = {"token": reference_token, "block": reference_block}
 ALMOST_ONE = 1 - 2.0**-53
@@ -48,7 +48,7 @@ def case(
     return logits, draft, temperature, coins, rand(batch, seed=seed + 6)
 
 
-def assert_same(one: Verdict, other: Verdict) -> None:
+def assert_same(one: VerifyResult, other: VerifyResult) -> None:
     assert torch.equal(one.accepted, other.accepted)
     assert torch.equal(one.tokens, other.tokens)
     torch.testing.assert_close(one.logprobs, other.logprobs, atol=2e-5, rtol=1e-5)
@@ -235,7 +235,7 @@ def test_cuda_and_cpu_agree(rule: str) -> None:
             *(None if t is None else t.cuda() for t in (draft.tokens, draft.lengths, draft.log_q, vocabulary))
         )
         verdict = verify(rule, logits.cuda(), there, temperature.cuda(), coins.cuda(), picks.cuda())
-        back = Verdict(verdict.accepted.cpu(), verdict.tokens.cpu(), verdict.logprobs.cpu())
+        back = VerifyResult(verdict.accepted.cpu(), verdict.tokens.cpu(), verdict.logprobs.cpu())
         assert_same(back, verify(rule, logits, draft, temperature, coins, picks))
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from forerun.acceptance.broken_tree import BROKEN_TREE
 from forerun.acceptance.chain import verify
 from forerun.acceptance.random import inverse_cdf_log
-from forerun.acceptance.tree import TREE_RULES, TreeVerdict, verify_tree
+from forerun.acceptance.tree import TREE_RULES, TreeResult, verify_tree
 from forerun.acceptance.tree_oracle import verify_tree_reference
 from forerun.types import Draft
 
@@ -81,7 +81,7 @@ def follow_argmax(tokens: Tensor, parents: Tensor, logits: Tensor, here: Tensor)
     return tokens
 
 
-def assert_same(one: TreeVerdict, other: TreeVerdict) -> None:
+def assert_same(one: TreeResult, other: TreeResult) -> None:
     assert torch.equal(one.verdict.accepted, other.verdict.accepted)
     assert torch.equal(one.verdict.tokens, other.verdict.tokens)
     assert torch.equal(one.path, other.path)
@@ -395,5 +395,5 @@ def test_cuda_and_cpu_agree(rule: str) -> None:
             tokens=result.verdict.tokens.cpu(),
             logprobs=result.verdict.logprobs.cpu(),
         )
-        back = TreeVerdict(verdict, result.path.cpu())
+        back = TreeResult(verdict, result.path.cpu())
         assert_same(back, verify_tree(rule, logits, draft, temperature, coins, picks))

@@ -21,7 +21,7 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.scheduler import request_seed
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
-from forerun.models.auxiliary import default_taps
+from forerun.models.auxiliary import default_aux_layers
 from forerun.types import Draft
 from tiny_models import random_drafter, random_head
 
@@ -33,7 +33,7 @@ def test_saved_and_loaded_head_is_the_same(policy: Policy, tmp_path: Path) -> No
     assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["draft_vocab_size"] == 5
     assert config["eagle_aux_hidden_state_layer_ids"] == [0, 1, 3]
     again = Eagle3Drafter.load(tmp_path, policy)
-    assert again.taps == (0, 1, 3) and again.head.vocabulary.tolist() == [0, 3, 4, 9, 17]
+    assert again.aux_layers == (0, 1, 3) and again.head.vocabulary.tolist() == [0, 3, 4, 9, 17]
     for name, tensor in drafter.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     runs = [
@@ -67,8 +67,8 @@ def test_a_head_for_another_policy_is_refused(policy: Policy, tiny: Callable[...
 
 
 def test_default_taps_are_those_of_the_field() -> None:
-    assert default_taps(36) == (2, 18, 33) and default_taps(30) == (2, 15, 27)
-    assert default_taps(4) == (0, 2, 3) and default_taps(2) == (0, 1, 1)
+    assert default_aux_layers(36) == (2, 18, 33) and default_aux_layers(30) == (2, 15, 27)
+    assert default_aux_layers(4) == (0, 2, 3) and default_aux_layers(2) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -67,7 +67,7 @@ class Published:
 
     config: dict[str, Any]
     prefix: str = "midlayer."
-    taps: tuple[int, ...] = (1, 2, 3)  # inputs of the policy's layers
+    aux_layers: tuple[int, ...] = (1, 2, 3)  # inputs of the policy's layers
     dialect: str = "specforge"
     file: str = "model.safetensors"
     absolute: bool = False
@@ -90,7 +90,7 @@ class Published:
             "q_proj": (heads, 2 * hidden), "k_proj": (keys, 2 * hidden), "v_proj": (keys, 2 * hidden),
             "o_proj": (hidden, heads), "gate_proj": (32, hidden), "up_proj": (32, hidden), "down_proj": (hidden, 32),
         }  # fmt: skip
-        found = {"fc.weight": torch.randn(hidden, len(self.taps) * HIDDEN) * 0.1, "norm.weight": scale(hidden)}
+        found = {"fc.weight": torch.randn(hidden, len(self.aux_layers) * HIDDEN) * 0.1, "norm.weight": scale(hidden)}
         for name in LAYER_NAMES:
             leaf = name.rpartition(".")[2]
             weight = torch.randn(sizes[leaf]) * 0.2 if leaf in sizes else scale(hidden)
@@ -100,9 +100,9 @@ class Published:
         if s.get("model_type") == "qwen3":
             found |= {f"{self.prefix}self_attn.{n}_norm.weight": scale(s["head_dim"]) for n in "qk"}
         if "norm_before_fc" in self.norms:
-            found["input_norm.weight"] = scale(len(self.taps) * HIDDEN)
+            found["input_norm.weight"] = scale(len(self.aux_layers) * HIDDEN)
         if "fc_norm" in self.norms:
-            found |= {f"fc_norm.{i}.weight": scale(HIDDEN) for i in range(len(self.taps))}
+            found |= {f"fc_norm.{i}.weight": scale(HIDDEN) for i in range(len(self.aux_layers))}
         if self.embedding:
             found["embed_tokens.weight"] = torch.randn(VOCABULARY, hidden) * 0.5
         if self.prefix.startswith("model."):
@@ -146,7 +146,7 @@ PUBLISHED = {
     "with-model-prefix": Published(flat(**{IDS: [3, 1, 2]}), prefix="model.layers.0."),
     "safeailab": Published(
         {key: value for key, value in FLAT.items() if key not in ("head_dim", "rope_scaling")},
-        taps=(2, 4, 5), file="pytorch_model.bin", layers=8,
+        aux_layers=(2, 4, 5), file="pytorch_model.bin", layers=8,
     ),
     "absolute-ids": Published(flat(**OUTPUTS), absolute=True),
     "eagle3.1": Published(
@@ -154,7 +154,7 @@ PUBLISHED = {
     ),
     "modelopt": Published(
         flat(eagle_config={IDS: [], "norm_before_fc": True, "return_hidden_post_norm": True}),
-        taps=(2, 4, 5), layers=8, norms=frozenset({"norm_before_fc", "norm_output"}),
+        aux_layers=(2, 4, 5), layers=8, norms=frozenset({"norm_before_fc", "norm_output"}),
     ),
     "own-embedding": Published(flat(**OUTPUTS), embedding=True),
     "narrow": Published(flat(**OUTPUTS, hidden_size=32, target_hidden_size=HIDDEN), embedding=True),
@@ -173,11 +173,11 @@ PUBLISHED = {
     ),
     "speculators-biased": Published(
         speculators({"attention_bias": True, "mlp_bias": True}, norm_before_residual=False), prefix="layers.0.",
-        dialect="speculators", taps=(2, 4, 5), layers=8,
+        dialect="speculators", aux_layers=(2, 4, 5), layers=8,
     ),
     "speculators-qwen3": Published(
         speculators({"model_type": "qwen3", "attention_bias": True}, **{IDS: [0, 2]}), prefix="layers.0.",
-        dialect="speculators", taps=(0, 2), norms=frozenset({"norm_before_residual"}),
+        dialect="speculators", aux_layers=(0, 2), norms=frozenset({"norm_before_residual"}),
     ),
 }  # fmt: skip
 
@@ -276,11 +276,11 @@ def policy_of(tiny: Callable[..., Path], published: Published) -> Policy:
     return load_policy(str(tiny("llama", num_hidden_layers=published.layers)), "float32", "cpu")
 
 
-def features_of(policy: Policy, taps: tuple[int, ...], text: list[int]) -> Tensor:
-    """What stands before the layers `taps`, by Transformers' own count: [n, T·H]."""
+def features_of(policy: Policy, aux_layers: tuple[int, ...], text: list[int]) -> Tensor:
+    """What stands before the layers `aux_layers`, by Transformers' own count: [n, T·H]."""
     with torch.no_grad():
         states = policy.model(torch.tensor([text]), output_hidden_states=True).hidden_states
-    return torch.cat([states[tap][0] for tap in taps], dim=-1)
+    return torch.cat([states[tap][0] for tap in aux_layers], dim=-1)
 
 
 def first_draft(drafter: Eagle3Drafter, features: Tensor, text: list[int], k: int) -> Draft:
@@ -298,23 +298,23 @@ def test_published_head_drafts_as_its_layout_says(tiny: Callable[..., Path], tmp
     published = PUBLISHED[name]
     policy = policy_of(tiny, published)
     drafter = Eagle3Drafter.load(published.write(tmp_path), policy)
-    assert drafter.dialect == published.dialect and drafter.taps == published.taps
-    features = features_of(policy, published.taps, TEXT[:-1])
+    assert drafter.dialect == published.dialect and drafter.aux_layers == published.aux_layers
+    features = features_of(policy, published.aux_layers, TEXT[:-1])
     draft = first_draft(drafter, features, TEXT, 4)
     assert draft.vocabulary is not None and draft.vocabulary.tolist() == DRAFTED and draft.log_q is not None
     reference = Reference(published, policy.model.get_input_embeddings().weight.detach())
     expected = reference.rows(TEXT, features, draft.tokens[0].tolist())
     torch.testing.assert_close(draft.log_q[0], expected, atol=TOLERANCE, rtol=0)
     for wrong in wrong_readings(published):  # negative control: each convention shows in these numbers
-        taps = wrong.taps if len(wrong.taps) == len(published.taps) else published.taps
-        other = features_of(policy, taps, TEXT[:-1])
+        aux_layers = wrong.aux_layers if len(wrong.aux_layers) == len(published.aux_layers) else published.aux_layers
+        other = features_of(policy, aux_layers, TEXT[:-1])
         rows = Reference(wrong, reference.policy_embedding).rows(TEXT, other, draft.tokens[0].tolist())
         assert float((rows - expected).abs().max()) > 20 * TOLERANCE
 
 
 def wrong_readings(published: Published) -> list[Published]:
     """The same file read against its layout: other taps, and the norms that leave no tensor switched."""
-    shifted = replace(published, taps=tuple(tap - 1 if tap else 1 for tap in published.taps))
+    shifted = replace(published, aux_layers=tuple(tap - 1 if tap else 1 for tap in published.aux_layers))
     switched = [replace(published, norms=published.norms ^ {n}) for n in ("norm_before_residual", "norm_output")]
     unscaled = [replace(published, rope={})] if published.rope else []
     return [shifted, *switched, *unscaled]
@@ -454,7 +454,7 @@ def test_written_head_is_read_back(tiny: Callable[..., Path], tmp_path: Path, la
     for key, tensor in drafter.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[key]), key
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert config["forerun"] == {"epochs": 3} and config["eagle_aux_hidden_state_layer_ids"] == list(drafter.taps)
+    assert config["forerun"] == {"epochs": 3} and config["eagle_aux_hidden_state_layer_ids"] == list(drafter.aux_layers)
 
 
 def test_written_names_are_the_published_ones(policy: Policy, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from forerun.drafters.graft import Adjacency, GraftDrafter, Nodes, as_draft, gra
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
-from forerun.models.auxiliary import Taps
+from forerun.models.auxiliary import AuxiliaryStates
 from forerun.training.weights import publish
 from forerun.types import Draft
 from tiny_models import random_drafter, random_head
@@ -162,9 +162,9 @@ class SlowHead:
 
     def __init__(self, head: Eagle3Head, policy: Policy, text: list[int], temperature: float) -> None:
         self.head, self.policy, self.temperature = head, policy, temperature
-        with torch.no_grad(), Taps(policy.model, head.config.layers) as taps:
+        with torch.no_grad(), AuxiliaryStates(policy.model, head.config.layers) as aux_layers:
             policy.model(torch.tensor([text[:-1]]), use_cache=False)
-        features = taps.features()
+        features = aux_layers.features()
         assert features is not None
         self.text, self.fused = text, head.fuse(features)
 

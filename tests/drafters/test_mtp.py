@@ -27,12 +27,12 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.scheduler import request_seed
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
-from forerun.models.auxiliary import Taps
+from forerun.models.auxiliary import AuxiliaryStates
 
 
 @pytest.fixture(scope="module")
 def policy(tiny: Callable[..., Path]) -> Policy:
-    """A tiny Llama whose forward is Transformers' own (biases in its MLP keep it off the lean path)."""
+    """A tiny Llama whose forward is Transformers' own (biases in its MLP keep it off the fused path)."""
     return load_policy(str(tiny("llama", mlp_bias=True)), "float32", "cpu")
 
 
@@ -47,9 +47,9 @@ def drafter_of(policy: Policy, layers: int = 1, ids: list[int] | None = None) ->
 
 def test_the_last_tap_is_what_the_output_head_reads(policy: Policy) -> None:
     ids = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
-    with torch.no_grad(), Taps(policy.model, (0, 4)) as taps:
+    with torch.no_grad(), AuxiliaryStates(policy.model, (0, 4)) as aux_layers:
         logits = policy.model(ids).logits
-    features = taps.features()
+    features = aux_layers.features()
     assert features is not None and features.shape == (2, 4, 96)
     torch.testing.assert_close(head_of(policy).shared.logits(features[..., 48:]), logits, atol=0, rtol=0)
     assert torch.equal(features[..., :48], policy.model.get_input_embeddings()(ids))
@@ -111,7 +111,7 @@ def test_a_draft_vocabulary_of_all_tokens_is_judged_like_none(policy: Policy, lo
     ("family", "layers", "changes"),
     [
         ("llama", 1, {"mlp_bias": True}), ("llama", 3, {"mlp_bias": True}), ("gemma2", 1, {}), ("gemma3", 2, {}),
-        ("llama", 1, {}), ("qwen3", 2, {}),  # these take the lean forward
+        ("llama", 1, {}), ("qwen3", 2, {}),  # these take the fused forward
     ],
 )  # fmt: skip
 def test_training_and_serving_compute_the_same_draft_distribution(
@@ -158,7 +158,7 @@ def test_saved_and_loaded_heads_are_the_same(policy: Policy, tmp_path: Path) -> 
     assert {"model.layers.4.enorm.weight", "model.layers.4.hnorm.weight", "model.layers.4.mlp.up_proj.weight"} <= names
     assert not any("head.head" in n or "embed" in n for n in names)
     again = MtpDrafter.load(tmp_path, policy)
-    assert again.taps == (4,) and again.state_dict().keys() == drafter.state_dict().keys()
+    assert again.aux_layers == (4,) and again.state_dict().keys() == drafter.state_dict().keys()
     for name, tensor in drafter.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     runs = [

@@ -27,7 +27,7 @@ from forerun.drafters.temperature import GRID, FixedHeat, OnlineHeat, make_heat,
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 from tiny_models import random_drafter, random_head
 
 
@@ -36,9 +36,9 @@ def rows_of(count: int, temperature: float) -> Rows:
     return Rows(zeros, zeros + 5, torch.arange(count), torch.full((count,), temperature))
 
 
-def judged(accepted: list[int]) -> Verdict:
+def judged(accepted: list[int]) -> VerifyResult:
     count = torch.tensor(accepted)
-    return Verdict(count, torch.zeros(len(accepted), int(count.max()) + 1, dtype=torch.int64), torch.zeros(1))
+    return VerifyResult(count, torch.zeros(len(accepted), int(count.max()) + 1, dtype=torch.int64), torch.zeros(1))
 
 
 # --- what is computed -------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_samples_follow_the_policys_law(small: Policy, tiny: Callable[..., Path]
     used: list[float] = []
 
     class Restless(OnlineHeat):
-        def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+        def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
             used.append(self.value)
             super().learn(rows, draft, logits, verdict)
             if restless:

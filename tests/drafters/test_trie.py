@@ -19,7 +19,7 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.training.weights import publish
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 SHORT = TrieConfig(match_min=1, match_max=6)
 make = partial(TrieDrafter, SHORT)
@@ -49,7 +49,7 @@ def feed(drafter: TrieDrafter, tokens: list[list[int]], lengths: list[int]) -> N
     padded = torch.tensor([t + [0] * (width - len(t)) for t in tokens])
     rows = rows_of([t[-1] for t in tokens], lengths)
     counts = torch.tensor([len(t) - 1 for t in tokens])
-    drafter.observe(rows, Verdict(counts, padded, torch.zeros(len(tokens), width)), None)
+    drafter.observe(rows, VerifyResult(counts, padded, torch.zeros(len(tokens), width)), None)
 
 
 def rows_of(last: list[int], lengths: list[int]) -> Rows:

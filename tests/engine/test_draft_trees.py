@@ -17,10 +17,10 @@ from forerun.engine.local.scheduler import request_seed
 from forerun.engine.local.tree import along_path, depths, keep_path, lineage, tree_places
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
-from forerun.models.auxiliary import Taps
+from forerun.models.auxiliary import AuxiliaryStates
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import PolicyForward, check_trees
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 TEXTS = [[5, 6, 7, 8], [9, 4], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [30] * 20]
 FAMILIES = [("llama", True), ("llama", False), ("qwen3", True), ("qwen2", False), ("gemma2", True), ("gemma3", True)]
@@ -70,19 +70,19 @@ def run_tree(forward: PolicyForward, draft: Draft) -> tuple[SlotCache, Tensor, T
 def slow_rows(policy: Policy, draft: Draft, row: int, slot: int) -> tuple[Tensor, Tensor]:
     """Logits and tapped features after text and path, by one forward of the whole text, no cache."""
     ids = torch.tensor([TEXTS[row] + [int(draft.tokens[row, s]) for s in path_of(draft, row, slot)]])
-    with torch.no_grad(), Taps(policy.model, TAPS) as taps:
+    with torch.no_grad(), AuxiliaryStates(policy.model, TAPS) as aux_layers:
         logits = policy.model(ids, use_cache=False).logits[0, -1]
-    features = taps.features()
+    features = aux_layers.features()
     assert features is not None
     return logits, features[0, -1]
 
 
-@pytest.mark.parametrize(("family", "lean"), FAMILIES)
-def test_one_pass_equals_one_forward_per_path(tiny: Callable[..., Path], family: str, lean: bool) -> None:
+@pytest.mark.parametrize(("family", "fused"), FAMILIES)
+def test_one_pass_equals_one_forward_per_path(tiny: Callable[..., Path], family: str, fused: bool) -> None:
     """Ragged texts, ragged trees, windows of 8 positions (gemma): each node sees text, root and ancestors alone."""
     policy = load_policy(str(tiny(family)), "float32", "cpu")
     draft = random_draft(len(TEXTS), 9, 50, seed=3)
-    _, _, logits, features = run_tree(PolicyForward(policy, TAPS, lean), draft)
+    _, _, logits, features = run_tree(PolicyForward(policy, TAPS, fused), draft)
     for row in range(len(TEXTS)):
         for slot in range(-1, int(draft.lengths[row])):
             expected, seen = slow_rows(policy, draft, row, slot)
@@ -158,7 +158,7 @@ def test_models_that_mix_branches_are_refused(tiny: Callable[..., Path]) -> None
 class Hider:
     """Hides the known continuation of every request in a tree: decoys before and beside each of its nodes."""
 
-    method, taps = "hider", (0, 1, 3)
+    method, aux_layers = "hider", (0, 1, 3)
 
     def __init__(self, truth: dict[int, list[int]], depth: int) -> None:
         self.truth, self.depth = truth, depth
@@ -187,7 +187,7 @@ class Hider:
                 above, lengths[b] = slot + 1, slot + (3 if step + 1 < depth else 2)
         return Draft(tokens, lengths, parents=parents)
 
-    def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
+    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         assert features is not None
         for b, tokens in enumerate(emitted(verdict)):
             self.observed.append((int(rows.seeds[b]), int(rows.lengths[b]), tokens, features[b, : len(tokens)].clone()))
@@ -228,9 +228,9 @@ def test_the_hidden_truth_is_found_and_kept(policy: Policy) -> None:
     assert 10 < metrics["k_mean"] <= 11 and 4.5 < metrics["acceptance_length"] <= 5
     for seed, length, _, features in drafter.observed:
         ids = torch.tensor([drafter.truth[seed][: length + len(features)]])
-        with torch.no_grad(), Taps(policy.model, drafter.taps) as taps:
+        with torch.no_grad(), AuxiliaryStates(policy.model, drafter.aux_layers) as aux_layers:
             policy.model(ids, use_cache=False)
-        expected = taps.features()
+        expected = aux_layers.features()
         assert expected is not None
         assert_equal(features, expected[0, length:], 2e-5)
 

@@ -32,10 +32,10 @@ def reference(policy: Policy, prompt: list[int], tokens: int) -> list[int]:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
-@pytest.mark.parametrize("lean", [True, False])
-def test_plain_greedy_equals_transformers(tiny: Callable[..., Path], family: str, lean: bool) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_plain_greedy_equals_transformers(tiny: Callable[..., Path], family: str, fused: bool) -> None:
     policy = load_policy(str(tiny(family)), "float32", "cpu")
-    rollouts = LocalEngine(policy, slots=3, lean=lean).generate(PROMPTS, max_new_tokens=20, temperature=0.0)
+    rollouts = LocalEngine(policy, slots=3, fused=fused).generate(PROMPTS, max_new_tokens=20, temperature=0.0)
     assert [r.tokens for r in rollouts] == [reference(policy, p, 20) for p in PROMPTS]
 
 
@@ -196,7 +196,7 @@ def test_a_collapsed_drafter_is_an_alarm(policy: Policy) -> None:
 
 
 def test_training_in_place_is_seen_at_once(tiny: Callable[..., Path]) -> None:
-    """The lean forward reads views of the module's parameters: an update of the module is an update of the engine."""
+    """The fused forward reads views of the module's parameters: an update of the module is an update of the engine."""
     policy = load_policy(str(tiny("llama")), "float32", "cpu")
     engine = LocalEngine(policy, slots=2)
     before = engine.generate([[4, 5, 6]], max_new_tokens=12, temperature=0.0)[0].tokens

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from forerun.acceptance.chain import verify
-from forerun.acceptance.tree import TreeVerdict, verify_tree
+from forerun.acceptance.tree import TreeResult, verify_tree
 from forerun.config import GraftConfig, NgramConfig, TrieConfig
 from forerun.drafters.base import Drafter
 from forerun.drafters.draft_model import ModelDrafter
@@ -27,7 +27,7 @@ from forerun.drafters.trie import TrieDrafter
 from forerun.engine.local.engine import LocalEngine, Verify, VerifyTree
 from forerun.lossless.statistics import chi_square_tail, pooled_chi_square
 from forerun.models import Policy, load_policy
-from forerun.types import Draft, Rollout, Verdict
+from forerun.types import Draft, Rollout, VerifyResult
 from tiny_models import random_drafter, random_head
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11], [20, 21, 20, 22, 21, 20], [30] * 14]
@@ -122,14 +122,14 @@ def test_speculative(unsure: Policy, make: Callable[[str], Drafter], name: str, 
 
 def no_coin(
     rule: str, logits: torch.Tensor, draft: Draft, heat: torch.Tensor, coins: torch.Tensor, picks: torch.Tensor
-) -> Verdict:
+) -> VerifyResult:
     """Drafts are believed: every coin shows the smallest number there is."""
     return verify(rule, logits, draft, heat, torch.full_like(coins, 1e-12), picks)
 
 
 def no_tree_coin(
     rule: str, logits: torch.Tensor, draft: Draft, heat: torch.Tensor, coins: torch.Tensor, picks: torch.Tensor
-) -> TreeVerdict:
+) -> TreeResult:
     """The same of trees: the eldest child is believed."""
     return verify_tree(rule, logits, draft, heat, torch.full_like(coins, 1e-12), picks)
 

@@ -18,7 +18,7 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.engine.vllm.proposer import Siblings
 from forerun.errors import UserError
 from forerun.models import Policy
-from forerun.types import Rollout, Verdict
+from forerun.types import Rollout, VerifyResult
 from vllm_tiny import PROMPTS, TOLERANCE, changed, law, make, needs_vllm, texts, version, without_repair
 
 slow = pytest.mark.slow
@@ -86,7 +86,7 @@ def _observe(drafter: TrieDrafter, new: list[list[int]]) -> None:
     width = max(map(len, new))
     tokens = torch.tensor([t + [0] * (width - len(t)) for t in new])
     accepted = torch.tensor([len(t) - 1 for t in new])
-    drafter.observe(_rows(new), Verdict(accepted, tokens, torch.zeros(len(new), width)), None)
+    drafter.observe(_rows(new), VerifyResult(accepted, tokens, torch.zeros(len(new), width)), None)
 
 
 # ---- with vLLM ----

@@ -13,7 +13,7 @@ from forerun.acceptance.random import inverse_cdf
 from forerun.drafters.base import Drafter, Rows
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy
-from forerun.types import Draft, Rollout, Verdict
+from forerun.types import Draft, Rollout, VerifyResult
 
 Make = Callable[[], Drafter]
 
@@ -108,14 +108,14 @@ def law_p_value(policy: Policy, make: Make, faulty: bool) -> float:
 
 def no_residual(
     rule: str, logits: torch.Tensor, draft: Draft, temperature: torch.Tensor, coins: torch.Tensor, picks: torch.Tensor
-) -> Verdict:
+) -> VerifyResult:
     """A broken verifier: whatever follows the accepted tokens is drawn from the policy's row, not from the residual."""
     verdict = verify(rule, logits, draft, temperature, coins, picks)
     batch = torch.arange(len(picks))
     row = logits[batch, verdict.accepted].float() / temperature[:, None]
     tokens = verdict.tokens.clone()
     tokens[batch, verdict.accepted] = inverse_cdf(row.softmax(-1), picks)
-    return Verdict(verdict.accepted, tokens, verdict.logprobs)
+    return VerifyResult(verdict.accepted, tokens, verdict.logprobs)
 
 
 def exact_law(policy: Policy) -> dict[tuple[int, ...], float]:

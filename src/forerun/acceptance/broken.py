@@ -30,66 +30,70 @@ from forerun.acceptance.chain import (
     token_acceptance,
     verify_token,
 )
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 _LENIENCE = 2.0
 _TYPICAL_FLOOR, _TYPICAL_SHARE = 0.3, 0.5  # Medusa's epsilon and delta (2401.10774, section 3.3), made for few tokens
 _OTHER_TEMPERATURE = 1.5
 
 
-def no_residual(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> Verdict:
+def no_residual(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> VerifyResult:
     """Token rule without a residual: a rejected token is replaced from p (one-hot too)."""
     return run(token_acceptance, _from_target, target_logits, draft, temperature, coins, picks)
 
 
 def block_no_residual(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> Verdict:
+) -> VerifyResult:
     """Block rule without a residual (one-hot too)."""
     return run(block_acceptance, _from_target, target_logits, draft, temperature, coins, picks)
 
 
 def residual_masks_token(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> Verdict:
+) -> VerifyResult:
     """Token rule whose residual is p without the rejected token, which is right only for a one-hot draft."""
     return run(token_acceptance, _without_token, target_logits, draft, temperature, coins, picks)
 
 
 def block_residual_unweighted(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> Verdict:
+) -> VerifyResult:
     """Block rule whose residual is norm((p - q)+) instead of norm((p_tau p - q)+)."""
     return run(block_acceptance, _unweighted, target_logits, draft, temperature, coins, picks)
 
 
 def block_threshold_is_prefix(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> Verdict:
+) -> VerifyResult:
     """Block rule that accepts by h_i = p_i at every slot."""
     return run(_by_prefix, next_token, target_logits, draft, temperature, coins, picks)
 
 
 def block_without_clip(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> Verdict:
+) -> VerifyResult:
     """Block rule whose running products p_i are not clipped at 1."""
     return run(_unclipped, next_token, target_logits, draft, temperature, coins, picks)
 
 
-def lenient_ratio(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> Verdict:
+def lenient_ratio(
+    target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
+) -> VerifyResult:
     """Token rule that accepts by u <= 2 p/q (one-hot too). Source of the fault: 2509.23232."""
     return run(_lenient, next_token, target_logits, draft, temperature, coins, picks)
 
 
 def typical_acceptance(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> Verdict:
+) -> VerifyResult:
     """Accept what is likely enough under p, whatever the coin (one-hot too). Source: 2401.10774, section 3.3."""
     return run(_typical, _from_target, target_logits, draft, temperature, coins, picks)
 
 
-def misaligned_row(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> Verdict:
+def misaligned_row(
+    target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
+) -> VerifyResult:
     """Token rule that judges every slot but the first by the row before its own (one-hot too)."""
     shifted = torch.cat([target_logits[:, :1], target_logits[:, :-1]], 1)
     return verify_token(shifted, draft, temperature, coins, picks)
@@ -97,7 +101,7 @@ def misaligned_row(target_logits: Tensor, draft: Draft, temperature: Tensor, coi
 
 def peeking_admission(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> Verdict:
+) -> VerifyResult:
     """Token rule on the draft cut before its first token that q finds half as likely as its best: anticipation."""
     if draft.log_q is None:
         return verify_token(target_logits, draft, temperature, coins, picks)
@@ -108,14 +112,14 @@ def peeking_admission(
 
 def q_at_other_temperature(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> Verdict:
+) -> VerifyResult:
     """Token rule whose q has another temperature than the one the draft was sampled at."""
     if draft.log_q is not None:
         draft = replace(draft, log_q=(draft.log_q / _OTHER_TEMPERATURE).log_softmax(-1))
     return verify_token(target_logits, draft, temperature, coins, picks)
 
 
-def shared_coin(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> Verdict:
+def shared_coin(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> VerifyResult:
     """Token rule that uses one coin for all slots of a round (one-hot too)."""
     return verify_token(target_logits, draft, temperature, coins[:, :1].expand_as(coins), picks)
 

@@ -26,8 +26,8 @@ from forerun.acceptance.tree import (
     Spend,
     Spent,
     Tree,
+    TreeResult,
     TreeRuleFunction,
-    TreeVerdict,
     Visit,
     descend,
     draft_columns,
@@ -140,7 +140,7 @@ def _walk_from_target(tree: Tree, members: Tensor, coins: Tensor, picks: Tensor)
     return descend(toss, tree, members, coins, picks)
 
 
-def _row_before(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> TreeVerdict:
+def _row_before(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> TreeResult:
     """Every row but the root's is read one slot too early."""
     shifted = torch.cat([target_logits[:, :1], target_logits[:, :-1]], 1)
     return verify_rrs(shifted, draft, temperature, coins, picks)

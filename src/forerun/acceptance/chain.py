@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from forerun.acceptance.random import inverse_cdf
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21}  # float32 logits in flight: 8 MB is near the caches, and worth waking threads for
 _CHUNK_ELEMENTS_DEVICE = 1 << 24  # 64 MB hides the launch time on an accelerator
 
-RuleFunction = Callable[[Tensor, Draft, Tensor, Tensor, Tensor], Verdict]
+RuleFunction = Callable[[Tensor, Draft, Tensor, Tensor, Tensor], VerifyResult]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ NextToken = Callable[[Target, Draft, Acceptance, Tensor, Tensor], Tensor]
 
 def verify(
     rule: str, target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> Verdict:
+) -> VerifyResult:
     """Judge one round of drafts.
 
     `rule` is "token" or "block"; `target_logits` [B, k+1, V] of any float type, -inf allowed; `temperature` [B], 0 for
@@ -75,12 +75,16 @@ def verify(
     return RULES[rule](target_logits, draft, temperature, coins, picks)
 
 
-def verify_token(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> Verdict:
+def verify_token(
+    target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
+) -> VerifyResult:
     """Token rejection sampling; arguments as `verify`. With a one-hot draft a token stands with probability p(x)."""
     return run(token_acceptance, next_token, target_logits, draft, temperature, coins, picks)
 
 
-def verify_block(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> Verdict:
+def verify_block(
+    target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
+) -> VerifyResult:
     """Block verification; arguments as `verify`. Accepts at least as many tokens as the token rule on average."""
     return run(block_acceptance, next_token, target_logits, draft, temperature, coins, picks)
 
@@ -97,7 +101,7 @@ def run(
     temperature: Tensor,
     coins: Tensor,
     picks: Tensor,
-) -> Verdict:
+) -> VerifyResult:
     """Put a rule together from how it accepts and how it chooses the next token. Arguments and errors as `verify`."""
     check_shapes(target_logits, draft, temperature, coins, picks)
     check_draft(draft, temperature, target_logits.shape[2])
@@ -235,14 +239,14 @@ def _decide_greedily(
     return accepted, torch.where(greedy, best.gather(1, accepted[:, None])[:, 0], following)
 
 
-def _verdict(target: Target, draft: Draft, accepted: Tensor, following: Tensor) -> Verdict:
+def _verdict(target: Target, draft: Draft, accepted: Tensor, following: Tensor) -> VerifyResult:
     """Lay out the emitted tokens and their log-probabilities under the rows that judged them; zeros beyond."""
     place = torch.arange(target.logits.shape[1], device=accepted.device)  # [k+1]
     padded = torch.nn.functional.pad(draft.tokens, (0, 1))  # [B, k+1]
     tokens = torch.where(place < accepted[:, None], padded, 0)
     tokens = torch.where(place == accepted[:, None], following[:, None], tokens)
     logprobs = torch.where(place <= accepted[:, None], target.log_p(tokens), 0.0)
-    return Verdict(accepted, tokens, logprobs.to(torch.float32))
+    return VerifyResult(accepted, tokens, logprobs.to(torch.float32))
 
 
 def log_q_of_tokens(draft: Draft) -> Tensor:
@@ -349,12 +353,16 @@ def refuse(problems: dict[str, Tensor]) -> None:
             raise ValueError(f"sequence {int(flags.nonzero()[0, 0])} cannot be verified: {problem}")
 
 
-def reference_token(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> Verdict:
+def reference_token(
+    target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
+) -> VerifyResult:
     """The token rule, slow and obvious: dense float64 tensors, one sequence at a time. Arguments as `verify`."""
     return _reference(_reference_token_count, target_logits, draft, temperature, coins, picks)
 
 
-def reference_block(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> Verdict:
+def reference_block(
+    target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
+) -> VerifyResult:
     """Block verification, slow and obvious; arguments as `verify`. One-hot drafts go by the token rule."""
     count = _reference_token_count if draft.log_q is None else _reference_block_count
     return _reference(count, target_logits, draft, temperature, coins, picks)
@@ -389,7 +397,7 @@ def _reference(
     temperature: Tensor,
     coins: Tensor,
     picks: Tensor,
-) -> Verdict:
+) -> VerifyResult:
     """Run a reference count over the batch and finish its rounds."""
     batch, rows, size = target_logits.shape
     accepted = torch.zeros(batch, dtype=torch.int64)
@@ -411,7 +419,7 @@ def _reference(
         accepted[b], emitted = tau, [*x[:tau], following]
         tokens[b, : tau + 1] = torch.tensor(emitted)
         logprobs[b, : tau + 1] = p[torch.arange(tau + 1), emitted].log().to(torch.float32)
-    return Verdict(accepted, tokens, logprobs)
+    return VerifyResult(accepted, tokens, logprobs)
 
 
 def _reference_q(draft: Draft, b: int, gamma: int, size: int) -> Tensor:

@@ -47,18 +47,18 @@ from forerun.acceptance.chain import (
     stream_rows,
 )
 from forerun.acceptance.random import inverse_cdf
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 
 @dataclass(frozen=True, slots=True)
-class TreeVerdict:
-    """A `Verdict` over tree paths: `path[b, : accepted[b]]` are the accepted slots from the root down, -1 beyond.
+class TreeResult:
+    """A `VerifyResult` over tree paths: `path[b, : accepted[b]]` are the accepted slots from the root down, -1 beyond.
 
     A = the depth of the batch's deepest node; `verdict.tokens` and `.logprobs` are [B, A+1]. An engine keeps the root's
     cache entry and those of the path.
     """
 
-    verdict: Verdict
+    verdict: VerifyResult
     path: Tensor  # [B, A] int64
 
 
@@ -92,7 +92,7 @@ class Spent:
     weight: Tensor  # [m] float64
 
 
-TreeRuleFunction = Callable[[Tensor, Draft, Tensor, Tensor, Tensor], TreeVerdict]
+TreeRuleFunction = Callable[[Tensor, Draft, Tensor, Tensor, Tensor], TreeResult]
 Settlement = tuple[Tensor, Tensor]  # last accepted row and next token, [B] int64 each, 0 for sequences not asked for
 Settle = Callable[[Tree, Tensor, Tensor, Tensor], Settlement]  # tree, sequences [n], coins [B, k], picks [B]
 Choose = Callable[[Tree, Visit, Tensor, Tensor], Settlement]  # the child to go to or 0, and the token if it is 0: [m]
@@ -101,7 +101,7 @@ Spend = Callable[[Tree, Visit, Tensor], Spent]  # tree, rows, weights [m]
 
 def verify_tree(
     rule: str, target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> TreeVerdict:
+) -> TreeResult:
     """Judge one round of draft trees.
 
     `rule` is "walk", "rrs", "best_sampled" or "traversal"; `target_logits` [B, k+1, V] of any float type, -inf allowed;
@@ -116,19 +116,19 @@ def verify_tree(
     return TREE_RULES[rule](target_logits, draft, temperature, coins, picks)
 
 
-def verify_walk(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> TreeVerdict:
+def verify_walk(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> TreeResult:
     """Sample from the target and follow it while it stays in the tree; arguments as `verify_tree`."""
     return run_tree(walk, target_logits, replace(draft, log_q=None, vocabulary=None), temperature, coins, picks)
 
 
-def verify_rrs(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> TreeVerdict:
+def verify_rrs(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> TreeResult:
     """Recursive rejection of siblings sampled without replacement; arguments as `verify_tree`."""
     return run_tree(where_sampled(reject_recursively), target_logits, draft, temperature, coins, picks)
 
 
 def verify_best_sampled(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> TreeVerdict:
+) -> TreeResult:
     """Recursive rejection where the eldest of siblings was not sampled; arguments as `verify_tree`.
 
     Exact for whatever eldest: one that was sampled after all is judged as if it were fixed, which costs acceptance.
@@ -139,7 +139,7 @@ def verify_best_sampled(
 
 def verify_traversal(
     target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> TreeVerdict:
+) -> TreeResult:
     """Judge nodes from the leaves up, a node after all below it; arguments as `verify_tree`. A chain: block rule."""
     return run_tree(where_sampled(traverse), target_logits, draft, temperature, coins, picks)
 
@@ -155,7 +155,7 @@ TREE_RULES: dict[str, TreeRuleFunction] = {
 @torch.no_grad()
 def run_tree(
     settle: Settle, target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> TreeVerdict:
+) -> TreeResult:
     """Run a rule, given as what settles the sampled sequences, over a batch. Arguments and errors as `verify_tree`."""
     _check_tree(target_logits, draft, temperature, coins, picks)
     greedy = temperature == 0
@@ -430,7 +430,7 @@ def _elders(draft: Draft) -> Tensor:
     return related & (slots < slots[:, None])
 
 
-def _tree_verdict(tree: Tree, last: Tensor, following: Tensor) -> TreeVerdict:
+def _tree_verdict(tree: Tree, last: Tensor, following: Tensor) -> TreeResult:
     """Lay out the path to the last accepted rows, the emitted tokens and their log-probabilities; zeros beyond."""
     accepted = tree.depth.gather(1, last[:, None])  # [B, 1]
     deepest, at = int(tree.depth.max()), last[:, None]
@@ -445,7 +445,7 @@ def _tree_verdict(tree: Tree, last: Tensor, following: Tensor) -> TreeVerdict:
     values = tree.target.logits[sequences, rows, tokens].to(torch.float32) * tree.target.scale[:, None]
     logprobs = torch.where(place <= accepted, values - tree.target.lse.gather(1, rows), 0.0).to(torch.float32)
     path = torch.where(place[1:] <= accepted, rows[:, 1:] - 1, -1)
-    return TreeVerdict(Verdict(accepted[:, 0], tokens, logprobs), path)
+    return TreeResult(VerifyResult(accepted[:, 0], tokens, logprobs), path)
 
 
 def _check_tree(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> None:

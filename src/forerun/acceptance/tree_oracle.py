@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from forerun.acceptance.oracle import HIGH, LOW, Law, Model, Round, Text, completed, largest, merge
-from forerun.acceptance.tree import TreeRuleFunction, TreeVerdict
-from forerun.types import Draft, Verdict
+from forerun.acceptance.tree import TreeResult, TreeRuleFunction
+from forerun.types import Draft, VerifyResult
 
 Number = Fraction | float
 Numbers = tuple[Number, ...]
@@ -279,7 +279,7 @@ def _added(texts: Iterable[tuple[Fraction, Text]]) -> list[tuple[Fraction, Text]
 
 def verify_tree_reference(
     rule: str, target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> TreeVerdict:
+) -> TreeResult:
     """The tree rules, slow and obvious: one sequence at a time, Python floats. Arguments as `verify_tree`."""
     trees = [_float_tree(target_logits[b], draft, b, float(temperature[b])) for b in range(len(picks))]
     deepest = max((len(tree.path(row)) for tree in trees for row in range(len(tree.p))), default=0)
@@ -295,7 +295,7 @@ def verify_tree_reference(
         tokens[b, : n + 1] = torch.tensor(emitted)
         rows = [0, *tree.path(row)]
         logprobs[b, : n + 1] = torch.tensor([math.log(tree.p[r][t]) for r, t in zip(rows, emitted, strict=True)])
-    return TreeVerdict(Verdict(accepted, tokens, logprobs), path)
+    return TreeResult(VerifyResult(accepted, tokens, logprobs), path)
 
 
 def _float_tree(logits: Tensor, draft: Draft, b: int, heat: float) -> DraftTree:

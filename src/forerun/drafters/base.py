@@ -17,7 +17,7 @@ from torch import Tensor
 
 from forerun.acceptance.random import Purpose, inverse_cdf_log, round_keys, uniforms
 from forerun.errors import UserError
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Drafter(Protocol):
     """What the engine asks of a drafter."""
 
     method: str  # its name in a recipe
-    taps: tuple[int, ...]  # policy layers whose inputs it wants to see; empty: none
+    aux_layers: tuple[int, ...]  # policy layers whose inputs it wants to see; empty: none
 
     def open(self, rows: int, positions: int, k: int) -> None:
         """Make room for `rows` sequences of at most `positions` tokens, drafts of at most `k`; forget the old ones."""
@@ -59,7 +59,7 @@ class Drafter(Protocol):
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
         """Draft at most budget [B] tokens per row; a tree: paths of at most that many, and at most `k` nodes in all."""
 
-    def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
+    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         """Row b emitted verdict.tokens[b, : accepted[b] + 1], and its sample holds them all: none beyond its end.
 
         features [B, n, T·H] are the policy's at the taps, for the n tokens that it just ran (newest token and drafts);
@@ -92,7 +92,7 @@ class Counting(Protocol):
 class Learning(Protocol):
     """A drafter that learns from the policy's rows at the tokens it verified, accepted or not."""
 
-    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         """A round was judged. What is learnt from it may change how later rounds are drafted.
 
         Called once per round, plain ones too, after the verdict and before `observe`.
@@ -138,7 +138,7 @@ def deterministic_draft(proposals: Sequence[Sequence[int]], device: torch.device
     return Draft(tokens, torch.tensor(lengths, dtype=torch.int64, device=device))
 
 
-def emitted(verdict: Verdict) -> list[list[int]]:
+def emitted(verdict: VerifyResult) -> list[list[int]]:
     """The tokens that each row emitted, as plain lists."""
     accepted, tokens = verdict.accepted.tolist(), verdict.tokens.tolist()
     return [row[: a + 1] for a, row in zip(accepted, tokens, strict=True)]

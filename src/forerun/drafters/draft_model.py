@@ -26,14 +26,14 @@ from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import PolicyForward
 from forerun.models.load import artifact, load_exactly
 from forerun.models.logprobs import head_sees
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 
 class ModelDrafter:
     """The draft model at work: its cache, the rows' tokens, and how many of them the cache holds."""
 
     method = "model"
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
 
     def __init__(self, model: Policy, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> None:
         """`model` drafts for `policy`.
@@ -91,7 +91,7 @@ class ModelDrafter:
             return Draft(rows.last.new_zeros(rows.count, 0), lengths)
         return Draft(torch.stack(tokens, dim=1), lengths, None if heat is None else torch.stack(log_q, dim=1))
 
-    def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
+    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         """Take the emitted tokens down; the cache now holds the newest token and the accepted ones of those it ran."""
         n, count = verdict.tokens.shape[1], rows.count
         at = rows.lengths[:, None] + 1 + torch.arange(n, device=rows.lengths.device)  # zeros behind are written over
@@ -100,7 +100,7 @@ class ModelDrafter:
             self._known[:count] = rows.lengths + 1 + verdict.accepted.clamp(max=self._fed)
         self._fed = None
 
-    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         """See `Learning.learn`: the heat, where it is learnt."""
         self.heat.learn(rows, draft, logits, verdict)
 

@@ -24,11 +24,11 @@ from forerun.drafters.eagle3_checkpoints import head_files, read_head
 from forerun.drafters.temperature import HeatSetting, make_heat
 from forerun.errors import UserError
 from forerun.models import Policy
-from forerun.models.auxiliary import check_taps, decoder_layers
+from forerun.models.auxiliary import check_aux_layers, decoder_layers
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.fused import rotate_sign, swap_halves
 from forerun.models.load import load_exactly
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 
 class RMSNorm(nn.RMSNorm):
@@ -182,10 +182,10 @@ class Eagle3Drafter:
         Raises:
             UserError: the head was made for another policy.
         """
-        check_taps(head.config.layers, len(decoder_layers(policy.model)))
+        check_aux_layers(head.config.layers, len(decoder_layers(policy.model)))
         _check_fit(head.config, policy)
         self.head = head.to(policy.device).eval()
-        self.taps = head.config.layers
+        self.aux_layers = head.config.layers
         self.proposal, self.heat = proposal, make_heat(heat, proposal)
         self.dialect = "forerun"
         self.vocabulary = head.vocabulary
@@ -244,7 +244,7 @@ class Eagle3Drafter:
             return Draft(torch.stack(tokens, dim=1), lengths)
         return Draft(torch.stack(tokens, dim=1), lengths, torch.stack(log_q, dim=1), self.vocabulary)
 
-    def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
+    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         assert features is not None
         n = features.shape[1]
         self._tokens[: rows.count, :n] = verdict.tokens
@@ -262,7 +262,7 @@ class Eagle3Drafter:
         self._beyond += int((reach < budget).sum())
         return torch.minimum(budget, reach)
 
-    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         """See `Learning.learn`: the heat, where it is learnt."""
         self.heat.learn(rows, draft, logits, verdict)
 

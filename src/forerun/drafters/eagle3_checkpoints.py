@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from forerun.errors import UserError
-from forerun.models.auxiliary import default_taps
+from forerun.models.auxiliary import default_aux_layers
 
 LAYOUTS = ("specforge", "speculators")
 NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
@@ -283,7 +283,7 @@ def _layers(data: Data, nested: Data, dialect: str, policy_layers: int) -> tuple
             f"The drafter's config.json does not say which layers it reads ({name}), and the usual 2, n/2, n - 3 are "
             f"not three layers of a policy with {policy_layers}"
         )
-    return default_taps(policy_layers)
+    return default_aux_layers(policy_layers)
 
 
 def _with_vocabulary(found: dict[str, Tensor], config: Eagle3Config) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.cache import SlotPass, TreePlaces
 from forerun.models.forward import check_trees
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 TABLE = "adjacency.safetensors"
 
@@ -228,7 +228,7 @@ class GraftDrafter:
         """
         check_trees(policy)
         self._reader = Eagle3Drafter(head, policy)
-        self.taps, self.settings, self.heat = self._reader.taps, settings, heat
+        self.aux_layers, self.settings, self.heat = self._reader.aux_layers, settings, heat
         vocabulary = int(policy.model.config.get_text_config().vocab_size)
         self.successors = min(settings.successors, vocabulary)
         self.adjacency = Adjacency(vocabulary, self.successors, policy.device)
@@ -264,10 +264,10 @@ class GraftDrafter:
         free = (self._nodes - kept.valid.sum(1)).where(budget > 0, 0)
         return self._counted(graft(kept, self._template, retrieved, below, free, budget), kept)
 
-    def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
+    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         self._reader.observe(rows, verdict, features)
 
-    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         """The policy's likeliest successors of every verified token; see `Learning.learn`."""
         tokens = torch.cat([rows.last[:, None], draft.tokens], dim=1)
         ran = torch.nn.functional.pad(drafted(draft), (1, 0), value=True)  # [B, k+1]

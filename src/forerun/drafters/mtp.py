@@ -35,7 +35,7 @@ from forerun.models.auxiliary import decoder_layers
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import ATTENTION
 from forerun.models.load import load_exactly
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +281,7 @@ class MtpDrafter:
     def __init__(self, head: MtpHead, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> None:
         """`proposal` "argmax" drafts deterministically; `heat` is the drafts' temperature over the rollouts'."""
         self.head = head.to(policy.device).eval()
-        self.taps = head.config.layers
+        self.aux_layers = head.config.layers
         self.proposal, self.heat = proposal, make_heat(heat, proposal)
 
     def open(self, rows: int, positions: int, k: int) -> None:
@@ -349,7 +349,7 @@ class MtpDrafter:
             return Draft(torch.stack(tokens, dim=1), lengths)
         return Draft(torch.stack(tokens, dim=1), lengths, torch.stack(log_q, dim=1), self.head.draft_ids)
 
-    def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
+    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         assert features is not None
         count, new = self._count[: rows.count], verdict.accepted + 1
         width = self._tokens.shape[1]
@@ -363,7 +363,7 @@ class MtpDrafter:
         self._tokens[: rows.count], self._features[: rows.count] = tokens[batch, take], states[batch, take]
         self._count[: rows.count] = kept + new
 
-    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         """See `Learning.learn`: the heat, where it is learnt."""
         self.heat.learn(rows, draft, logits, verdict)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from forerun.config import NgramConfig
 from forerun.drafters.base import Rows, deterministic_draft, emitted, no_weights
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 Ends = dict[tuple[int, ...], int]  # n-gram -> index after its first occurrence
 
@@ -76,7 +76,7 @@ class NgramDrafter:
     """`LookupText` per cache row. It has no weights and forgets everything with the rows."""
 
     method = "ngram"
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
 
     def __init__(self, settings: NgramConfig) -> None:
         self.settings = settings
@@ -103,7 +103,7 @@ class NgramDrafter:
         proposals = [self._rows[row].continuation(most) for row, most in enumerate(budget.tolist())]
         return deterministic_draft(proposals, rows.last.device)
 
-    def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
+    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         for row, tokens in enumerate(emitted(verdict)):
             self._rows[row].extend(tokens)
 

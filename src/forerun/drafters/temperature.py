@@ -27,7 +27,7 @@ from torch import Tensor
 
 from forerun.drafters.base import Rows
 from forerun.errors import UserError
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 GRID = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 ELEMENTS = 1 << 21  # exponentials per round: a few milliseconds of one core, whatever the vocabulary
@@ -41,7 +41,7 @@ class FixedHeat:
     def __init__(self, value: float) -> None:
         self.value = value
 
-    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         """See `Learning.learn`."""
 
     def metrics(self) -> dict[str, float]:
@@ -65,7 +65,7 @@ class OnlineHeat:
         return (self._sums / max(self._weight, 1e-12)).tolist()
 
     @torch.no_grad()
-    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         """Take in a judged round; see `Learning.learn`. Deterministic drafts, trees and greedy rows teach nothing."""
         if draft.log_q is None or draft.parents is not None:
             return
@@ -115,7 +115,7 @@ def make_heat(setting: HeatSetting, proposal: str) -> Heat:
     return OnlineHeat()
 
 
-def reached(rows: Rows, draft: Draft, verdict: Verdict) -> tuple[Tensor, Tensor]:
+def reached(rows: Rows, draft: Draft, verdict: VerifyResult) -> tuple[Tensor, Tensor]:
     """Rows [n] and slots [n] of a chain draft that were drafted warm and whose earlier drafts were all accepted."""
     slots = torch.arange(draft.tokens.shape[1], device=draft.tokens.device)
     mask = (slots < draft.lengths[:, None]) & (slots <= verdict.accepted[:, None]) & (rows.temperature > 0)[:, None]

@@ -33,7 +33,7 @@ from torch import Tensor
 from forerun.config import TrieConfig
 from forerun.drafters.base import Rows, deterministic_draft, emitted, no_weights
 from forerun.errors import UserError
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 _GAP = -1  # stands before and behind every text in the store: no token matches it
 _OFFSET_BITS = 32  # an occurrence is one integer: number of its text, offset of the token that follows
@@ -319,7 +319,7 @@ class TrieDrafter:
     """
 
     method = "trie"
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
 
     def __init__(self, settings: TrieConfig) -> None:
         self.settings = settings
@@ -352,7 +352,7 @@ class TrieDrafter:
             [self.corpus.continuation(row.scope, row.recent, most) for row, most in chosen], rows.last.device
         )
 
-    def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
+    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         for place, tokens in enumerate(emitted(verdict)):
             row = self._rows[place]
             assert row.text is not None, "a live row holds a sample"

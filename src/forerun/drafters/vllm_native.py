@@ -15,14 +15,14 @@ from torch import Tensor
 
 from forerun.drafters.base import Rows, no_weights
 from forerun.errors import UserError
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 
 class ForeignDrafter:
     """What `speculation.method: vllm` names."""
 
     method = "vllm"
-    taps: tuple[int, ...] = ()
+    aux_layers: tuple[int, ...] = ()
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         """`settings`: of `speculation.vllm`."""
@@ -41,7 +41,7 @@ class ForeignDrafter:
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
         self._elsewhere()
 
-    def observe(self, rows: Rows, verdict: Verdict, features: Tensor | None) -> None:
+    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         self._elsewhere()
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -137,11 +137,11 @@ def lazily(make: Callable[..., Any]) -> Callable[..., Any]:
     return mask
 
 
-def by_sequence(attend: Callable[..., tuple[Tensor, Tensor | None]], lean: bool) -> Callable[..., Any]:
+def by_sequence(attend: Callable[..., tuple[Tensor, Tensor | None]], fused: bool) -> Callable[..., Any]:
     """`attend` (an attention function of Transformers), called for each sequence of a packed row.
 
     Args:
-        lean: it is causal without a mask, and gets none where a sequence is masked by nothing else.
+        fused: it is causal without a mask, and gets none where a sequence is masked by nothing else.
     """
 
     def attention(
@@ -158,7 +158,7 @@ def by_sequence(attend: Callable[..., tuple[Tensor, Tensor | None]], lean: bool)
         outputs = []
         for start, end in attention_mask.sequences(position_ids):
             q, k, v = (x[:, :, start:end] for x in (query, key, value))
-            bare = lean and attention_mask.causal(start, end)
+            bare = fused and attention_mask.causal(start, end)
             outputs.append(attend(module, q, k, v, None if bare else attention_mask.part(start, end), **rest)[0])
         return torch.cat(outputs, dim=1), None
 
@@ -170,7 +170,7 @@ def _eager(module: Any, *arguments: Any, **words: Any) -> Any:
     return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **words)
 
 
-AttentionInterface.register(BY_SEQUENCE["sdpa"], by_sequence(sdpa_attention_forward, lean=True))
-AttentionInterface.register(BY_SEQUENCE["eager"], by_sequence(_eager, lean=False))
+AttentionInterface.register(BY_SEQUENCE["sdpa"], by_sequence(sdpa_attention_forward, fused=True))
+AttentionInterface.register(BY_SEQUENCE["eager"], by_sequence(_eager, fused=False))
 AttentionMaskInterface.register(BY_SEQUENCE["sdpa"], lazily(sdpa_mask))
 AttentionMaskInterface.register(BY_SEQUENCE["eager"], lazily(eager_mask))

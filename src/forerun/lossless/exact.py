@@ -58,7 +58,7 @@ def next_rows(
     inputs = torch.tensor([[context[-1], *prefix, *[0] * (width - 1 - len(prefix))] for prefix in prefixes])
     ends = torch.tensor([len(prefix) for prefix in prefixes], device=policy.device)
     log_p, q = [], []
-    for read in _continuations(policy, context, inputs, drafter.taps):
+    for read in _continuations(policy, context, inputs, drafter.aux_layers):
         end = ends[read.part]
         rows = read.logits[torch.arange(len(end)), end].float()
         log_p.append(torch.log_softmax(rows / temperature, -1).cpu())
@@ -92,7 +92,7 @@ def _most_disputed(
     prompt, width = group[0].prompt_ids, max(len(r.tokens) for r in group)
     inputs = torch.tensor([[prompt[-1], *r.tokens[:-1], *[0] * (width - len(r.tokens))] for r in group])
     found: list[tuple[float, list[int]]] = []
-    for read in _continuations(policy, prompt, inputs, drafter.taps):
+    for read in _continuations(policy, prompt, inputs, drafter.aux_layers):
         for row, rollout in enumerate(group[read.part]):
             log_p = torch.log_softmax(read.logits[row, : len(rollout.tokens)].float() / temperature, -1)
             entropy = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)
@@ -118,9 +118,11 @@ class Read:
 
 
 @torch.no_grad()
-def _continuations(policy: Policy, context: list[int], inputs: Tensor, taps: tuple[int, ...] = ()) -> Iterator[Read]:
+def _continuations(
+    policy: Policy, context: list[int], inputs: Tensor, aux_layers: tuple[int, ...] = ()
+) -> Iterator[Read]:
     """Run `inputs` [N, L], whose first column is the last of the context's C tokens, a few rows at a time."""
-    forward, device = PolicyForward(policy, taps), policy.device
+    forward, device = PolicyForward(policy, aux_layers), policy.device
     count, length = inputs.shape
     rows, known = min(_ROWS, count), len(context) - 1
     cache, before = SlotCache(rows, known + length), None

@@ -20,12 +20,12 @@ from forerun.config import RolloutConfig
 from forerun.engine import Weights
 from forerun.engine.local.engine import LocalEngine, Verify, VerifyTree
 from forerun.errors import UserError
-from forerun.types import Draft, Verdict
+from forerun.types import Draft, VerifyResult
 
 
 def draft_logprobs(
     rule: str, logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> Verdict:
+) -> VerifyResult:
     """Accepted tokens carry the drafter's log-probability."""
     verdict = verify(rule, logits, draft, temperature, coins, picks)
     k = draft.tokens.shape[1]
@@ -37,7 +37,7 @@ def draft_logprobs(
 
 def neighbour_logprobs(
     rule: str, logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> Verdict:
+) -> VerifyResult:
     """Every token carries the log-probability that the row after its own gives it."""
     verdict = verify(rule, logits, draft, temperature, coins, picks)
     scaled = logits.float() / torch.where(temperature == 0, 1.0, temperature)[:, None, None]

@@ -21,38 +21,38 @@ def decoder_layers(model: Any) -> Any:
     return model.get_decoder().layers
 
 
-def default_taps(layers: int) -> tuple[int, int, int]:
+def default_aux_layers(layers: int) -> tuple[int, int, int]:
     """Early, middle and late: 2, n/2, n - 3 as EAGLE-3 takes them, kept apart for models of few layers."""
     if layers >= 7:
         return 2, layers // 2, layers - 3
     return 0, layers // 2, max(layers - 1, 0)
 
 
-def check_taps(taps: tuple[int, ...], layers: int) -> None:
+def check_aux_layers(aux_layers: tuple[int, ...], layers: int) -> None:
     """Refuse taps that the model does not have.
 
     Raises:
         UserError: a tap lies outside 0 .. layers - 1.
     """
-    outside = [t for t in taps if not 0 <= t < layers]
+    outside = [t for t in aux_layers if not 0 <= t < layers]
     if outside:
         raise UserError(
-            f"The drafter reads the input of layers {list(taps)}, but the policy has layers 0 to {layers - 1}"
+            f"The drafter reads the input of layers {list(aux_layers)}, but the policy has layers 0 to {layers - 1}"
         )
 
 
-class Taps:
+class AuxiliaryStates:
     """Context in which a model's forward leaves its hidden states at the taps behind."""
 
-    def __init__(self, model: Any, taps: tuple[int, ...]) -> None:
-        self._decoder: Any = model.get_decoder() if taps else None
-        self._layers = decoder_layers(model) if taps else []
-        self._taps = taps
+    def __init__(self, model: Any, aux_layers: tuple[int, ...]) -> None:
+        self._decoder: Any = model.get_decoder() if aux_layers else None
+        self._layers = decoder_layers(model) if aux_layers else []
+        self._aux_layers = aux_layers
         self._seen: dict[int, Tensor] = {}
         self._handles: list[Any] = []
 
-    def __enter__(self) -> Taps:
-        for tap in self._taps:
+    def __enter__(self) -> AuxiliaryStates:
+        for tap in self._aux_layers:
             if tap == len(self._layers):
                 self._handles.append(self._decoder.register_forward_hook(self._keep_last(tap)))
                 continue
@@ -67,7 +67,7 @@ class Taps:
 
     def features(self) -> Tensor | None:
         """What the forward passed through the taps, detached, side by side [B, n, T·H]; None without taps."""
-        return torch.cat([self._seen[tap] for tap in self._taps], dim=-1) if self._taps else None
+        return torch.cat([self._seen[tap] for tap in self._aux_layers], dim=-1) if self._aux_layers else None
 
     def _keep(self, tap: int) -> Any:
         def hook(_: Any, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:

@@ -17,9 +17,9 @@ from transformers import AttentionInterface
 
 from forerun.errors import UserError
 from forerun.models import Policy
-from forerun.models.auxiliary import Taps
+from forerun.models.auxiliary import AuxiliaryStates
 from forerun.models.cache import SlotPass, slot_attention
-from forerun.models.fused import LeanForward
+from forerun.models.fused import FusedForward
 
 ATTENTION = "forerun_slots"
 TREE_LAYERS = frozenset({"full_attention", "sliding_attention"})  # layer types that can be masked to one path of a tree
@@ -29,15 +29,15 @@ AttentionInterface.register(ATTENTION, slot_attention)
 class PolicyForward:
     """Logits and tapped hidden states of a policy over the rows of a cache."""
 
-    def __init__(self, policy: Policy, taps: tuple[int, ...], lean: bool = True) -> None:
+    def __init__(self, policy: Policy, aux_layers: tuple[int, ...], fused: bool = True) -> None:
         self.policy = policy
-        self.taps = taps
-        self.lean = LeanForward(policy.model) if lean and LeanForward.fits(policy.model) else None
+        self.aux_layers = aux_layers
+        self.fused = FusedForward(policy.model) if fused and FusedForward.fits(policy.model) else None
 
     def refresh(self) -> None:
         """Take the parameters anew if somebody moved or replaced them since."""
-        if self.lean is not None and not self.lean.current():
-            self.lean = LeanForward(self.policy.model)
+        if self.fused is not None and not self.fused.current():
+            self.fused = FusedForward(self.policy.model)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, slots: SlotPass, head: bool = True) -> tuple[Tensor | None, Tensor | None]:
@@ -46,16 +46,16 @@ class PolicyForward:
         Returns:
             logits [B, n, V] (None without `head`); hidden states at the taps [B, n, T·H] (None without taps).
         """
-        if self.lean is not None:
-            return self.lean(tokens, slots, self.taps, head)
+        if self.fused is not None:
+            return self.fused(tokens, slots, self.aux_layers, head)
         return self._transformers(tokens, slots, head)
 
     def _transformers(self, tokens: Tensor, slots: SlotPass, head: bool) -> tuple[Tensor | None, Tensor | None]:
         model: Any = self.policy.model
         run = model if head else model.base_model
-        with slot_attention_of(model), Taps(model, self.taps) as taps:
+        with slot_attention_of(model), AuxiliaryStates(model, self.aux_layers) as aux_layers:
             out = run(input_ids=tokens, position_ids=slots.positions, use_cache=False, slots=slots)
-        return (out.logits if head else None), taps.features()
+        return (out.logits if head else None), aux_layers.features()
 
 
 def check_trees(policy: Policy) -> None:

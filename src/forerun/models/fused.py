@@ -19,7 +19,7 @@ FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3
 
 
 @dataclass(frozen=True, slots=True)
-class LeanLayer:
+class FusedLayer:
     """Views of one decoder layer's parameters."""
 
     qkv: Tensor  # [(H + 2K)·D, hidden]
@@ -35,7 +35,7 @@ class LeanLayer:
     window: int | None
 
 
-class LeanForward:
+class FusedForward:
     """Forward of a Llama-like model over cache rows; see `models/forward.py` for the reference."""
 
     def __init__(self, model: Any) -> None:
@@ -64,7 +64,7 @@ class LeanForward:
         )
 
     def __call__(
-        self, tokens: Tensor, slots: Any, taps: tuple[int, ...], head: bool
+        self, tokens: Tensor, slots: Any, aux_layers: tuple[int, ...], head: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """tokens [B, n] -> logits [B, n, V] or None, hidden states at the taps [B, n, T·H] or None."""
         trunk = self.model.model
@@ -73,19 +73,19 @@ class LeanForward:
         rotation = cos[:, :, None], rotate_sign(sin)[:, :, None]  # [B, n, 1, D]
         seen: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
-            if index in taps:
+            if index in aux_layers:
                 seen[index] = hidden
             hidden = hidden + self._attention(index, layer, rms_norm(layer.norm_in, hidden), rotation, slots)
             gate, up = F.linear(rms_norm(layer.norm_mid, hidden), layer.gate_up).chunk(2, dim=-1)
             hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
         final = len(self.layers)
-        if head or final in taps:
+        if head or final in aux_layers:
             hidden = seen[final] = rms_norm(trunk.norm, hidden)
         logits = self.model.lm_head(hidden) if head else None
-        return logits, torch.cat([seen[tap] for tap in taps], dim=-1) if taps else None
+        return logits, torch.cat([seen[tap] for tap in aux_layers], dim=-1) if aux_layers else None
 
     def _attention(
-        self, index: int, layer: LeanLayer, x: Tensor, rotation: tuple[Tensor, Tensor], slots: Any
+        self, index: int, layer: FusedLayer, x: Tensor, rotation: tuple[Tensor, Tensor], slots: Any
     ) -> Tensor:
         batch, n, _ = x.shape
         heads, kv_heads = self.heads, self.kv_heads
@@ -103,10 +103,10 @@ class LeanForward:
         )
         return F.linear(out.reshape(batch, n, -1), layer.out)
 
-    def _fuse(self, layer: Any) -> LeanLayer:
+    def _fuse(self, layer: Any) -> FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        return LeanLayer(
+        return FusedLayer(
             qkv=share_storage([p.weight for p in projections]),
             qkv_bias=share_storage([p.bias for p in projections]) if projections[0].bias is not None else None,
             out=attention.o_proj.weight,

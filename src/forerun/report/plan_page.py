@@ -15,8 +15,8 @@ from typing import Any
 
 from forerun.report.page import figure_html, figures_html, page_html, table_html, text
 from forerun.report.plots import BAND_COLORS, Figure, Trace, bars, figure, line
-from forerun.report.summary import STAGES
 from forerun.tracking.run_folder import write_atomically
+from forerun.types import STAGES
 
 Data = Mapping[str, Any]
 LAG_COLORS = ("--plain", "--speculative", "--stage-logprob", "--stage-train")

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from forerun.report.summary import STAGES, compared, stage_rows, times
+from forerun.report.summary import compared, stage_rows, times
 from forerun.tracking.reader import RunData
 from forerun.tracking.timeline import LEARNER, Event
+from forerun.types import STAGES
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]

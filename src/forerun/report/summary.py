@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-STAGES = ("data", "prepare", "generation", "logprob", "train")
+from forerun.types import STAGES
+
 DASH = "-"
 
 

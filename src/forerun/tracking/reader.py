@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 
 from forerun.errors import UserError
-from forerun.report.summary import STAGES, overlap
+from forerun.report.summary import overlap
 from forerun.tracking.timeline import Event, read_timeline
+from forerun.types import STAGES
 
 FIRST_SAMPLES, LAST_SAMPLES = 4, 8
 SAMPLES_IN_MEMORY = 256  # of one step

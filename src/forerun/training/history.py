@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from forerun.engine import Counters
-
-STAGES = ("data", "prepare", "generation", "logprob", "train")
+from forerun.types import STAGES
 
 
 @dataclass(slots=True)

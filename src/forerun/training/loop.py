@@ -55,7 +55,7 @@ from forerun.training.checkpoint import (
     save_checkpoint,
 )
 from forerun.training.drafter import prepare_drafter
-from forerun.training.history import STAGES, History
+from forerun.training.history import History
 from forerun.training.interrupt import stop_flag
 from forerun.training.prefetch import RolloutsAhead, lag_of
 from forerun.training.restart import LOST, Restarts
@@ -63,7 +63,7 @@ from forerun.training.rollout import Generated, comparison, evaluation, generate
 from forerun.training.setup import encode, prepare_policy, prompts_of_step
 from forerun.training.timing import StageTimer, WatchedEngine
 from forerun.training.weights import export, publish
-from forerun.types import Prompt
+from forerun.types import STAGES, Prompt
 from forerun.workers.ray import starter
 from forerun.workers.ray_ranks import launcher
 

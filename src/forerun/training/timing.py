@@ -14,8 +14,7 @@ from forerun.engine import RolloutEngine, Sampling, Weights
 from forerun.engine.base import Requests, nothing
 from forerun.engine.replicated import ReplicatedEngine
 from forerun.tracking.timeline import IN_FLIGHT, LEARNER, Timeline, Window
-from forerun.training.history import STAGES
-from forerun.types import Rollout
+from forerun.types import STAGES, Rollout
 
 
 class StageTimer:

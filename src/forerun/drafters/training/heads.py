@@ -29,7 +29,7 @@ from forerun.drafters.mtp import MtpHead, unroll_mtp
 from forerun.drafters.training.losses import position_loss
 from forerun.drafters.training.trainer import Report, StateFile, Validated, Validation, fit
 from forerun.models import Policy
-from forerun.models.auxiliary import Taps, decoder_layers, default_taps
+from forerun.models.auxiliary import AuxiliaryStates, decoder_layers, default_aux_layers
 from forerun.models.logprobs import TokenBatch, completion_logits, microbatches, token_batch
 
 Pair = tuple[list[int], list[int]]  # prompt ids, completion ids
@@ -82,7 +82,7 @@ def new_head(policy: Policy, pairs: Sequence[Pair], config: DraftConfig) -> Eagl
     Its draft vocabulary: see `frequent_tokens`.
     """
     target = policy.model.config.get_text_config()
-    layers = tuple(config.layers or default_taps(target.num_hidden_layers))
+    layers = tuple(config.layers or default_aux_layers(target.num_hidden_layers))
     vocabulary = frequent_tokens(pairs, config.vocab)
     rope = getattr(target, "rope_parameters", None) or {}
     head = Eagle3Head(
@@ -157,9 +157,9 @@ def teach(head: Head, policy: Policy, pairs: Sequence[Pair], temperature: float)
 @torch.no_grad()
 def lesson(head: Head, model: Any, batch: TokenBatch, temperature: float) -> tuple[TeacherBatch, Tensor]:
     """What one forward of the policy teaches, and its logits [M, V] of the completion tokens."""
-    with Taps(model, head.config.layers) as taps:
+    with AuxiliaryStates(model, head.config.layers) as aux_layers:
         logits = completion_logits(model, batch)
-    features = taps.features()
+    features = aux_layers.features()
     assert features is not None
     scored = torch.zeros(batch.input_ids.shape, dtype=torch.bool, device=logits.device)
     scored[batch.rows, batch.columns] = True

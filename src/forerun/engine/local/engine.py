@@ -20,7 +20,7 @@ from torch import Tensor
 
 from forerun.acceptance.chain import verify
 from forerun.acceptance.random import Purpose, round_keys, uniforms
-from forerun.acceptance.tree import TREE_RULES, TreeVerdict, verify_tree
+from forerun.acceptance.tree import TREE_RULES, TreeResult, verify_tree
 from forerun.acceptance.truncate import truncate
 from forerun.drafters.base import Counting, Drafter, Learning, Rows
 from forerun.engine.base import (
@@ -44,10 +44,10 @@ from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.checksum import checksum
 from forerun.models.forward import PolicyForward, check_trees
 from forerun.models.load import load_exactly
-from forerun.types import Draft, Rollout, Verdict
+from forerun.types import Draft, Rollout, VerifyResult
 
-Verify = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], Verdict]
-VerifyTree = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], TreeVerdict]
+Verify = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], VerifyResult]
+VerifyTree = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], TreeResult]
 
 
 class LocalEngine:
@@ -61,7 +61,7 @@ class LocalEngine:
         k: int = 0,
         rule: str = "block",
         slots: int = 32,
-        lean: bool = True,
+        fused: bool = True,
         verifier: Verify = verify,
         tree_verifier: VerifyTree = verify_tree,
     ) -> None:
@@ -80,7 +80,7 @@ class LocalEngine:
         self.timeline: list[tuple[float, int]] = []  # of the latest stream: (seconds, live sequences) per round
         self.counters = Counters(accepted_at=[0] * k, drafted_at=[0] * k)
         self._eos_ids = policy.eos_ids
-        self._forward = PolicyForward(policy, drafter.taps if drafter else (), lean)
+        self._forward = PolicyForward(policy, drafter.aux_layers if drafter else (), fused)
         self._verify, self._verify_tree = verifier, tree_verifier
         self._tree_rule = rule if rule in TREE_RULES else "walk"
         self._probe = AcceptanceProbe()
@@ -211,7 +211,7 @@ class LocalEngine:
                 self.drafter.prefill(schedule.row_of(run[0]), tokens, lengths, features)
 
     def _no_features(self, rows: int) -> Tensor:
-        width = len(self._forward.taps) * self.policy.model.config.get_text_config().hidden_size
+        width = len(self._forward.aux_layers) * self.policy.model.config.get_text_config().hidden_size
         return torch.zeros(rows, 1, width, dtype=self.policy.dtype, device=self.policy.device)
 
     def _round(self, schedule: Schedule, sampling: Sampling) -> list[tuple[int, Live]]:
@@ -239,7 +239,7 @@ class LocalEngine:
 
     def _judge(
         self, rows: Rows, draft: Draft, logits: Tensor, features: Tensor | None
-    ) -> tuple[Verdict, Tensor | None]:
+    ) -> tuple[VerifyResult, Tensor | None]:
         """The verdict, and the features of what it judged in the order of the text; keeps a tree's accepted path."""
         keys = round_keys(rows.lengths, logits.shape[1])
         coins = uniforms(rows.seeds, keys[:, :-1], Purpose.COIN)
@@ -251,7 +251,7 @@ class LocalEngine:
         keep_path(self._cache, rows.lengths, judged.path)
         return judged.verdict, None if features is None else along_path(features, judged.path)
 
-    def _teach(self, rows: Rows, draft: Draft, logits: Tensor, verdict: Verdict) -> None:
+    def _teach(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         """Show what was judged to a drafter that learns from it."""
         if isinstance(self.drafter, Learning):
             self.drafter.learn(rows, draft, logits, verdict)
@@ -276,7 +276,9 @@ class LocalEngine:
         check_trees(self.policy)
         return draft if draft.tokens.shape[1] > 0 else nothing
 
-    def _commit(self, live: list[Live], verdict: Verdict, draft: Draft, sampling: Sampling) -> list[tuple[int, Live]]:
+    def _commit(
+        self, live: list[Live], verdict: VerifyResult, draft: Draft, sampling: Sampling
+    ) -> list[tuple[int, Live]]:
         finished = []
         sizes, deepest = draft.lengths.tolist(), depths(draft).tolist()
         accepted, tokens, logprobs = verdict.accepted.tolist(), verdict.tokens.tolist(), verdict.logprobs.tolist()

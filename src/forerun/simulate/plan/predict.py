@@ -22,9 +22,9 @@ from forerun.simulate.plan.planner import speedup_of
 from forerun.simulate.plan.recipe import RecipePlan, combined_band, hardware_named, read_recipe
 from forerun.simulate.plan.render import comparison_text, prediction_text
 from forerun.simulate.plan.spec import Planner
+from forerun.types import STAGES
 
 Data = Mapping[str, Any]
-STAGES = ("data", "prepare", "generation", "logprob", "train")
 TRAINED_BAND = 1.0  # of the train stage: any share of the groups may turn out without a gradient
 CLUSTER_BAND = 0.5  # of an analytical engine's and an assumed MFU's seconds: nothing of this cluster was measured
 

@@ -25,10 +25,10 @@ from forerun.simulate.plan.predict import acceptance_of
 from forerun.simulate.plan.recipe import RecipePlan, read_recipe
 from forerun.simulate.plan.run_calibration import RULE, RunFit, StepRecord, calibrate
 from forerun.simulate.plan.spec import K_MAX, Planner, PlanSpec, spec_from_dict
+from forerun.types import STAGES
 
 Floats = NDArray[np.float64]
 Data = Mapping[str, Any]
-STAGES = ("data", "prepare", "generation", "logprob", "train")
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,9 +42,9 @@ from forerun.simulate.core.step import (
     refit_s,
 )
 from forerun.simulate.plan.calibrate import shipped_constants
+from forerun.types import STAGES
 
 Row = dict[str, Any]
-STAGES = ("data", "prepare", "generation", "logprob", "train")
 
 CALIBRATION = {
     "Table 1, RL-Zero plain, all five stages": "mean length, data, prepare, MFU of logprob and of training",
