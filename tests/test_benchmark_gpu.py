@@ -215,7 +215,7 @@ def test_a_missing_policy_is_said(tmp_path: Path) -> None:
 
 
 def test_rounds_need_torch_and_transformers_alone(tmp_path: Path) -> None:
-    names = ("pydantic", "peft", "datasets", "math_verify", "plotly", "jinja2", "rich", "typer")
+    names = ("pydantic", "peft", "datasets", "math_verify", "plotly", "scipy", "rich", "typer")
     out = tmp_path / "gpu.json"
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({names!r}))\n"
