@@ -1,0 +1,53 @@
+"""Where names in a recipe find their code: drafters, engines, tasks, algorithms, trackers.
+
+An entry is `name -> "package.module:Name"`, so that a registry is imported without what it names. Outside the package a
+name comes from an entry point of the group `forerun.<kind>s`, or is itself such a path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from forerun.errors import UserError
+
+
+class Registry:
+    """The names of one kind of part."""
+
+    def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
+        """Args: kind: as an error names it, e.g. "drafter". entries: name -> "package.module:Name"."""
+        self.kind = kind
+        self.entries = dict(entries)
+
+    def names(self) -> list[str]:
+        """Names that ship with the package, then those of entry points."""
+        return [*self.entries, *(p.name for p in self._entry_points() if p.name not in self.entries)]
+
+    def check(self, name: str) -> None:
+        """Raises UserError, naming the nearest, when there is no such name; a path is not imported for this."""
+        if ":" in name or name in self.names():
+            return
+        near = difflib.get_close_matches(name, self.names(), 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(self.names())}"
+        raise UserError(f"No {self.kind} is called '{name}'; {hint}")
+
+    def load(self, name: str) -> Any:
+        """What a name stands for.
+
+        Raises:
+            UserError: there is no such name, or its module cannot be imported.
+        """
+        self.check(name)
+        path = self.entries.get(name) or next((p.value for p in self._entry_points() if p.name == name), name)
+        module, _, attribute = path.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"The {self.kind} '{name}' cannot be imported from {path}: {error}") from None
+
+    def _entry_points(self) -> Any:
+        return entry_points(group=f"forerun.{self.kind}s")
