@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,15 @@ from forerun.models.logprobs import completion_logits, microbatches, token_batch
 from forerun.tasks import Problem
 from forerun.tracking.run_folder import disk_errors
 
-Report = Callable[[int, float], None]
 MICROBATCH_TOKENS = 1024  # padded tokens per pass
 
 
-def cold_start(
-    policy: Policy, examples: list[tuple[list[int], list[int]]], config: ColdStartConfig, seed: int, report: Report
-) -> Any:
+def train_adapter(
+    policy: Policy, examples: list[tuple[list[int], list[int]]], config: ColdStartConfig, seed: int
+) -> Generator[float, None, Any]:
     """Train an adapter on (prompt ids, solution ids) pairs and return the peft model around `policy.model`.
 
-    Args:
-        report: called as report(step, loss in nats per solution token) after every step.
+    Yields the loss after every step, in nats per solution token.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -48,7 +46,7 @@ def cold_start(
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        report(step, loss)
+        yield loss
     return model
 
 

@@ -19,7 +19,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,10 @@ class Timeline:
         finally:
             span.end_ns = self.now_ns()
             self.add(lane, name, span, step, version)
+
+    def learner_span(self, name: str, step: int) -> AbstractContextManager[Span]:
+        """The same, in the learner's lane."""
+        return self.span(LEARNER, name, step)
 
     def add(self, lane: str, name: str, span: Span, step: int, version: int | None = None) -> None:
         """One event for a span that has ended."""

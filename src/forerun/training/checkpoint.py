@@ -122,8 +122,8 @@ def newest_checkpoint(run: Path) -> Path:
     return found[-1]
 
 
-def from_newest(run: Path, load: Callable[[Path], Loaded], warn: Callable[[str], object]) -> Loaded:
-    """What `load` makes of the newest checkpoint that it can use; whatever is passed over is warned of.
+def from_newest(run: Path, load: Callable[[Path], Loaded]) -> tuple[Loaded, list[str]]:
+    """What `load` makes of the newest checkpoint that it can use, and a sentence for each that it passed over.
 
     Newer ones that cannot be used are renamed, so that none of them is taken for the newest later.
 
@@ -145,9 +145,8 @@ def from_newest(run: Path, load: Callable[[Path], Loaded], warn: Callable[[str],
         for newer in [p for p in complete_checkpoints(newest.parent) if p.name > checkpoint.name]:
             shutil.rmtree(aside := newer.with_suffix(".broken"), ignore_errors=True)
             os.replace(newer, aside)
-        for words in [*broken, *_cut_off(newest)]:
-            warn(f"{words}; the run goes on from {checkpoint.name}")
-        return loaded
+        passed_over = [*broken, *_cut_off(newest)]
+        return loaded, [f"{sentence}; the run goes on from {checkpoint.name}" for sentence in passed_over]
     raise UserError(f"{broken[0]}; no other checkpoint of {run} can be used: start the run again")
 
 

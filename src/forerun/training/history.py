@@ -9,6 +9,16 @@ from typing import Any
 from forerun.engine import Counters
 from forerun.types import STAGES
 
+KEPT = (  # prefixes of the metrics that the summary and the check of the prediction need of every step
+    "time/",
+    "perf/gen_tokens",
+    "spec/acceptance",
+    "length/mean",
+    "length/prompt_mean",
+    "reward/zero_std_groups",
+    "async/steps_waiting",
+)
+
 
 @dataclass(slots=True)
 class History:
@@ -21,6 +31,14 @@ class History:
     counters: Counters = field(default_factory=Counters)  # of training generation
     timeline: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     wall_s: float = 0.0
+    lines: list[dict[str, float | None]] = field(default_factory=list)  # of each step what `KEPT` names
+
+    def add_step(self, seconds: dict[str, float], counters: Counters, metrics: dict[str, float | None]) -> None:
+        """A step is finished: its stages' seconds, what the engine counted, and its metrics."""
+        self.step += 1
+        self.stages.append(dict(seconds))
+        self.counters = self.counters.plus(counters)
+        self.lines.append({name: value for name, value in metrics.items() if name.startswith(KEPT)})
 
     def to_json(self) -> dict[str, Any]:
         """The state as JSON types."""

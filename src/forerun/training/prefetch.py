@@ -1,11 +1,9 @@
-"""Generation that runs ahead of learning, by at most `lag` weight versions.
+"""The asynchronous source of rollouts: generation runs ahead of learning, by at most `loop.lag` weight versions.
 
 A thread generates the steps' rollouts in their order. It begins step s (0-based) as soon as version s - lag has been
-published, with the newest version that there is; so every token that step s trains on is at most `lag` versions old,
-and at most `lag` + 1 steps wait: nothing piles up. In flight, a version that appears meanwhile takes over between two
-rounds, and each token says which one emitted it. With lag 0 the learner would wait for all of it: the loop then
-generates by itself, without this.
-Left out: keeping unfinished work over a restart (a resumed run generates it again, with the weights that it then has).
+published, with the newest version there is, so every token that step s trains on is at most `lag` versions old and at
+most `lag` + 1 steps wait. With `loop.in_flight` a version that appears meanwhile takes over between two rounds, and
+each token carries its own. A resumed run generates unfinished steps again, by the weights that it then has.
 """
 
 from __future__ import annotations
@@ -16,49 +14,61 @@ from collections.abc import Callable
 
 from forerun.engine import RolloutEngine, Weights
 from forerun.errors import Interrupted
-from forerun.training.rollout import Generated
+from forerun.events import Work
+from forerun.training.rollout import RolloutBatch
+from forerun.training.timing import StageClock
 
-Stop = Callable[[], bool]
-Told = Callable[[int, int], None]  # step that was generated or taken, steps that now wait
-Make = Callable[[int, Stop, Callable[[], None]], Generated]  # step, stop_requested, between two rounds
+StopRequested = Callable[[], bool]
+Generate = Callable[[int, StopRequested, Callable[[], None]], RolloutBatch]  # step, stop_requested, between two rounds
+OnWaiting = Callable[[int, int], None]  # step that was generated or taken, steps that now wait
 
 
-class RolloutsAhead:
-    """The thread, and what it has finished."""
+class Prefetcher:
+    """The thread, and the steps that it has finished."""
 
     def __init__(
-        self, engine: RolloutEngine, make: Make, steps: range, lag: int, in_flight: bool, told: Told | None = None
+        self,
+        engine: RolloutEngine,
+        generate: Generate,
+        steps: range,
+        lag: int,
+        in_flight: bool,
+        on_waiting: OnWaiting = lambda step, waiting: None,
     ) -> None:
         """Nothing is generated before the first `publish`.
 
         Args:
-            make: generates a step's rollouts with `engine`, calling its last argument between rounds.
+            generate: a step's rollouts by `engine`; calls its last argument between rounds.
             steps: that will be asked for, in this order.
             lag: at least 1.
-            told: called whenever the number of waiting steps changes.
+            on_waiting: called whenever the number of waiting steps changes.
         """
-        self._told = told or (lambda step, waiting: None)
-        self._engine, self._make, self._steps, self._lag, self._in_flight = engine, make, steps, lag, in_flight
+        self._engine = engine
+        self._generate = generate
+        self._steps = steps
+        self._lag = lag
+        self._in_flight = in_flight
+        self._on_waiting = on_waiting
         self._changed = threading.Condition()
         self._newest: Weights | None = None
         self._held = -1  # version of the engine
-        self._done: dict[int, Generated] = {}
+        self._done: dict[int, RolloutBatch] = {}
         self._failed: BaseException | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
         self._thread.start()
 
     def publish(self, weights: Weights) -> None:
-        """A newer version. Its tensors must not change any more."""
+        """Offer a newer version. Its tensors must not change any more."""
         with self._changed:
             self._newest = weights
             self._changed.notify_all()
 
-    def take(self, step: int, stop_requested: Stop) -> Generated:
+    def take(self, step: int, stop_requested: StopRequested) -> RolloutBatch:
         """Wait for a step's rollouts.
 
         Raises:
-            Interrupted: `stop_requested` while waiting. What `make` raised: it could not generate them.
+            Interrupted: `stop_requested` while waiting. What `generate` raised: they could not be generated.
         """
         with self._changed:
             while step not in self._done:
@@ -68,7 +78,7 @@ class RolloutsAhead:
                     raise Interrupted
                 self._changed.wait(0.1)
             taken = self._done.pop(step)
-            self._told(step, len(self._done))
+            self._on_waiting(step, len(self._done))
             return taken
 
     @property
@@ -87,20 +97,20 @@ class RolloutsAhead:
         try:
             for step in self._steps:
                 self._load(step - self._lag)
-                generated = self._make(step, lambda: self._stopping, self._between)
+                batch = self._generate(step, lambda: self._stopping, self._between)
                 with self._changed:
-                    self._done[step] = generated
-                    self._told(step, len(self._done))
+                    self._done[step] = batch
+                    self._on_waiting(step, len(self._done))
                     self._changed.notify_all()
         except Interrupted:
-            pass  # asked for by `close`
-        except BaseException as error:  # told to whoever waits
+            return  # by `close`
+        except BaseException as error:  # raised again by `take`
             with self._changed:
                 self._failed = error
                 self._changed.notify_all()
 
     def _load(self, oldest: int) -> None:
-        """Hold the newest version, waiting until it is at least `oldest`. Raises Interrupted."""
+        """Load the newest version, waiting until it is at least `oldest`. Raises Interrupted."""
         with self._changed:
             while self._newest is None or self._newest.version < oldest:
                 if self._stopping:
@@ -116,12 +126,60 @@ class RolloutsAhead:
             self._load(self._held)
 
 
-def lag_of(generated: Generated, step: int) -> dict[str, float]:
-    """How many versions behind step's own (its number, 0-based) the tokens were sampled, and how many tokens each."""
-    lags = [step - version for rollout in generated.rollouts for version in rollout.versions]
-    mixed = sum(len(set(rollout.versions)) > 1 for rollout in generated.rollouts)
+class Ahead:
+    """The source that the loop asks: a `Prefetcher`, from the first step of the run on."""
+
+    def __init__(
+        self,
+        prefetch: Callable[[int], Prefetcher],
+        weights: Callable[[int], Weights],
+        stop_requested: StopRequested,
+    ) -> None:
+        """Args: prefetch: generates from this step on. weights: of a version, frozen."""
+        self._prefetch = prefetch
+        self._weights = weights
+        self._stop_requested = stop_requested
+        self._prefetcher: Prefetcher | None = None
+
+    def start(self, step: int) -> None:
+        """Begin to generate, by the weights of now."""
+        self._prefetcher = self._prefetch(step)
+        self._prefetcher.publish(self._weights(step))
+
+    def next(self, step: int, clock: StageClock) -> Work[RolloutBatch]:
+        """A step's rollouts; stage generation is the time waited for them (exposed generation)."""
+        return (yield from clock.call("generation", lambda: self._running.take(step, self._stop_requested)))
+
+    def publish(self, version: int, clock: StageClock) -> Work[None]:
+        """New weights exist: the thread may take them at once."""
+        yield from clock.call("prepare", lambda: self._running.publish(self._weights(version)))
+
+    def metrics(self, step: int, batch: RolloutBatch, clock: StageClock) -> dict[str, float]:
+        """How old the tokens are, and who waited for whom."""
+        total_s = sum(clock.seconds.values())
+        return lag_metrics(batch, step) | {
+            "async/steps_waiting": float(self._running.waiting),
+            "async/trainer_idle": clock.seconds["generation"] / total_s,
+            "async/engine_idle": clock.engine_idle_s / total_s,
+        }
+
+    def close(self) -> None:
+        """Stop the thread."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+
+    @property
+    def _running(self) -> Prefetcher:
+        assert self._prefetcher is not None, "start comes first"
+        return self._prefetcher
+
+
+def lag_metrics(batch: RolloutBatch, step: int) -> dict[str, float]:
+    """How many versions before step's own (its number, 0-based) the tokens were sampled, and how many tokens each."""
+    lags = [step - version for rollout in batch.rollouts for version in rollout.versions]
+    mixed = sum(len(set(rollout.versions)) > 1 for rollout in batch.rollouts)
     return {
         "async/lag_mean": sum(lags) / len(lags),
         "async/lag_max": float(max(lags)),
-        "async/mixed_rollouts": mixed / len(generated.rollouts),
+        "async/mixed_rollouts": mixed / len(batch.rollouts),
     } | {f"async/lag_tokens_{lag}": float(count) for lag, count in sorted(Counter(lags).items())}

@@ -1,33 +1,31 @@
-"""A run that loses a part of itself goes back to its newest whole checkpoint, by itself and not for ever.
+"""Automatic restarts: a run that loses a worker goes on from its newest complete checkpoint, a limited number of times.
 
-What is lost with the part is the steps since that checkpoint: their log lines are taken back and they are run again, as
-`--resume` does it. Before the first checkpoint the run begins again at step 0 in the same folder. Left out: the loss of
-this process itself, after which `--resume` is somebody else's to say.
+The steps since that checkpoint are run again, as `--resume` does it; before the first checkpoint the run begins again
+in the same folder. A loss of the driver itself is for `--resume`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from forerun.engine.replicated import ReplicasLost
-from forerun.learner.distributed import RanksLost
 from forerun.training.checkpoint import complete_checkpoints
+from forerun.workers.local import RanksLost
 
 LOST: tuple[type[Exception], ...] = (ReplicasLost, RanksLost)  # part of the run is gone; its checkpoints are not
 
 
 class Restarts:
-    """How often a run may still go back. A checkpoint that is newer than the one last used gives all of them again."""
+    """How often a run may still restart. A checkpoint newer than the one last used restores the whole allowance."""
 
-    def __init__(self, allowed: int, warn: Callable[[str], object]) -> None:
-        self.allowed, self.made = allowed, 0
-        self._warn = warn
+    def __init__(self, allowed: int) -> None:
+        self.allowed = allowed
+        self.made = 0
         self._folder: Path | None = None
-        self._used = ""  # name of the checkpoint that was gone back to
+        self._used = ""  # name of the checkpoint that the last restart used
 
-    def grant(self, lost: Exception, folder: Path | None) -> Path:
-        """The folder of the run that may go back, with a warning.
+    def grant(self, lost: Exception, folder: Path | None) -> tuple[Path, str]:
+        """The folder of the run that may restart, and a warning.
 
         Args:
             folder: of the run that lost something; None when it did not get as far as having one.
@@ -44,5 +42,4 @@ class Restarts:
         self._used = newest
         if self.made > self.allowed:
             raise lost
-        self._warn(f"{lost}. The run goes back to {newest} (restart {self.made} of {self.allowed} from there)")
-        return self._folder
+        return self._folder, f"{lost}. The run goes back to {newest} (restart {self.made} of {self.allowed} from there)"

@@ -1,37 +1,44 @@
-"""Rollouts with rewards: for a training step, for held-out evaluation, and plainly beside a speculative step."""
+"""Rollouts with rewards, and the synchronous source of them: a step's own weights generate its rollouts.
+
+A source has `start(step)`, `next(step, clock)`, `publish(version, clock)`, `metrics(...)` and `close()`; the other one
+is `prefetch.py`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from forerun.engine import Counters, RolloutEngine, Sampling
+from forerun.engine import Counters, RolloutEngine, Weights
 from forerun.engine.base import nothing
 from forerun.errors import Interrupted
+from forerun.events import Progress, Work
 from forerun.models import Policy
-from forerun.report.console import Console
-from forerun.tasks import Problem, Task
-from forerun.types import Prompt, Rollout
+from forerun.tasks import Task
+from forerun.training.prompts import Request
+from forerun.training.timing import StageClock
+from forerun.types import Rollout
 
 
 @dataclass(frozen=True, slots=True)
-class Generated:
-    """n rollouts of each prompt, in order, with their texts and rewards."""
+class RolloutBatch:
+    """n rollouts of each of P prompts, in order, with their texts and rewards."""
 
+    request: Request
     rollouts: list[Rollout]
     texts: list[str]
     rewards: torch.Tensor  # [P, n]
     engine_s: float  # the engine alone
     reward_s: float
     counters: Counters  # of this call
-    timeline: list[tuple[float, int]]
+    timeline: list[tuple[float, int]]  # (seconds, live sequences) per round
 
     @property
     def tokens(self) -> int:
+        """Completion tokens."""
         return sum(len(r.tokens) for r in self.rollouts)
 
 
@@ -39,99 +46,77 @@ def generate(
     engine: RolloutEngine,
     policy: Policy,
     task: Task,
-    problems: Sequence[Problem],
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
+    request: Request,
     n: int,
-    console: Console,
     stop_requested: Callable[[], bool] = lambda: False,
     between: Callable[[], None] = nothing,
-) -> Generated:
-    """Sample every prompt n times and score the texts; `between` two rounds, see `RolloutEngine.stream`.
+) -> Work[RolloutBatch]:
+    """Sample every prompt n times and score the texts; yields progress.
+
+    Args:
+        between: called between two rounds, see `RolloutEngine.stream`.
 
     Raises:
         Interrupted: `stop_requested` between two rollouts.
     """
     rollouts: list[Rollout] = []
-    before, started, tokens = engine.counters.copy(), time.perf_counter(), 0
-    for rollout in engine.stream([p.token_ids for p in prompts], sampling, n, between=between):
+    before = engine.counters.copy()
+    started = time.perf_counter()
+    for rollout in engine.stream(request.prompts, request.sampling, n, between=between):
         rollouts.append(rollout)
-        tokens += len(rollout.tokens)
         if stop_requested():
             raise Interrupted
-        console.progress(len(rollouts), len(prompts) * n, "rollouts", len(rollouts) / (time.perf_counter() - started))
-    engine_s, scored_at = time.perf_counter() - started, time.perf_counter()
+        rate = len(rollouts) / (time.perf_counter() - started)
+        yield Progress(len(rollouts), len(request.prompts) * n, "rollouts", rate)
+    generated = time.perf_counter()
     rollouts.sort(key=lambda r: (r.prompt_index, r.sample_index))
     texts = [policy.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rollouts]
-    rewards = torch.tensor([task.reward(problems[r.prompt_index], t) for r, t in zip(rollouts, texts, strict=True)])
-    return Generated(
-        rollouts,
-        texts,
-        rewards.view(len(prompts), n),
-        engine_s,
-        time.perf_counter() - scored_at,
-        engine.counters.minus(before),
-        list(engine.timeline),
+    answers = zip(rollouts, texts, strict=True)
+    rewards = torch.tensor([task.reward(request.problems[r.prompt_index], text) for r, text in answers])
+    return RolloutBatch(
+        request=request,
+        rollouts=rollouts,
+        texts=texts,
+        rewards=rewards.view(len(request.prompts), n),
+        engine_s=generated - started,
+        reward_s=time.perf_counter() - generated,
+        counters=engine.counters.minus(before),
+        timeline=list(engine.timeline),
     )
 
 
-def evaluation(generated: Generated) -> dict[str, float]:
-    """Mean reward on held-out prompts with its standard error over prompts, and the answers' lengths."""
-    per_prompt = generated.rewards.float().mean(dim=1)
-    error = float(per_prompt.std() / len(per_prompt) ** 0.5) if len(per_prompt) > 1 else 0.0
-    return {
-        "eval/reward": float(per_prompt.mean()),
-        "eval/stderr": error,
-        "eval/length": generated.tokens / len(generated.rollouts),
-        "eval/truncated": truncated_share(generated.rollouts),
-        "eval/prompts": float(len(per_prompt)),
-        "time/eval": generated.engine_s + generated.reward_s,
-    }
+class OnDemand:
+    """Generates a step's rollouts when the step asks for them, by that step's weights."""
 
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        request: Callable[[int], Request],
+        weights: Callable[[int], Weights],
+        generate: Callable[[int, Request], Work[RolloutBatch]],
+    ) -> None:
+        """Args: request, weights: of a step (0-based). generate: a step's rollouts by `engine`."""
+        self._engine = engine
+        self._request = request
+        self._weights = weights
+        self._generate = generate
 
-def comparison(step: int, plain: Generated, speculative: Generated) -> dict[str, Any]:
-    """The same prompts generated both ways in one run. Seconds are the engine's alone."""
-    rates = [g.tokens / g.engine_s for g in (plain, speculative)]
-    return {
-        "step": step,
-        "plain_s": plain.engine_s,
-        "spec_s": speculative.engine_s,
-        "plain_tokens": plain.tokens,
-        "spec_tokens": speculative.tokens,
-        "plain_tokens_per_s": rates[0],
-        "spec_tokens_per_s": rates[1],
-        "speedup": plain.engine_s / speculative.engine_s,
-    }
+    def start(self, step: int) -> None:
+        """The first step that will be asked for."""
 
+    def next(self, step: int, clock: StageClock) -> Work[RolloutBatch]:
+        """A step's rollouts: stages data, prepare and generation."""
+        request = yield from clock.call("data", lambda: self._request(step))
+        yield from clock.call("prepare", lambda: self._engine.load(self._weights(step)))
+        return (yield from clock.timed("generation", self._generate(step, request)))
 
-def rollout_metrics(generated: Generated) -> dict[str, float | None]:
-    """Rewards, lengths, throughput and acceptance of a training step."""
-    rewards, counters = generated.rewards.float(), generated.counters
-    lengths = torch.tensor([float(len(r.tokens)) for r in generated.rollouts])
-    metrics: dict[str, float | None] = {
-        "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std()),
-        "reward/zero_std_groups": float((rewards.amax(1) == rewards.amin(1)).float().mean()),
-        "length/mean": float(lengths.mean()),
-        "length/p95": float(lengths.quantile(0.95)),
-        "length/max": float(lengths.max()),
-        "length/truncated": truncated_share(generated.rollouts),
-        "length/prompt_mean": sum(len(r.prompt_ids) for r in generated.rollouts) / len(generated.rollouts),
-        "perf/gen_tokens": float(generated.tokens),
-        "perf/gen_tokens_per_s": generated.tokens / generated.engine_s,
-        "time/reward": generated.reward_s,
-    }
-    if counters.rounds:
-        metrics |= {
-            "spec/acceptance_length": counters.acceptance_length,
-            "spec/acceptance_rate": sum(counters.accepted_at) / counters.drafted,
-            "spec/k_mean": counters.k_mean,
-            "spec/rounds": float(counters.rounds),
-        }
-        metrics |= {f"spec/acceptance_pos_{i + 1}": a for i, a in enumerate(counters.acceptance_per_position)}
-    return metrics
+    def publish(self, version: int, clock: StageClock) -> Work[None]:
+        """New weights exist. The next step takes them when it asks for rollouts."""
+        yield from ()
 
+    def metrics(self, step: int, batch: RolloutBatch, clock: StageClock) -> dict[str, float]:
+        """Nothing waits and nothing lags."""
+        return {}
 
-def truncated_share(rollouts: Sequence[Rollout]) -> float:
-    """Share of rollouts that ended at a limit and not by themselves."""
-    return sum(r.finish_reason in ("length", "context") for r in rollouts) / len(rollouts)
+    def close(self) -> None:
+        """Nothing is under way between two steps."""

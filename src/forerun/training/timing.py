@@ -1,41 +1,70 @@
 """Who was busy with what: the learner's stages and the engine's states, on the run's `Timeline`.
 
-One clock reading feeds the trace and the metrics. Engines in processes of their own say by themselves what each is
-doing (`ReplicatedEngine.watch`); one in this process is watched from outside.
+One clock reading feeds the trace and the metrics. A replicated engine reports the state of each replica
+(`ReplicatedEngine.watch`); one in this process is watched from outside.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, TypeVar, cast
 
 from forerun.engine import RolloutEngine, Sampling, Weights
 from forerun.engine.base import Requests, nothing
 from forerun.engine.replicated import ReplicatedEngine
+from forerun.events import Began, Ended, Work
 from forerun.tracking.timeline import IN_FLIGHT, LEARNER, Timeline, Window
 from forerun.types import STAGES, Rollout
 
+T = TypeVar("T")
 
-class StageTimer:
+
+class StageClock:
     """Seconds of each stage of a step (counted from 1), and when they were."""
 
     def __init__(self, timeline: Timeline, step: int) -> None:
         self.seconds = dict.fromkeys(STAGES, 0.0)
-        self.windows: list[Window] = []
-        self._timeline, self._step = timeline, step
+        self._windows: list[Window] = []
+        self._timeline = timeline
+        self._step = step
+
+    def timed(self, stage: str, work: Work[T]) -> Work[T]:
+        """Run `work` as a stage; its events go on to the caller."""
+        yield Began(stage)
+        with self._stage(stage):
+            result = yield from work
+        yield Ended(stage)
+        return result
+
+    def call(self, stage: str, function: Callable[[], T]) -> Work[T]:
+        """Call a function as a stage."""
+        yield Began(stage)
+        with self._stage(stage):
+            result = function()
+        yield Ended(stage)
+        return result
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds by stage, and of the whole step."""
+        return {f"time/{stage}": seconds for stage, seconds in self.seconds.items()} | {
+            "time/step": sum(self.seconds.values()),
+            "time/exposed_generation": self.seconds["generation"],
+            "time/engine_idle": self.engine_idle_s,
+        }
+
+    @cached_property
+    def engine_idle_s(self) -> float:
+        """Seconds of these stages in which the engine waited, see `Timeline.engine_idle_s`; asked when all are over."""
+        return self._timeline.engine_idle_s(self._windows)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count the time within as stage `name`."""
+    def _stage(self, name: str) -> Iterator[None]:
         with self._timeline.span(LEARNER, name, self._step) as span:
             yield
         self.seconds[name] += span.seconds
-        self.windows.append((span.start_ns, span.end_ns))
-
-    def engine_idle_s(self) -> float:
-        """Seconds of these stages in which the engine waited, see `Timeline.engine_idle_s`. To be asked once."""
-        return self._timeline.engine_idle_s(self.windows)
+        self._windows.append((span.start_ns, span.end_ns))
 
 
 class WatchedEngine:

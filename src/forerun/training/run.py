@@ -1,0 +1,357 @@
+"""A run: its parts built, resumed from a checkpoint, restarted after a loss, and finished.
+
+`run` is the whole of it; what happens between the first and the last step is `loop.py`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from forerun.config import Recipe, load_recipe
+from forerun.drafters import Drafter, load_drafter
+from forerun.engine import RolloutEngine, around, rule_in_force, shares_weights
+from forerun.engine.local.engine import LocalEngine
+from forerun.errors import Interrupted, UserError
+from forerun.events import Finished, Note, Warned, Work, during, finish
+from forerun.learner.cotrain_distributed import beside
+from forerun.learner.distributed import make_learner
+from forerun.models import Policy, load_policy
+from forerun.report.html import write_report
+from forerun.report.summary import overlap
+from forerun.simulate.plan.predict import Prediction, compare, predict_recipe
+from forerun.tasks import load_task
+from forerun.tracking.environment import machine_line
+from forerun.tracking.run_folder import RunFolder
+from forerun.tracking.timeline import QUEUE, Timeline
+from forerun.training.checkpoint import (
+    complete_checkpoints,
+    from_newest,
+    policy_folder,
+    read_history,
+    reading,
+    restore,
+    save_checkpoint,
+)
+from forerun.training.drafter import prepare_drafter
+from forerun.training.history import History
+from forerun.training.interrupt import stop_flag
+from forerun.training.loop import train
+from forerun.training.prefetch import Ahead, Prefetcher
+from forerun.training.prompts import Request, prepare_policy, request_of_step
+from forerun.training.restart import LOST, Restarts
+from forerun.training.rollout import OnDemand, RolloutBatch, generate
+from forerun.training.timing import WatchedEngine
+from forerun.training.weights import export, publish
+from forerun.workers.ray import starter
+from forerun.workers.ray_ranks import launcher
+
+PATHS = ("metrics", "rollouts", "timeline", "config", "env", "summary", "report")  # of a run folder, for the summary
+
+
+def run(recipe: Recipe, resume: Path | None = None) -> Work[dict[str, Any]]:
+    """Train; returns the summary that is also written to the run folder.
+
+    A run that loses a worker goes on from its newest checkpoint, `checkpoint.restarts` times at most.
+
+    Args:
+        resume: run folder whose newest checkpoint to continue; the recipe is that run's own.
+
+    Raises:
+        UserError: something of the user's is wrong. Interrupted: Ctrl-C; a checkpoint was written.
+    """
+    restarts = Restarts(recipe.checkpoint.restarts)
+    begin: Callable[[], Work[Run]] = partial(resumed, resume, recipe) if resume else partial(fresh, recipe)
+    warnings: list[str] = []
+    with stop_flag() as stop_requested:
+        while True:
+            current = None
+            try:
+                current = yield from begin()
+                current.warnings[:0] = warnings
+                current.stop_requested = stop_requested
+                return (yield from to_the_end(current))
+            except LOST as lost:
+                folder, warning = restarts.grant(lost, current.folder.path if current else resume)
+                warnings = [*(current.warnings if current else warnings), warning]
+                yield Warned(warning)
+            finally:
+                if current is not None:
+                    current.close()
+            del current
+            gc.collect()  # the lost run's policy, before another is loaded
+            begin = partial(again, folder, recipe)
+
+
+def resumed_recipe(folder: Path, overrides: dict[str, Any]) -> Recipe:
+    """The recipe of an earlier run, with overrides (to train longer, say)."""
+    return load_recipe(str(RunFolder.open(folder).config), overrides)
+
+
+class Run:
+    """The parts of a run between its first and its last step."""
+
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, policy: Policy, drafter: Drafter | None, history: History
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.policy = policy
+        self.drafter = drafter
+        self.history = history
+        self.warnings: list[str] = []
+        self.stop_requested: Callable[[], bool] = lambda: False
+        self.task = load_task(recipe.task, recipe.seed)
+        self.problems = self.task.problems("train")
+        self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
+        self.timeline = Timeline(folder.timeline, history.wall_s, history.step)
+        self.shares_weights = shares_weights(recipe.rollout)
+        engine = around(recipe.rollout, policy, drafter, recipe.speculation, starter(recipe))
+        self.engine_states = WatchedEngine(engine, self.timeline)
+        self.engine = self.engine_states.engine
+        self.evaluator = self._evaluator()
+        self.source = self._ahead() if recipe.loop.lag else self._on_demand()
+        try:
+            ranks = launcher(recipe, folder.path)
+            self.learner = make_learner(policy, recipe.train, recipe.rollout.temperature, ranks)
+            self.cotrainer, self.score = beside(self.learner, policy, drafter, recipe)
+        except BaseException:
+            self.engine.close()
+            raise
+        self._started = perf_counter() - history.wall_s
+
+    def checkpoint(self) -> Work[None]:
+        """Write one of this moment. Raises UserError when the disk is full."""
+        yield from during("checkpoint", self._checkpoint())
+
+    def _checkpoint(self) -> Work[None]:
+        with self.timeline.learner_span("checkpoint", self.history.step):
+            yield from ()
+            self.history.wall_s = self.wall_s
+            save_checkpoint(
+                self.folder.path / "checkpoints",
+                self.history.step,
+                self.policy,
+                self.learner,
+                self.drafter,
+                self.history.to_json(),
+                self.recipe.checkpoint.keep,
+                self.cotrainer,
+            )
+        self.timeline.flush()
+
+    def log(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Write a line of metrics."""
+        self.folder.log(step, metrics)
+
+    def take_warnings(self) -> list[str]:
+        """What the engine has warned of since this was last asked; kept for the summary."""
+        found = list(self.engine.warnings)
+        self.engine.warnings.clear()
+        self.warnings += [text for text in found if text not in self.warnings]
+        return found
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of the run, those before a resume included."""
+        return perf_counter() - self._started
+
+    @cached_property
+    def plain(self) -> RolloutEngine:
+        """The same engine without speculation."""
+        return around(self.recipe.rollout, self.policy, None, self.recipe.speculation)
+
+    def close(self) -> None:
+        """Give the engines and the learner back."""
+        self.source.close()
+        self.engine.close()
+        self.learner.close()
+        if "plain" in vars(self):  # made when it was first asked for
+            self.plain.close()
+
+    def _evaluator(self) -> RolloutEngine:
+        """The run's engine, or another one on the live policy: an engine that runs ahead has no time to evaluate."""
+        slots = self.recipe.eval.slots
+        if slots is None and not self.recipe.loop.lag:
+            return self.engine
+        return LocalEngine(self.policy, slots=slots or self.recipe.rollout.slots)
+
+    def _on_demand(self) -> OnDemand:
+        """The synchronous source."""
+
+        def of_step(step: int, request: Request) -> Work[RolloutBatch]:
+            return self._generate(step, request, self.stop_requested)
+
+        def weights(step: int) -> Any:
+            return publish(step, self.policy, self.drafter, shared=self.shares_weights)
+
+        return OnDemand(self.engine, self._request, weights, of_step)
+
+    def _ahead(self) -> Ahead:
+        """The asynchronous source."""
+
+        def of_step(step: int, stop: Callable[[], bool], between: Callable[[], None]) -> RolloutBatch:
+            return finish(self._generate(step, self._request(step), stop, between))
+
+        def waiting(step: int, count: int) -> None:
+            self.timeline.count(QUEUE, count, step + 1)
+
+        def prefetch(first: int) -> Prefetcher:
+            steps, loop = range(first, self.recipe.train.steps), self.recipe.loop
+            return Prefetcher(self.engine, of_step, steps, loop.lag, loop.in_flight, waiting)
+
+        def weights(version: int) -> Any:
+            return publish(version, self.policy, self.drafter, shared=False, frozen=True)
+
+        return Ahead(prefetch, weights, lambda: self.stop_requested())
+
+    def _request(self, step: int) -> Request:
+        return request_of_step(self.recipe, self.policy, self.problems, step)
+
+    def _generate(self, step: int, request: Request, stop: Callable[[], bool], *between: Any) -> Work[RolloutBatch]:
+        self.engine_states.begin("generate", step + 1)
+        n = self.recipe.train.samples_per_prompt
+        return generate(self.engine, self.policy, self.task, request, n, stop, *between)
+
+
+# ---- beginning ----
+
+
+def fresh(recipe: Recipe, folder: RunFolder | None = None) -> Work[Run]:
+    """A new run (in a folder of its own, unless one is given): policy after its cold start, drafter made."""
+    torch.manual_seed(recipe.seed)
+    task = load_task(recipe.task, recipe.seed)
+    task.problems("train")  # bad data is found before the model is loaded
+    folder = folder or RunFolder.create(recipe.runs, recipe.name)
+    folder.write_config(recipe.to_yaml())
+    policy = yield from prepare_policy(recipe, task, folder.path)
+    drafter = yield from prepare_drafter(recipe, policy, task, folder.path / "drafter")
+    return (yield from built(Run(recipe, folder, policy, drafter, History())))
+
+
+def resumed(run_folder: Path, recipe: Recipe) -> Work[Run]:
+    """A run as its newest usable checkpoint left it. Raises UserError when none can be used."""
+    folder = RunFolder.open(run_folder)
+    (current, note), passed_over = from_newest(folder.path, lambda found: from_checkpoint(found, folder, recipe))
+    for warning in passed_over:
+        yield Warned(warning)
+    current.warnings += passed_over
+    yield Note(note)
+    return (yield from built(current))
+
+
+def again(run_folder: Path, recipe: Recipe) -> Work[Run]:
+    """The same, or the run from its beginning where it had no checkpoint yet."""
+    if complete_checkpoints(run_folder / "checkpoints"):
+        return (yield from resumed(run_folder, recipe))
+    folder = RunFolder.open(run_folder)
+    folder.truncate_after(-1)
+    return (yield from fresh(recipe, folder))
+
+
+def from_checkpoint(checkpoint: Path, folder: RunFolder, recipe: Recipe) -> tuple[Run, str]:
+    """The run, and what to say of it. Raises BrokenCheckpoint; UserError when made with another `train.lora`."""
+    drafter = None
+    saved = policy_folder(checkpoint, recipe.train.lora)
+    with reading(checkpoint):
+        history = History.from_json(read_history(checkpoint))
+        policy = load_policy(str(saved), recipe.policy.dtype, recipe.policy.device)
+        if recipe.speculation.tokens:
+            speculation = recipe.speculation.model_copy(update={"draft": str(checkpoint / "drafter")})
+            drafter = load_drafter(policy, speculation)
+    dropped = folder.truncate_after(history.step)
+    current = Run(recipe, folder, policy, drafter, history)
+    try:
+        restore(checkpoint, current.learner, current.cotrainer)
+    except BaseException:
+        current.close()
+        raise
+    return current, f"resuming {folder.path} after step {history.step} ({dropped} newer log lines dropped)"
+
+
+def built(current: Run) -> Work[Run]:
+    """What there is to say of a run before its first step."""
+    if current.learner.adapter is not None:
+        yield Note(current.learner.adapter.describe())
+    return current
+
+
+# ---- to the end ----
+
+
+def to_the_end(current: Run) -> Work[dict[str, Any]]:
+    """All remaining steps, then the model, the summary and the report."""
+    env = current.folder.write_env()
+    prediction = predict(current)
+    yield Note(prediction if isinstance(prediction, str) else prediction.text())
+    try:
+        yield from train(current)
+    except Interrupted:
+        yield from current.checkpoint()
+        current.timeline.close()
+        warning = (
+            f"stopped after step {current.history.step}; go on with: forerun train --resume {current.folder.path}"
+        )
+        yield Warned(warning)
+        raise
+    return (yield from finished(current, env, prediction if isinstance(prediction, Prediction) else None))
+
+
+def predict(current: Run) -> Prediction | str:
+    """The mean step as the simulator sees it beforehand, or why it cannot."""
+    device = current.policy.device
+    recipe = current.recipe.model_dump()
+    if (trained := current.folder.path / "drafter").is_dir():
+        recipe["speculation"]["draft"] = str(trained)  # made for this run: its config.json holds its acceptance
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    try:
+        return predict_recipe(recipe, device=name, shape=current.policy.model.config.to_dict())
+    except UserError as error:
+        return f"no prediction of this run: {error}"
+
+
+def finished(current: Run, env: dict[str, Any], prediction: Prediction | None) -> Work[dict[str, Any]]:
+    """Save policy and drafter in Hugging Face format, write summary and report."""
+    folder = current.folder
+    exported = yield from during("saving", _exported(current))
+    current.history.wall_s = current.wall_s
+    summary = current.history.summary() | described(current) | {"machine": machine_line(env)}
+    summary["paths"] = {name: str(getattr(folder, name)) for name in PATHS} | exported
+    summary["overlap"] = overlap(current.history.lines)
+    if prediction is not None:
+        compared = compare(prediction, current.history.lines)
+        summary["prediction"] = {**prediction.to_dict(), "compared": compared}
+        yield Note(compared["text"])
+    folder.write_summary(summary)
+    current.timeline.close()
+    write_report(folder.path)
+    yield Finished(summary)
+    return summary
+
+
+def described(current: Run) -> dict[str, Any]:
+    """What a summary says of the run beside its history."""
+    recipe = current.recipe
+    step = current.history.step
+    sums = publish(step, current.policy, current.drafter).checksums
+    return {
+        "run": str(current.folder.path),
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "k": recipe.speculation.tokens,
+        "speculation": recipe.speculation.model_dump(),
+        "in_force": {"engine": recipe.rollout.engine, "rule": rule_in_force(current.engine, recipe.speculation)},
+        "weights": {"version": step, **{f"{group}_checksum": value for group, value in sums.items()}},
+        "warnings": current.warnings,
+    }
+
+
+def _exported(current: Run) -> Work[dict[str, str]]:
+    yield from ()
+    return export(current.folder, current.recipe, current.policy, current.drafter, current.learner.adapter)
