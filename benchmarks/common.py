@@ -29,7 +29,7 @@ from forerun.tasks import Problem, Task, load_task
 from forerun.tracking.environment import describe_environment
 from forerun.training.rollout import Generated, generate
 from forerun.training.setup import encode, prompts_of_step
-from forerun.types import Prompt, Rollout
+from forerun.types import Prompt, Rollout, finish
 
 Forward = Callable[[Any, TokenBatch], torch.Tensor]
 
@@ -109,9 +109,9 @@ class Trajectory:
     def update(self, generated: Generated, forward: Forward = completion_logits) -> Scored:
         """Log-probabilities (through `forward`) and one update of the policy."""
         train = self.setting.recipe.train
-        scored = self.learner.score(generated.rollouts, forward=forward)
+        scored = finish(self.learner.score(generated.rollouts, forward=forward))
         advantages = group_advantages(generated.rewards, train.normalize_std).view(-1)
-        self.learner.train(generated.rollouts, advantages, scored, train.learning_rate)
+        finish(self.learner.update(generated.rollouts, advantages, scored, train.learning_rate))
         return scored
 
 

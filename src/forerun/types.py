@@ -6,12 +6,15 @@ Left out: anything that decides something. Records only carry.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+T = TypeVar("T")
+Progress = Generator[int, None, T]  # work that yields how many sequences are done so far, and returns its result
 STAGES = ("data", "prepare", "generation", "logprob", "train")  # of a step, as 2604.26779 times them
 
 
@@ -69,3 +72,13 @@ class Rollout:
     sample_index: int = 0
     rounds: int = 0  # policy forwards that produced `tokens`, prefill not counted
     drafted: list[bool] = field(default_factory=list)  # whether tokens[t] was an accepted draft
+
+
+def finish(work: Progress[T]) -> T:
+    """Run work to its end; its result."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            result: T = end.value
+            return result

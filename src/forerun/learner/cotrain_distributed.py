@@ -26,9 +26,9 @@ from forerun.learner.learner import Learner, Scored
 from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.models.logprobs import microbatches
-from forerun.types import Rollout
+from forerun.types import Progress, Rollout
 
-Score = Callable[[Sequence[Rollout], Callable[[int], None]], Scored]
+Score = Callable[[Sequence[Rollout]], Progress[Scored]]
 Order = Callable[[int], list[int]]
 
 
@@ -81,14 +81,14 @@ class GroupCoTrainer:
         """A step (0-based) begins; whether it ends with an update is settled here."""
         self._step = step if self.schedule.due(step) else None
 
-    def score(self, rollouts: Sequence[Rollout], tick: Callable[[int], None] = lambda n: None) -> Scored:
+    def score(self, rollouts: Sequence[Rollout]) -> Progress[Scored]:
         """`LearnerGroup.score`; the ranks keep what it teaches when an update is due."""
         self.course = Course([])
         if self._step is not None:
             order = partial(order_of_batches, self.seed, self._step)
             tokens, dtype = self.group.config.microbatch_tokens, self.group.policy.dtype
             self.course = plan_course(self.head, dtype, rollouts, tokens, self.config.cache_gib, order)
-        return self.group.score(rollouts, tick, self.course.batches)
+        return self.group.score(rollouts, self.course.batches)
 
     def train(self, step: int, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> dict[str, float]:
         """See `CoTrainer.train`. Raises RanksLost too, also when the ranks' drafters are no longer the same."""

@@ -39,7 +39,7 @@ from forerun.learner.learner import SHARDS, Learner, Scored, Update
 from forerun.learner.parallel import most_over_ranks
 from forerun.models import Policy
 from forerun.models.logprobs import completion_logits
-from forerun.types import Rollout
+from forerun.types import Progress, Rollout, T
 from forerun.workers.local import Place
 from forerun.workers.wire import pack, receive, send, unpack
 
@@ -101,26 +101,30 @@ class Server:
     def score(self, rollouts: list[Rollout], batches: list[list[int]]) -> None:
         """This rank's rows of a batch; `batches` of them are kept for the drafter, see `Pupil.listen`."""
         forward = completion_logits if self.pupil is None else self.pupil.listen(rollouts, batches)
-        scored = self.learner.score(rollouts, lambda done: self.tell("tick", done), forward)
+        scored = self._report(self.learner.score(rollouts, forward))
         own = [x.clone() for x in scored.logprobs]  # not the storage that they are views of
         reference = None if scored.reference is None else [x.clone() for x in scored.reference]
         self.tell("scored", Scored(own, reference, scored.entropy, scored.entropies))
 
     def train(self, update: Update, learning_rate: float) -> None:
         """This rank's part of an update."""
-        self._stop, done = False, 0
-
-        def tick(rows: int) -> None:
-            nonlocal done
-            done += rows
-            self.tell("tick", done)
-
+        self._stop = False
         try:
-            tally = self.learner.update(update, learning_rate, self.stop_requested, tick)
+            tally = self._report(self.learner.apply(update, learning_rate, self.stop_requested))
         except Interrupted:
             self.tell("interrupted")
         else:
             self.tell("trained", tally)
+
+    def _report(self, work: Progress[T]) -> T:
+        """Run work to its end; its result. Every yield is passed on."""
+        while True:
+            try:
+                done = next(work)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            self.tell("tick", done)
 
     def stop_requested(self) -> bool:
         """Whether the parent wants the update under way to be left."""

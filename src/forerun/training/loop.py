@@ -63,7 +63,7 @@ from forerun.training.rollout import Generated, comparison, evaluation, generate
 from forerun.training.setup import encode, prepare_policy, prompts_of_step
 from forerun.training.timing import StageTimer, WatchedEngine
 from forerun.training.weights import export, publish
-from forerun.types import STAGES, Prompt
+from forerun.types import STAGES, Progress, Prompt, T
 from forerun.workers.ray import starter
 from forerun.workers.ray_ranks import launcher
 
@@ -286,18 +286,28 @@ class Training:
         with timer.stage("logprob"), console.stage("log-probabilities"):
             if self.cotrainer is not None:
                 self.cotrainer.begin(step)
-            scored = self.score(generated.rollouts, Progress(console, rows).at)
+            scored = self._watch(self.score(generated.rollouts), rows)
         with timer.stage("train"), console.stage("training"):
             advantages = group_advantages(generated.rewards, recipe.train.normalize_std).view(-1)
             rate = recipe.train.learning_rate * min(1.0, (step + 1) / max(1, recipe.train.warmup))
-            progress = Progress(console, rows)
-            metrics = self.learner.train(generated.rollouts, advantages, scored, rate, stop_requested, progress.tick)
+            update = self.learner.update(generated.rollouts, advantages, scored, rate, stop_requested)
+            metrics = self._watch(update, rows)
             if self.cotrainer is not None:
                 metrics |= self.cotrainer.train(step, generated.rollouts, scored.entropies)
         if self.ahead is not None:
             with timer.stage("prepare"):
                 self.ahead.publish(publish(step + 1, self.policy, self.drafter, shared=False, frozen=True))
         self._record(step, timer, generated, metrics | mismatch(generated.rollouts, scored), advantages)
+
+    def _watch(self, work: Progress[T], rows: int) -> T:
+        """Run work to its end, showing how many of the rollouts are done; its result."""
+        while True:
+            try:
+                done = next(work)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            self.console.progress(done, rows, "rollouts")
 
     def _request(self, step: int) -> Request:
         """What a step asks the engine for."""
@@ -454,22 +464,6 @@ class Training:
         write_report(folder.path)
         self.console.table(summary)
         return summary
-
-
-class Progress:
-    """Adds up rows for the console."""
-
-    def __init__(self, console: Console, total: int) -> None:
-        self.console, self.total, self.done = console, total, 0
-
-    def tick(self, rows: int) -> None:
-        """`rows` more are done."""
-        self.at(self.done + rows)
-
-    def at(self, done: int) -> None:
-        """`done` rows are done."""
-        self.done = done
-        self.console.progress(done, self.total, "rollouts")
 
 
 def spread(count: int, steps: int) -> set[int]:
