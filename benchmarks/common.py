@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forerun.training.setup import encode, prompts_of_step
 
 from forerun.algorithms.advantages import group_advantages
 from forerun.config import Recipe, load_recipe
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.scheduler import request_seed
+from forerun.events import finish
 from forerun.learner.learner import Learner, Scored
 from forerun.models import Policy, load_policy
 from forerun.models.logprobs import TokenBatch, completion_logits
@@ -28,7 +30,6 @@ from forerun.report.console import Console
 from forerun.tasks import Problem, Task, load_task
 from forerun.tracking.environment import describe_environment
 from forerun.training.rollout import Generated, generate
-from forerun.training.setup import encode, prompts_of_step
 from forerun.types import Prompt, Rollout
 
 Forward = Callable[[Any, TokenBatch], torch.Tensor]
@@ -109,9 +110,9 @@ class Trajectory:
     def update(self, generated: Generated, forward: Forward = completion_logits) -> Scored:
         """Log-probabilities (through `forward`) and one update of the policy."""
         train = self.setting.recipe.train
-        scored = self.learner.score(generated.rollouts, forward=forward)
+        scored = finish(self.learner.score(generated.rollouts, forward=forward))
         advantages = group_advantages(generated.rewards, train.normalize_std).view(-1)
-        self.learner.train(generated.rollouts, advantages, scored, train.learning_rate)
+        finish(self.learner.update(generated.rollouts, advantages, scored, train.learning_rate))
         return scored
 
 

@@ -20,6 +20,7 @@ import torch
 from benchmarks.common import Setting, Trajectory, load_setting, options, plain_data, write_result
 from forerun.algorithms.advantages import group_advantages
 from forerun.engine.local.engine import LocalEngine
+from forerun.events import finish
 from forerun.learner.learner import Learner, Scored
 from forerun.tracking.environment import describe_environment, machine_line
 from forerun.training.rollout import Generated
@@ -37,10 +38,10 @@ def learners(setting: Setting) -> dict[str, Learner]:
 def turn(learner: Learner, generated: Generated) -> tuple[Scored, float, float]:
     """Seconds of the two passes that a step makes."""
     started = time.perf_counter()
-    scored = learner.score(generated.rollouts)
+    scored = finish(learner.score(generated.rollouts))
     middle = time.perf_counter()
     advantages = group_advantages(generated.rewards, learner.config.normalize_std).view(-1)
-    learner.train(generated.rollouts, advantages, scored, 0.0)
+    finish(learner.update(generated.rollouts, advantages, scored, 0.0))
     return scored, middle - started, time.perf_counter() - middle
 
 
@@ -48,7 +49,7 @@ def alone(setting: Setting, generated: Generated) -> torch.Tensor:
     """Log-probabilities of one sequence per pass. [M]"""
     config = setting.recipe.train.model_copy(update={"packing": False, "microbatch_tokens": 1})
     learner = Learner(setting.policy, config, setting.recipe.rollout.temperature)
-    return torch.cat(learner.score(generated.rollouts).logprobs)
+    return torch.cat(finish(learner.score(generated.rollouts)).logprobs)
 
 
 def distance(first: torch.Tensor, second: torch.Tensor) -> dict[str, float]:

@@ -70,6 +70,7 @@ class Finished:
 
 Event = Began | Ended | Progress | Note | Warned | StepDone | Finished
 Work = Generator[Event, None, T]
+Counting = Generator[int, None, T]  # work that yields how many sequences are done so far, and returns its result
 
 
 def finish(work: Generator[Any, None, T]) -> T:
@@ -89,7 +90,7 @@ def during(stage: str, work: Work[T]) -> Work[T]:
     return result
 
 
-def counted(work: Generator[int, None, T], total: int, unit: str = "rollouts") -> Work[T]:
+def counted(work: Counting[T], total: int, unit: str = "rollouts") -> Work[T]:
     """Work that yields how many `unit` are done, as `Progress`."""
     started = time.perf_counter()
     while True:

@@ -17,6 +17,7 @@ from forerun.algorithms.off_policy import correct
 from forerun.config import TrainConfig, load_recipe
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
+from forerun.events import finish
 from forerun.learner.learner import Learner
 from forerun.models import load_policy
 from forerun.tracking.metrics import definition_of
@@ -87,7 +88,7 @@ def batch(tiny: Callable[..., Path], config: TrainConfig, shift: float) -> tuple
     policy = load_policy(str(tiny("llama")), "float32", "cpu")
     rollouts = LocalEngine(policy, slots=8).generate([[5, 6, 7], [9, 3, 1, 2]], max_new_tokens=12, n=4, seed=1)
     learner, seen = Learner(policy, config, 1.0), []
-    scored = learner.score(rollouts)
+    scored = finish(learner.score(rollouts))
     moved = [moved_by(r, x, shift) for r, x in zip(rollouts, scored.logprobs, strict=True)]
 
     def capture(rate: float) -> float:
@@ -96,7 +97,7 @@ def batch(tiny: Callable[..., Path], config: TrainConfig, shift: float) -> tuple
 
     learner.optimizer.step = capture  # type: ignore[method-assign]
     advantages = group_advantages(torch.tensor([[1.0, 0, 0, 1], [0, 0, 1, 0]])).view(-1)
-    return seen, learner.train(moved, advantages, scored, 1e-3)
+    return seen, finish(learner.update(moved, advantages, scored, 1e-3))
 
 
 def test_what_the_learner_logs_is_defined(tiny: Callable[..., Path]) -> None:

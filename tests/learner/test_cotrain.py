@@ -21,6 +21,7 @@ from forerun.drafters.ngram import NgramDrafter
 from forerun.drafters.training.heads import new_head, train_head, validate
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
+from forerun.events import finish
 from forerun.learner.cotrain import CoTrainer, DriftMeter
 from forerun.learner.learner import Learner
 from forerun.models import Policy, load_policy
@@ -74,8 +75,8 @@ def ten_steps(
     for step in range(10):
         if trainer is not None:
             trainer.begin(step)
-        scored = learner.score(rollouts, forward=trainer.forward if trainer else completion_logits)
-        learner.train(rollouts, advantages, scored, 1e-3)
+        scored = finish(learner.score(rollouts, forward=trainer.forward if trainer else completion_logits))
+        finish(learner.update(rollouts, advantages, scored, 1e-3))
         if trainer is not None:
             metrics.append(trainer.train(step, rollouts, scored.entropies))
         if leak:
@@ -126,8 +127,8 @@ def test_no_forward_of_the_policy_is_added(tiny: Callable[..., Path], method: st
     for step in range(2):
         calls = 0
         trainer.begin(step)
-        scored = learner.score(rollouts, forward=trainer.forward)
-        learner.train(rollouts, advantages, scored, 1e-3)
+        scored = finish(learner.score(rollouts, forward=trainer.forward))
+        finish(learner.update(rollouts, advantages, scored, 1e-3))
         metrics = trainer.train(step, rollouts, scored.entropies)
         counts.append(calls)
         tokens.append(metrics.get("draft/tokens"))
@@ -142,7 +143,7 @@ def test_what_does_not_fit_is_counted(tiny: Callable[..., Path]) -> None:
     config = CONFIG.model_copy(update={"cache_gib": 0.0})
     trainer = CoTrainer(drafter_for("eagle3", policy), policy, "every-1", config, 1.0, 0)
     trainer.begin(0)
-    scored = Learner(policy, TrainConfig(microbatch_tokens=60), 1.0).score(rollouts, forward=trainer.forward)
+    scored = finish(Learner(policy, TrainConfig(microbatch_tokens=60), 1.0).score(rollouts, forward=trainer.forward))
     metrics = trainer.train(0, rollouts, scored.entropies)
     assert metrics["draft/tokens_left_out"] > 0 < metrics["draft/tokens"]
     assert metrics["draft/tokens"] + metrics["draft/tokens_left_out"] == sum(len(r.tokens) for r in rollouts)
@@ -157,8 +158,8 @@ def beside(policy: Policy, head: Eagle3Head, config: DraftConfig, rate: float) -
         trainer.begin(step)
         rollouts = engine.generate(MANY[:12], max_new_tokens=20, n=8, seed=step)
         rewards = torch.tensor([sum(t > 30 for t in r.tokens) / len(r.tokens) for r in rollouts]).view(12, 8)
-        scored = learner.score(rollouts, forward=trainer.forward)
-        learner.train(rollouts, group_advantages(rewards).view(-1), scored, rate)
+        scored = finish(learner.score(rollouts, forward=trainer.forward))
+        finish(learner.update(rollouts, group_advantages(rewards).view(-1), scored, rate))
         trainer.train(step, rollouts, scored.entropies)
 
 
@@ -225,7 +226,7 @@ def test_drift_starts_updates(tiny: Callable[..., Path]) -> None:
     learner, updated = Learner(policy, TrainConfig(), 1.0), []
     for step, rounds in enumerate((1, 1, 2, 2)):  # from the third step on, twice the rounds: acceptance has halved
         trainer.begin(step)
-        scored = learner.score(rollouts, forward=trainer.forward)
+        scored = finish(learner.score(rollouts, forward=trainer.forward))
         batch = [Rollout(**{**fields(r), "rounds": max(1, len(r.tokens) * rounds // 4)}) for r in rollouts]
         updated.append("draft/loss" in trainer.train(step, batch, scored.entropies))
     assert updated == [False, False, False, True]
@@ -287,9 +288,9 @@ def test_a_step_that_is_broken_off_changes_neither(tiny: Callable[..., Path]) ->
     before = {k: v.clone() for k, v in drafter.state_dict().items()}
     trainer, learner = CoTrainer(drafter, policy, "every-1", CONFIG, 1.0, 0), Learner(policy, TrainConfig(), 1.0)
     trainer.begin(0)
-    scored = learner.score(rollouts, forward=trainer.forward)
+    scored = finish(learner.score(rollouts, forward=trainer.forward))
     with pytest.raises(Interrupted):
-        learner.train(rollouts, advantages, scored, 1e-3, stop_requested=lambda: True)
+        finish(learner.update(rollouts, advantages, scored, 1e-3, stop_requested=lambda: True))
     assert all(torch.equal(v, drafter.state_dict()[k]) for k, v in before.items())
     trainer.config = CONFIG.model_copy(update={"decay": float("nan")})
     with pytest.raises(UserError, match="drafter's gradient is not finite"):

@@ -30,6 +30,7 @@ from forerun.drafters.mtp import MtpDrafter, MtpHead
 from forerun.drafters.training.heads import TeacherBatch, judge, new_head, rows_by_position, teach, weighted_loss
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
+from forerun.events import finish
 from forerun.learner.cotrain import CoTrainer
 from forerun.learner.cotrain_distributed import GroupCoTrainer, Score
 from forerun.learner.distributed import LearnerGroup
@@ -85,8 +86,8 @@ def steps(
     for step, (rollouts, advantages) in enumerate(batches, first):
         if trainer is not None:
             trainer.begin(step)
-        scored = score(rollouts, lambda rows: None)
-        metrics = learner.train(rollouts, advantages, scored, 0.01)
+        scored = finish(score(rollouts))
+        metrics = finish(learner.update(rollouts, advantages, scored, 0.01))
         metrics |= {} if trainer is None else trainer.train(step, rollouts, scored.entropies)
         found.append({name: value for name, value in metrics.items() if not name.startswith("time/")})
     return found
@@ -100,7 +101,7 @@ def alone(
     policy = fresh(tiny, dtype)
     learner, drafter = Learner(policy, TRAIN, 1.0), drafter_for(method, policy)
     trainer = CoTrainer(drafter, policy, train, config, 1.0, 0)
-    return drafter, steps(learner, lambda r, tick: learner.score(r, tick, trainer.forward), trainer, batches)
+    return drafter, steps(learner, lambda r: learner.score(r, trainer.forward), trainer, batches)
 
 
 def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -272,7 +273,7 @@ def test_a_restored_drafter_goes_on_bit_for_bit(
     single.load_state_dict(state)
     assert gap(drafter.state_dict(), saved) == 0
     assert list(single.state_dict()["optimizer"]["inner"]["state"]) == list(state["optimizer"]["inner"]["state"])
-    steps(learner, lambda r, tick: learner.score(r, tick, single.forward), single, bench.batches[2:], 2)
+    steps(learner, lambda r: learner.score(r, single.forward), single, bench.batches[2:], 2)
     assert apart(drafter.state_dict(), expected) < 0.01
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from forerun.algorithms.advantages import group_advantages
 from forerun.config import TrainConfig
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
+from forerun.events import finish
 from forerun.learner.distributed import LearnerGroup
 from forerun.learner.learner import Learner
 from forerun.models import Policy, load_policy
@@ -81,10 +83,10 @@ def gap(x: Tensor, y: Tensor) -> float:
 def steps(learner: Learner | LearnerGroup, batches: list[Batch], rate: float = 0.01) -> Outcome:
     outcome = Outcome()
     for rollouts, advantages in batches:
-        scored = learner.score(rollouts)
+        scored = finish(learner.score(rollouts))
         outcome.logprobs += [torch.cat(scored.logprobs), torch.tensor(scored.entropies)]
         outcome.logprobs += [] if scored.reference is None else [torch.cat(scored.reference)]
-        outcome.metrics.append(learner.train(rollouts, advantages, scored, rate))
+        outcome.metrics.append(finish(learner.update(rollouts, advantages, scored, rate)))
     outcome.weights = weights(learner.policy)
     return outcome
 
@@ -121,9 +123,9 @@ def alive(pids: list[int]) -> list[int]:
 def updates_that_do_not_happen(group: LearnerGroup, batch: Batch) -> None:
     """One that is stopped before it begins, one in its midst, one whose gradient is not finite: nothing changes."""
     rollouts, advantages = batch
-    before, scored, last = weights(group.policy), group.score(rollouts), group.pids[-1]
+    before, scored, last = weights(group.policy), finish(group.score(rollouts)), group.pids[-1]
     with pytest.raises(Interrupted):
-        group.train(rollouts, advantages, scored, 0.05, stop_requested=lambda: True)
+        finish(group.update(rollouts, advantages, scored, 0.05, stop_requested=lambda: True))
     asked: list[bool] = []
 
     def stop() -> bool:  # not before it begins
@@ -134,9 +136,9 @@ def updates_that_do_not_happen(group: LearnerGroup, batch: Batch) -> None:
 
     os.kill(last, signal.SIGSTOP)  # so that the ranks cannot be done before they are asked to stop
     with pytest.raises(Interrupted):
-        group.train(rollouts, advantages, scored, 0.05, stop)
+        finish(group.update(rollouts, advantages, scored, 0.05, stop))
     with pytest.raises(UserError, match="not finite"):
-        group.train(rollouts, advantages * float("inf"), scored, 0.05)
+        finish(group.update(rollouts, advantages * float("inf"), scored, 0.05))
     assert same(weights(group.policy), before)
 
 
@@ -147,12 +149,11 @@ def test_any_number_of_ranks_makes_the_update_of_one_process(
     start = weights(fresh())
     expected = steps(Learner(fresh(), PLAIN, 1.0), batches)
     assert expected.metrics[0]["policy/grad_norm"] > 0.1 and abs(expected.metrics[0]["policy/loss"]) > 1e-4
-    ticks: list[int] = []
     with ranks(fresh(), count, PLAIN) as group:
         updates_that_do_not_happen(group, batches[0])
-        group.score(batches[0][0], ticks.append)
+        done = list(group.score(batches[0][0]))
         found = steps(group, batches)
-    assert ticks[-1] == 12 and ticks == sorted(ticks)
+    assert done[-1] == 12 and done == sorted(done)
     differences = found.differs_from(expected, start)
     assert max(differences.values()) < 1, differences
     assert alive(group.pids) == []
@@ -174,12 +175,12 @@ def test_bfloat16_is_trained_through_float32_masters(tiny: Callable[..., Path], 
     start, config = weights(policy), TrainConfig(optimizer="sgd", max_grad_norm=1e3, silence_s=20)
     rollouts, advantages = batches[0]
     with ranks(policy, 2, config) as group:
-        before = group.score(rollouts)
+        before = finish(group.score(rollouts))
         for _ in range(3):
-            group.train(rollouts, advantages, before, 0.2)
-        after = torch.cat(group.score(rollouts).logprobs)
+            finish(group.update(rollouts, advantages, before, 0.2))
+        after = torch.cat(finish(group.score(rollouts)).logprobs)
     assert policy.dtype == torch.bfloat16 and not same(weights(policy), start)
-    alone = torch.cat(Learner(policy, config, 1.0).score(rollouts).logprobs)
+    alone = torch.cat(finish(Learner(policy, config, 1.0).score(rollouts)).logprobs)
     rounding, moved = (after - alone).abs().mean(), (after - torch.cat(before.logprobs)).abs().mean()
     assert float(moved) > 5 * float(rounding)
 
@@ -227,7 +228,7 @@ def test_a_restored_group_goes_on_bit_for_bit(
         assert same(steps(group, batches, 1e-3).weights, expected.weights)
         with pytest.raises(UserError, match="cannot be loaded"):
             group.restore(tmp_path / "nowhere")
-        assert len(group.score(batches[1][0]).logprobs) == 2  # and is still at work
+        assert len(finish(group.score(batches[1][0])).logprobs) == 2  # and is still at work
 
         os.kill(group.pids[1], signal.SIGSTOP)
         here = group._processes
@@ -247,22 +248,20 @@ def wait_until_gone(pids: list[int], ranks: RanksHere) -> None:
 def test_a_killed_rank_ends_the_group(fresh: Callable[[], Policy], batches: list[Batch], stage: str) -> None:
     (rollouts, advantages), config = batches[0], TrainConfig(microbatch_tokens=1, silence_s=20)
     with ranks(fresh(), 2, config) as group:
-        scored = group.score(rollouts)
+        scored = finish(group.score(rollouts))
         killed: list[float] = []
 
-        def kill(rows: int) -> None:
-            if not killed:
-                killed.append(time.monotonic())
-                os.kill(group.pids[1], signal.SIGKILL)
-
+        work: Counting[Any] = (
+            group.score(rollouts) if stage == "score" else group.update(rollouts, advantages, scored, 1e-3)
+        )
         with pytest.raises(RanksLost, match="Rank 1 of the learner was killed by signal 9"):
-            if stage == "score":
-                group.score(rollouts, kill)
-            else:
-                group.train(rollouts, advantages, scored, 1e-3, tick=kill)
+            for _ in work:
+                if not killed:
+                    killed.append(time.monotonic())
+                    os.kill(group.pids[1], signal.SIGKILL)
         assert time.monotonic() - killed[0] < 20 and alive(group.pids) == []
         with pytest.raises(RanksLost, match="make a new learner"):
-            group.score(rollouts)
+            finish(group.score(rollouts))
 
 
 def test_a_rank_that_hangs_ends_the_group(fresh: Callable[[], Policy], batches: list[Batch]) -> None:
@@ -270,7 +269,7 @@ def test_a_rank_that_hangs_ends_the_group(fresh: Callable[[], Policy], batches: 
         os.kill(group.pids[1], signal.SIGSTOP)
         started = time.monotonic()
         with pytest.raises(RanksLost, match="Rank 1 of the learner has been silent for 4 s; all 2 were ended"):
-            group.score(batches[0][0])
+            finish(group.score(batches[0][0]))
         assert time.monotonic() - started < 30 and alive(group.pids) == []
 
 

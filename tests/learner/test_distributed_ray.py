@@ -27,6 +27,7 @@ from test_distributed import PLAIN, Batch, alive, steps, weights
 import forerun
 from forerun.config import ClusterConfig, TrainConfig, load_recipe
 from forerun.errors import UserError
+from forerun.events import finish
 from forerun.learner.distributed import LearnerGroup
 from forerun.learner.learner import Learner
 from forerun.models import Policy, load_policy
@@ -127,17 +128,15 @@ def test_two_actors_make_the_update_of_one_process_until_one_is_killed(
         assert max(differences.values()) < 1, differences
         group.save(tmp_path)
         saved = weights(group.policy)
-        scored = group.score(batches[0][0])
-        group.train(*batches[0], scored, 0.01)
+        scored = finish(group.score(batches[0][0]))
+        finish(group.update(*batches[0], scored, 0.01))
         group.restore(tmp_path)
         assert test_distributed.same(weights(group.policy), saved)
 
-        def kill(rows: int) -> None:
-            os.kill(pids[0], signal.SIGSTOP)
-            os.kill(pids[1], signal.SIGKILL)
-
         with pytest.raises(RanksLost, match=r"Rank 1 of the learner was lost by the cluster.*; all 2 were ended"):
-            group.train(*batches[0], scored, 0.01, tick=kill)
+            for _ in group.update(*batches[0], scored, 0.01):
+                os.kill(pids[0], signal.SIGSTOP)
+                os.kill(pids[1], signal.SIGKILL)
         assert gone(pids)
 
 
@@ -150,7 +149,7 @@ def test_actors_end_with_their_driver(
     As on a cluster of several machines, all speak through the address by which Ray knows this one.
     """
     with closing(group_of(fresh(), PLAIN, 2, tmp_path, ClusterConfig(address="auto"))) as group:
-        assert len(group.score(batches[0][0]).logprobs) == 12
+        assert len(finish(group.score(batches[0][0])).logprobs) == 12
         for connection in group._processes.connections:
             connection.close()
         assert gone(group.pids)
@@ -256,15 +255,15 @@ def test_a_run_that_loses_an_actor_goes_back_by_itself(
     Ray has room for four of them: those of the lost run have to make theirs free. Plain decoding.
     """
     here = forerun.train(str(recipe))
-    train, pids = LearnerGroup.train, []
+    update, pids = LearnerGroup.update, []
 
-    def killing(self: LearnerGroup, *arguments: Any) -> dict[str, float]:
+    def killing(self: LearnerGroup, *arguments: Any) -> Counting[dict[str, float]]:
         pids.append(self.pids)
         if len(pids) == 2:
             os.kill(self.pids[1], signal.SIGKILL)
-        return train(self, *arguments)
+        return update(self, *arguments)
 
-    monkeypatch.setattr(LearnerGroup, "train", killing)
+    monkeypatch.setattr(LearnerGroup, "update", killing)
     there = forerun.train(str(recipe), PLACED | {"rollout.replicas": 1})
     assert len(pids) == 4 and pids[0] == pids[1] and pids[2] == pids[3] and not set(pids[0]) & set(pids[2])
     (warning,) = there["warnings"]

@@ -14,6 +14,7 @@ from forerun.algorithms.losses import clipped_policy_loss, kl_k3
 from forerun.config import TrainConfig
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
+from forerun.events import finish
 from forerun.learner.learner import Learner, mismatch
 from forerun.learner.optimizer import MasterOptimizer
 from forerun.models import Policy, load_policy
@@ -48,7 +49,7 @@ def gradients(policy: Policy, config: TrainConfig) -> dict[str, torch.Tensor]:
         return 0.0
 
     learner.optimizer.step = capture  # type: ignore[method-assign]
-    learner.train(rollouts, advantages, learner.score(rollouts), 1e-3)
+    finish(learner.update(rollouts, advantages, finish(learner.score(rollouts)), 1e-3))
     return found
 
 
@@ -95,7 +96,7 @@ def test_how_the_batch_is_cut_does_not_matter(fresh: Policy, changes: dict[str, 
 
 def test_scores_agree_with_the_engine(fresh: Policy) -> None:
     rollouts, _ = sampled(fresh)
-    scored = Learner(fresh, TrainConfig(microbatch_tokens=30), 1.0).score(rollouts)
+    scored = finish(Learner(fresh, TrainConfig(microbatch_tokens=30), 1.0).score(rollouts))
     for rollout, logprobs in zip(rollouts, scored.logprobs, strict=True):
         torch.testing.assert_close(torch.tensor(rollout.logprobs), logprobs, atol=5e-5, rtol=0)
     assert 0 <= mismatch(rollouts, scored)["mismatch/kl"] < 1e-6 and scored.entropy > 0
@@ -104,10 +105,10 @@ def test_scores_agree_with_the_engine(fresh: Policy) -> None:
 def test_an_update_raises_the_good_samples(fresh: Policy) -> None:
     rollouts, advantages = sampled(fresh)
     learner = Learner(fresh, TrainConfig(kl=0.01), 1.0)
-    before = learner.score(rollouts)
+    before = finish(learner.score(rollouts))
     assert before.reference is not None and torch.equal(before.reference[0], before.logprobs[0])
-    metrics = learner.train(rollouts, advantages, before, 1e-3)
-    after = learner.score(rollouts)
+    metrics = finish(learner.update(rollouts, advantages, before, 1e-3))
+    after = finish(learner.score(rollouts))
     gain = sum(
         float(a) * float((x - y).sum()) for a, x, y in zip(advantages, after.logprobs, before.logprobs, strict=True)
     )
@@ -147,12 +148,12 @@ def test_bfloat16_parameters_learn_through_their_masters() -> None:
 def test_nothing_is_updated_from_a_gradient_that_is_not_finite(fresh: Policy) -> None:
     rollouts, advantages = sampled(fresh)
     learner = Learner(fresh, TrainConfig(), 1.0)
-    scored = learner.score(rollouts)
+    scored = finish(learner.score(rollouts))
     before = {k: v.clone() for k, v in fresh.model.state_dict().items()}
     with pytest.raises(UserError, match="not finite"):
-        learner.train(rollouts, advantages * float("inf"), scored, 1e-3)
+        finish(learner.update(rollouts, advantages * float("inf"), scored, 1e-3))
     with pytest.raises(Interrupted):
-        learner.train(rollouts, advantages, scored, 1e-3, stop_requested=lambda: True)
+        finish(learner.update(rollouts, advantages, scored, 1e-3, stop_requested=lambda: True))
     assert all(torch.equal(v, fresh.model.state_dict()[k]) for k, v in before.items())
 
 

@@ -25,6 +25,7 @@ from forerun.drafters.mtp import MtpDrafter, MtpHead
 from forerun.drafters.training.heads import new_head
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
+from forerun.events import finish
 from forerun.learner.cotrain import CoTrainer
 from forerun.learner.learner import Learner, mismatch
 from forerun.learner.lora import LoraAdapter, find_targets
@@ -67,7 +68,7 @@ def grown(policy: Policy, size: float = 0.05, **changes: Any) -> Learner:
 def steps(learner: Learner, count: int, rate: float = 1e-2) -> None:
     for _ in range(count):
         rollouts, advantages = sampled(learner.policy)
-        learner.train(rollouts, advantages, learner.score(rollouts), rate)
+        finish(learner.update(rollouts, advantages, finish(learner.score(rollouts)), rate))
 
 
 def gradients(learner: Learner, rollouts: list[Rollout], advantages: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -83,7 +84,7 @@ def gradients(learner: Learner, rollouts: list[Rollout], advantages: torch.Tenso
         return 0.0
 
     learner.optimizer.step = capture  # type: ignore[method-assign]
-    learner.train(rollouts, advantages, learner.score(rollouts), 1e-3)
+    finish(learner.update(rollouts, advantages, finish(learner.score(rollouts)), 1e-3))
     return found
 
 
@@ -145,7 +146,7 @@ def test_bfloat16_gradients_are_as_near_as_those_of_full_fine_tuning(tiny: Tiny)
             return 0.0
 
         learner.optimizer.step = capture  # type: ignore[method-assign]
-        learner.train(rollouts, advantages, learner.score(rollouts), 1e-3)
+        finish(learner.update(rollouts, advantages, finish(learner.score(rollouts)), 1e-3))
         return torch.cat(seen)
 
     rollouts, advantages = sampled(fresh(tiny))
@@ -201,14 +202,14 @@ def test_bfloat16_weights_are_neighbours_of_the_exact_merge_and_right_in_the_mea
 def test_the_first_update_starts_from_the_policy_as_it_was(tiny: Tiny) -> None:
     policy = fresh(tiny, "bfloat16")
     rollouts, advantages = sampled(policy)
-    plain = Learner(policy, TrainConfig(), 1.0).score(rollouts)
+    plain = finish(Learner(policy, TrainConfig(), 1.0).score(rollouts))
     start = {name: w.clone() for name, w in policy.model.state_dict().items()}
     learner = Learner(policy, TrainConfig(lora=LoraConfig(rank=2, targets=["q_proj", "layers.0.mlp.up_proj"])), 1.0)
     adapter_of(learner).merge(0)
     assert all(torch.equal(w, start[name]) for name, w in policy.model.state_dict().items())
-    scored = learner.score(rollouts)
+    scored = finish(learner.score(rollouts))
     assert all(torch.equal(a, b) for a, b in zip(plain.logprobs, scored.logprobs, strict=True))
-    learner.train(rollouts, advantages, scored, 1e-2)
+    finish(learner.update(rollouts, advantages, scored, 1e-2))
     changed = {name for name, w in policy.model.state_dict().items() if not torch.equal(w, start[name])}
     assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(4)} | {
         "model.layers.0.mlp.up_proj.weight"
@@ -218,9 +219,9 @@ def test_the_first_update_starts_from_the_policy_as_it_was(tiny: Tiny) -> None:
 def test_an_update_raises_the_good_samples(tiny: Tiny) -> None:
     learner = Learner(fresh(tiny), TrainConfig(lora=LORA), 1.0)
     rollouts, advantages = sampled(learner.policy)
-    before = learner.score(rollouts)
-    learner.train(rollouts, advantages, before, 1e-2)
-    after = learner.score(rollouts)
+    before = finish(learner.score(rollouts))
+    finish(learner.update(rollouts, advantages, before, 1e-2))
+    after = finish(learner.score(rollouts))
     rises = [float((x - y).sum()) for x, y in zip(after.logprobs, before.logprobs, strict=True)]
     assert sum(float(a) * rise for a, rise in zip(advantages, rises, strict=True)) > 0
 
@@ -229,15 +230,15 @@ def test_log_probabilities_are_those_of_the_weights_that_generate(tiny: Tiny, tm
     policy = fresh(tiny)
     learner = grown(policy)
     rollouts, _ = sampled(policy)
-    for rollout, logprobs in zip(rollouts, learner.score(rollouts).logprobs, strict=True):
+    for rollout, logprobs in zip(rollouts, finish(learner.score(rollouts)).logprobs, strict=True):
         torch.testing.assert_close(torch.tensor(rollout.logprobs), logprobs, atol=5e-5, rtol=0)
 
     policy = fresh(tiny, "bfloat16")
     learner = grown(policy)
     rollouts = LocalEngine(policy, slots=32).generate(PROMPTS, max_new_tokens=40, n=16, seed=1)
-    merged = mismatch(rollouts, learner.score(rollouts))["mismatch/kl"]
+    merged = mismatch(rollouts, finish(learner.score(rollouts)))["mismatch/kl"]
     adapter_of(learner).close()
-    full = mismatch(rollouts, Learner(policy, TrainConfig(), 1.0).score(rollouts))["mismatch/kl"]
+    full = mismatch(rollouts, finish(Learner(policy, TrainConfig(), 1.0).score(rollouts)))["mismatch/kl"]
     assert merged == full  # the same weights in the same layers
     adapter_of(learner).save(tmp_path, None)
     apart = PeftModel.from_pretrained(fresh(tiny, "bfloat16").model, str(tmp_path))  # the control
@@ -253,7 +254,7 @@ def test_the_reference_is_the_start_without_a_copy(tiny: Tiny, dtype: str) -> No
     learner = Learner(policy, TrainConfig(lora=LORA, kl=0.1), 1.0)
     steps(learner, 2)
     rollouts, _ = sampled(policy)
-    scored, expected = learner.score(rollouts), start.score(rollouts).logprobs
+    scored, expected = finish(learner.score(rollouts)), finish(start.score(rollouts)).logprobs
     assert learner.reference is None and scored.reference is not None
     assert all(torch.equal(a, b) for a, b in zip(scored.reference, expected, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(scored.logprobs, expected, strict=True))
@@ -277,13 +278,13 @@ def test_closing_leaves_an_ordinary_policy(tiny: Tiny) -> None:
     policy = fresh(tiny)
     learner = grown(policy)
     rollouts, advantages = sampled(policy)
-    scored = learner.score(rollouts)
+    scored = finish(learner.score(rollouts))
     learner.close()
     assert all("forward" not in vars(module) for module in policy.model.modules())
     plain = Learner(policy, TrainConfig(), 1.0)
-    assert all(torch.equal(a, b) for a, b in zip(scored.logprobs, plain.score(rollouts).logprobs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(scored.logprobs, finish(plain.score(rollouts)).logprobs, strict=True))
     before = policy.model.get_input_embeddings().weight.clone()
-    plain.train(rollouts, advantages, scored, 1e-3)
+    finish(plain.update(rollouts, advantages, scored, 1e-3))
     assert not torch.equal(policy.model.get_input_embeddings().weight, before)
 
 
@@ -324,8 +325,8 @@ def ten_steps(
     for step in range(10):
         if trainer is not None:
             trainer.begin(step)
-        scored = learner.score(rollouts, forward=trainer.forward if trainer else completion_logits)
-        learner.train(rollouts, advantages, scored, 1e-3)
+        scored = finish(learner.score(rollouts, forward=trainer.forward if trainer else completion_logits))
+        finish(learner.update(rollouts, advantages, scored, 1e-3))
         if trainer is not None:
             losses.append(trainer.train(step, rollouts, scored.entropies)["draft/loss"])
         if leak:
@@ -485,7 +486,7 @@ def test_a_layer_that_is_never_called_is_refused(tiny: Tiny) -> None:
         block.mlp.forward = forward
     learner = Learner(policy, TrainConfig(lora=LORA), 1.0)
     with pytest.raises(UserError, match="adapts 'down_proj', which LlamaForCausalLM does not call"):
-        learner.train(rollouts, advantages, learner.score(rollouts), 1e-3)
+        finish(learner.update(rollouts, advantages, finish(learner.score(rollouts)), 1e-3))
 
 
 def test_the_command_line_reaches_into_the_block() -> None:

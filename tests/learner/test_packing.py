@@ -16,6 +16,7 @@ from forerun.drafters.eagle3 import Eagle3Drafter
 from forerun.drafters.training.heads import new_head
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
+from forerun.events import finish
 from forerun.learner.cotrain import CoTrainer
 from forerun.learner.learner import Learner
 from forerun.learner.packing import attend_by_sequence, pack, packed_microbatches, require_packing
@@ -89,8 +90,8 @@ def update(tiny: Callable[..., Path], **changes: Any) -> tuple[list[torch.Tensor
     rollouts = LocalEngine(policy, slots=8).generate([[5, 6, 7], [9, 3, 1, 2], [4]], max_new_tokens=24, n=4, seed=1)
     advantages = group_advantages(torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0]])).view(-1)
     learner = Learner(policy, TrainConfig(optimizer="sgd", **changes), 1.0)
-    scored = learner.score(rollouts)
-    learner.train(rollouts, advantages, scored, 0.1)
+    scored = finish(learner.score(rollouts))
+    finish(learner.update(rollouts, advantages, scored, 0.1))
     return scored.logprobs, policy.model.state_dict()
 
 
@@ -159,7 +160,7 @@ def test_the_drafter_is_taught_from_one_sequence_per_row(tiny: Callable[..., Pat
     head = new_head(policy, [([1], list(range(40)))], DraftConfig(vocab=40, intermediate=32))
     trainer = CoTrainer(Eagle3Drafter(head, policy), policy, "every-1", DraftConfig(depth=3), 1.0, 0)
     trainer.begin(0)
-    Learner(policy, TrainConfig(packing=True), 1.0).score(rollouts, forward=trainer.forward)
+    finish(Learner(policy, TrainConfig(packing=True), 1.0).score(rollouts, forward=trainer.forward))
     batch = token_batch([(r.prompt_ids, r.tokens) for r in rollouts], policy.device)
     taught = trainer._lessons[0].tokens
     assert taught.shape == batch.input_ids.shape

@@ -47,9 +47,8 @@ def compared(folder: Path, count: int, config: TrainConfig, program: str = PROGR
     batches = batches_of(fresh())
     expected = steps(Learner(fresh(), config, 1.0), batches)
     with ranks(fresh(), count, config.model_copy(update=TWO), program) as group:
-        ticks: list[int] = []
-        group.score(batches[0][0], ticks.append)
-        assert ticks[-1] == 12 and ticks == sorted(ticks)
+        done = list(group.score(batches[0][0]))
+        assert done[-1] == 12 and done == sorted(done)
         found = steps(group, batches)
     assert alive(group.pids) == []
     return found, found.differs_from(expected, weights(fresh()))

@@ -70,15 +70,15 @@ def test_a_run_that_loses_a_rank_goes_back_by_itself(recipe: Path, monkeypatch: 
     """
     words = {"train.ranks": 2, "train.tensor_parallel": 2}
     undisturbed = forerun.train(str(recipe), words)
-    train, calls = LearnerGroup.train, []
+    update, calls = LearnerGroup.update, []
 
-    def killing(self: LearnerGroup, *arguments: Any) -> dict[str, float]:
+    def killing(self: LearnerGroup, *arguments: Any) -> Counting[dict[str, float]]:
         calls.append(len(self.pids))
         if len(calls) == 2:
             os.kill(self.pids[1], signal.SIGKILL)
-        return train(self, *arguments)
+        return update(self, *arguments)
 
-    monkeypatch.setattr(LearnerGroup, "train", killing)
+    monkeypatch.setattr(LearnerGroup, "update", killing)
     summary = forerun.train(str(recipe), words)
     assert calls == [2, 2, 2]  # the second step's twice
     (warning,) = (words for words in summary["warnings"] if "goes back" in words)

@@ -20,6 +20,7 @@ from forerun.config import DraftConfig, Recipe
 from forerun.drafters import Drafter
 from forerun.drafters.mtp import MtpHead
 from forerun.drafters.training.heads import Head, place_bytes
+from forerun.events import Counting
 from forerun.learner.cotrain import CoTrainer, Schedule, draft_metrics, order_of_batches, trained_head
 from forerun.learner.distributed import LearnerGroup
 from forerun.learner.learner import Learner, Scored
@@ -28,7 +29,7 @@ from forerun.models.checksum import checksum
 from forerun.models.logprobs import microbatches
 from forerun.types import Rollout
 
-Score = Callable[[Sequence[Rollout], Callable[[int], None]], Scored]
+Score = Callable[[Sequence[Rollout]], Counting[Scored]]
 Order = Callable[[int], list[int]]
 
 
@@ -81,14 +82,14 @@ class GroupCoTrainer:
         """A step (0-based) begins; whether it ends with an update is settled here."""
         self._step = step if self.schedule.due(step) else None
 
-    def score(self, rollouts: Sequence[Rollout], tick: Callable[[int], None] = lambda n: None) -> Scored:
+    def score(self, rollouts: Sequence[Rollout]) -> Counting[Scored]:
         """`LearnerGroup.score`; the ranks keep what it teaches when an update is due."""
         self.course = Course([])
         if self._step is not None:
             order = partial(order_of_batches, self.seed, self._step)
             tokens, dtype = self.group.config.microbatch_tokens, self.group.policy.dtype
             self.course = plan_course(self.head, dtype, rollouts, tokens, self.config.cache_gib, order)
-        return self.group.score(rollouts, tick, self.course.batches)
+        return self.group.score(rollouts, self.course.batches)
 
     def train(self, step: int, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> dict[str, float]:
         """See `CoTrainer.train`. Raises RanksLost too, also when the ranks' drafters are no longer the same."""

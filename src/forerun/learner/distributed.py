@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from forerun.config import DraftConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
+from forerun.events import Counting, finish
 from forerun.learner.learner import Learner, Scored, Tally, Targets, Update, plan_update, update_metrics
 from forerun.learner.lora import LoraAdapter
 from forerun.learner.parallel import split_rows
@@ -120,37 +121,28 @@ class LearnerGroup:
     def score(
         self,
         rollouts: Sequence[Rollout],
-        tick: Callable[[int], None] = lambda n: None,
         batches: Sequence[Sequence[int]] = (),
-    ) -> Scored:
+    ) -> Counting[Scored]:
         """See `Learner.score`. `batches`: of rollouts, from which the ranks keep what `study` learns from."""
         parts = self._split(rollouts, range(len(rollouts)))
-        done = 0
-
-        def heard(rows: int) -> None:
-            nonlocal done
-            done += rows
-            tick(done)
-
         orders = [("score", [rollouts[i] for i in part], _within(batches, part)) for part in parts]
-        answers = self._run(self._for_all(orders), heard)
+        answers = yield from self._run(self._for_all(orders))
         return _merge(rollouts, parts, [answer[1] for answer in answers[:: self.config.tensor_parallel]])
 
-    def train(
+    def update(
         self,
         rollouts: Sequence[Rollout],
         advantages: Tensor,  # [P·n]
         scored: Scored,
         learning_rate: float,
         stop_requested: Callable[[], bool] = lambda: False,
-        tick: Callable[[int], None] = lambda n: None,
-    ) -> dict[str, float]:
-        """See `Learner.train`. A request to stop that comes after the first optimizer step is left to the caller."""
+    ) -> Counting[dict[str, float]]:
+        """See `Learner.update`. A request to stop that comes after the first optimizer step is left to the caller."""
         update, tally = plan_update(self.config, rollouts, advantages, scored), Tally()
         if update.chunks:
             if stop_requested():
                 raise Interrupted
-            tally = self._update(update, learning_rate, stop_requested, tick)
+            tally = yield from self._update(update, learning_rate, stop_requested)
         return update_metrics(self.config, update, tally, learning_rate, scored)
 
     def save(self, folder: Path) -> None:
@@ -174,7 +166,7 @@ class LearnerGroup:
 
     def study(self, head: nn.Module) -> list[Taught]:
         """Have the ranks train it on what the last `score` taught; `head` follows. Raises UserError, RanksLost."""
-        answers = self._run([("study",)] * self.config.ranks)
+        answers = finish(self._run([("study",)] * self.config.ranks))
         self._fetch("drafter", head)
         self._agree(answers)
         return [answer[1] for answer in answers]
@@ -186,7 +178,7 @@ class LearnerGroup:
 
     def draft_optimizer(self) -> dict[str, Any]:
         """State of the drafter's optimizer, on the CPU. Raises RanksLost."""
-        answers = self._run([("note",)] * self.config.ranks, limit_s=START_S)
+        answers = finish(self._run([("note",)] * self.config.ranks, limit_s=START_S))
         state: dict[str, Any] = unpack(answers[0][1])
         return state
 
@@ -221,7 +213,7 @@ class LearnerGroup:
                     Order(plan, self.config, temperature, rank, len(places), place, patience_s)
                     for rank, place in enumerate(places)
                 ]
-                self._agree(self._run([("make", order) for order in orders], limit_s=patience_s))
+                self._agree(finish(self._run([("make", order) for order in orders], limit_s=patience_s)))
         except BaseException:
             self.close()
             raise
@@ -231,14 +223,13 @@ class LearnerGroup:
     def _run(
         self,
         orders: Sequence[Message],
-        heard: Callable[[int], None] = lambda rows: None,
         idle: Callable[[], None] = lambda: None,
         limit_s: float | None = None,
-    ) -> list[Message]:
+    ) -> Counting[list[Message]]:
         """Give each rank its order and await its answer.
 
         Args:
-            heard: told how many more rows are done. idle: called several times a second.
+            idle: called several times a second.
             limit_s: of silence; None: the recipe's.
 
         Raises:
@@ -247,6 +238,7 @@ class LearnerGroup:
         if not self._ranks:
             raise RanksLost("The learner's ranks were ended; make a new learner")
         answers: dict[int, Message] = {}
+        done = 0
         for number, (rank, order) in enumerate(zip(self._ranks, orders, strict=True)):
             rank.done, rank.silent_s = 0, 0.0
             self._send(number, order)
@@ -257,7 +249,8 @@ class LearnerGroup:
             waited = min(time.perf_counter() - started, 2 * TICK_S)  # not what this process slept itself
             for connection, number in open_ranks.items():
                 if connection in ready:
-                    self._take(number, answers, heard)
+                    done += self._take(number, answers)
+                    yield done
                 else:
                     self._ranks[number].silent_s += waited
             self._check_silence([i for i in open_ranks.values() if i not in answers], limit_s or self.config.silence_s)
@@ -270,8 +263,8 @@ class LearnerGroup:
         except OSError:
             self._lose(number)
 
-    def _take(self, number: int, answers: dict[int, Message], heard: Callable[[int], None]) -> None:
-        """Act on a rank's next message. Raises RanksLost."""
+    def _take(self, number: int, answers: dict[int, Message]) -> int:
+        """Act on a rank's next message; how many more sequences are done. Raises RanksLost."""
         rank = self._ranks[number]
         try:
             message = rank.hear()
@@ -279,11 +272,12 @@ class LearnerGroup:
                 self._place(message[1], message[2], rank.connection.recv_bytes())
             elif message[0] == "tick":
                 more, rank.done = message[1] - rank.done, max(rank.done, message[1])
-                heard(max(0, more) if number % self.config.tensor_parallel == 0 else 0)
+                return max(0, more) if number % self.config.tensor_parallel == 0 else 0
             else:
                 answers[number] = message
         except (_Gone, EOFError, OSError):
             self._lose(number)
+        return 0
 
     def _check_silence(self, waiting: list[int], limit_s: float) -> None:
         """A rank that hangs makes the others hang that wait for it: the one that fell silent first is named."""
@@ -292,7 +286,7 @@ class LearnerGroup:
             self._end(f"Rank {silent} of the learner has been silent for {self._ranks[silent].silent_s:.0f} s")
 
     def _all_agree(self, *order: Any) -> None:
-        self._agree(self._run([order] * self.config.ranks, limit_s=START_S))
+        self._agree(finish(self._run([order] * self.config.ranks, limit_s=START_S)))
 
     def _agree(self, answers: list[Message]) -> None:
         """Raises UserError when the ranks have refused."""
@@ -337,9 +331,7 @@ class LearnerGroup:
         """Each order for all ranks of its group."""
         return [order for order in orders for _ in range(self.config.tensor_parallel)]
 
-    def _update(
-        self, update: Update, learning_rate: float, stop_requested: Callable[[], bool], tick: Callable[[int], None]
-    ) -> Tally:
+    def _update(self, update: Update, learning_rate: float, stop_requested: Callable[[], bool]) -> Counting[Tally]:
         """Have the ranks carry out an update, and take their weights over."""
         told = False
 
@@ -352,7 +344,8 @@ class LearnerGroup:
 
         chunks = [self._split(update.rollouts, chunk) for chunk in update.chunks]
         shares = [_share(update, [parts[group] for parts in chunks]) for group in range(self.config.data_parallel)]
-        answers = self._run(self._for_all([("train", share, learning_rate) for share in shares]), tick, idle)
+        orders = self._for_all([("train", share, learning_rate) for share in shares])
+        answers = yield from self._run(orders, idle)
         if answers[0][0] == "interrupted":
             raise Interrupted
         self._fetch("weights", self.policy.model)
@@ -363,7 +356,7 @@ class LearnerGroup:
         """Take the ranks' weights over, in place. Raises RanksLost."""
         self._targets = {name: p.detach() for name, p in module.named_parameters()}
         self._missing = {name: p.numel() for name, p in self._targets.items()}
-        self._run([(order,)] * self.config.ranks)
+        finish(self._run([(order,)] * self.config.ranks))
         incomplete = [name for name, count in self._missing.items() if count]
         self._targets = {}
         if incomplete:

@@ -7,7 +7,7 @@ the off-policy correction masks whole, have zero gradient and are not run again.
 
 With `train.lora` the adapter's matrices learn in place of the weights (`lora.py`).
 The same class is a rank's part of a sharded learner (`worker.py`): an update is planned (`plan_update`), carried out by
-`Learner.update` on whatever rows it is given, and summed up (`update_metrics`). Ranks take turns in the same
+`Learner.apply` on whatever rows it is given, and summed up (`update_metrics`). Ranks take turns in the same
 collectives, so each runs as many micro-batches as the one that has most; the missing ones are empty.
 """
 
@@ -26,6 +26,7 @@ from forerun.algorithms.losses import clipped_policy_loss, kl_k3
 from forerun.algorithms.off_policy import correct
 from forerun.config import TrainConfig
 from forerun.errors import Interrupted, UserError
+from forerun.events import Counting
 from forerun.learner.lora import LoraAdapter, save_settings
 from forerun.learner.optimizer import MasterOptimizer
 from forerun.learner.packing import attend_by_sequence, packed_microbatches, require_packing
@@ -105,7 +106,7 @@ def plan_update(config: TrainConfig, rollouts: Sequence[Rollout], advantages: Te
 def update_metrics(
     config: TrainConfig, update: Update, tally: Tally, learning_rate: float, scored: Scored
 ) -> dict[str, float]:
-    """What `train` returns."""
+    """What `Learner.update` returns."""
     tokens = max(1.0, tally.tokens)
     return {
         "policy/loss": tally.loss / config.updates_per_step,
@@ -158,11 +159,8 @@ class Learner:
 
     @torch.no_grad()
     def score(
-        self,
-        rollouts: Sequence[Rollout],
-        tick: Callable[[int], None] = lambda n: None,
-        forward: Callable[[Any, TokenBatch], Tensor] = completion_logits,
-    ) -> Scored:
+        self, rollouts: Sequence[Rollout], forward: Callable[[Any, TokenBatch], Tensor] = completion_logits
+    ) -> Counting[Scored]:
         """Recompute every token's log-probability under the current policy (and the reference).
 
         Args:
@@ -184,19 +182,18 @@ class Learner:
                 logits = self._reference_logits(batch)
                 _scatter(token_logprobs(logits, batch.targets, self.temperature), rows, rollouts, reference)
             done += len(rows)
-            tick(done)
+            yield done
         mean = entropy_sum / max(1, sum(len(r.tokens) for r in rollouts))
         return Scored(own, reference, mean, [float(e.mean()) for e in entropies])
 
-    def train(
+    def update(
         self,
         rollouts: Sequence[Rollout],
         advantages: Tensor,  # [P·n]
         scored: Scored,
         learning_rate: float,
         stop_requested: Callable[[], bool] = lambda: False,
-        tick: Callable[[int], None] = lambda n: None,
-    ) -> dict[str, float]:
+    ) -> Counting[dict[str, float]]:
         """Update the policy on one batch; returns metrics.
 
         Raises:
@@ -204,25 +201,22 @@ class Learner:
             UserError: the loss or the gradient is not finite; the policy is as it was before this optimizer step.
         """
         update = plan_update(self.config, rollouts, advantages, scored)
-        tally = self.update(update, learning_rate, stop_requested, tick)
+        tally = yield from self.apply(update, learning_rate, stop_requested)
         return update_metrics(self.config, update, tally, learning_rate, scored)
 
-    def update(
-        self,
-        update: Update,
-        learning_rate: float,
-        stop_requested: Callable[[], bool] = lambda: False,
-        tick: Callable[[int], None] = lambda n: None,
-    ) -> Tally:
-        """Carry out an update, or this rank's part of one. Raises as `train` does, on all ranks or on none."""
-        tally = Tally()
+    def apply(
+        self, update: Update, learning_rate: float, stop_requested: Callable[[], bool] = lambda: False
+    ) -> Counting[Tally]:
+        """Carry out an update, or this rank's part of one. Raises as `update` does, on all ranks or on none."""
+        tally, done = Tally(), 0
         for number, chunk in enumerate(update.chunks):
             for rows, batch in self._batches(update.rollouts, chunk, self.config.packing):
                 if number == 0 and self.most(int(stop_requested())):
                     self.optimizer.clear()
                     raise Interrupted
                 self._accumulate(batch, rows, update.targets, update.size, tally)
-                tick(len(rows))
+                done += len(rows)
+                yield done
             tally.norms.append(self._step(learning_rate))
         return tally
 

@@ -34,6 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from forerun.config import DraftConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
+from forerun.events import Counting, T
 from forerun.learner.fsdp import Blueprint, build_sharded, load_shards, load_whole, save_shards, whole_parameters
 from forerun.learner.learner import SHARDS, Learner, Scored, Update
 from forerun.learner.parallel import most_over_ranks
@@ -101,26 +102,30 @@ class Server:
     def score(self, rollouts: list[Rollout], batches: list[list[int]]) -> None:
         """This rank's rows of a batch; `batches` of them are kept for the drafter, see `Pupil.listen`."""
         forward = completion_logits if self.pupil is None else self.pupil.listen(rollouts, batches)
-        scored = self.learner.score(rollouts, lambda done: self.tell("tick", done), forward)
+        scored = self._report(self.learner.score(rollouts, forward))
         own = [x.clone() for x in scored.logprobs]  # not the storage that they are views of
         reference = None if scored.reference is None else [x.clone() for x in scored.reference]
         self.tell("scored", Scored(own, reference, scored.entropy, scored.entropies))
 
     def train(self, update: Update, learning_rate: float) -> None:
         """This rank's part of an update."""
-        self._stop, done = False, 0
-
-        def tick(rows: int) -> None:
-            nonlocal done
-            done += rows
-            self.tell("tick", done)
-
+        self._stop = False
         try:
-            tally = self.learner.update(update, learning_rate, self.stop_requested, tick)
+            tally = self._report(self.learner.apply(update, learning_rate, self.stop_requested))
         except Interrupted:
             self.tell("interrupted")
         else:
             self.tell("trained", tally)
+
+    def _report(self, work: Counting[T]) -> T:
+        """Run work to its end; its result. Every yield is passed on."""
+        while True:
+            try:
+                done = next(work)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            self.tell("tick", done)
 
     def stop_requested(self) -> bool:
         """Whether the parent wants the update under way to be left."""

@@ -295,9 +295,7 @@ def to_the_end(current: Run) -> Work[dict[str, Any]]:
     except Interrupted:
         yield from current.checkpoint()
         current.timeline.close()
-        warning = (
-            f"stopped after step {current.history.step}; go on with: forerun train --resume {current.folder.path}"
-        )
+        warning = f"stopped after step {current.history.step}; go on with: forerun train --resume {current.folder.path}"
         yield Warned(warning)
         raise
     return (yield from finished(current, env, prediction if isinstance(prediction, Prediction) else None))
