@@ -6,7 +6,6 @@ The steps are made of the loop's own pieces, without its console, run folder, ch
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forerun.training.setup import encode, prompts_of_step
 
 from forerun.algorithms.advantages import group_advantages
 from forerun.config import Recipe, load_recipe
@@ -26,11 +24,11 @@ from forerun.events import finish
 from forerun.learner.learner import Learner, Scored
 from forerun.models import Policy, load_policy
 from forerun.models.logprobs import TokenBatch, completion_logits
-from forerun.report.console import Console
 from forerun.tasks import Problem, Task, load_task
 from forerun.tracking.environment import describe_environment
-from forerun.training.rollout import Generated, generate
-from forerun.types import Prompt, Rollout
+from forerun.training.prompts import Request, encode, problems_of_step
+from forerun.training.rollout import RolloutBatch, generate
+from forerun.types import Rollout
 
 Forward = Callable[[Any, TokenBatch], torch.Tensor]
 
@@ -43,13 +41,13 @@ class Setting:
     policy: Policy
     task: Task
 
-    def prompts(self, problems: Sequence[Problem]) -> list[Prompt]:
-        """The problems as the engine takes them."""
+    def prompts(self, problems: Sequence[Problem]) -> list[list[int]]:
+        """Token ids of the problems."""
         return [encode(p, self.recipe, self.policy) for p in problems]
 
     def held_out(self, count: int) -> list[list[int]]:
         """Token ids of the first `count` prompts that training never sees."""
-        return [p.token_ids for p in self.prompts(self.task.problems("eval")[:count])]
+        return self.prompts(self.task.problems("eval")[:count])
 
     def sampling(self, seed: int, temperature: float | None = None) -> Sampling:
         """The recipe's limits, at its temperature unless another one is given."""
@@ -92,22 +90,20 @@ class Trajectory:
         self.setting = setting
         self.learner = Learner(setting.policy, setting.recipe.train, setting.recipe.rollout.temperature)
         self._problems = setting.task.problems("train")
-        self._quiet = Console(1, out=io.StringIO())
 
     def problems(self, step: int) -> list[Problem]:
         """Those of a step, 0-based, as in a run of the recipe."""
         recipe = self.setting.recipe
-        return prompts_of_step(self._problems, step, recipe.train.prompts_per_step, recipe.seed)
+        return problems_of_step(self._problems, step, recipe.train.prompts_per_step, recipe.seed)
 
-    def generate(self, engine: LocalEngine, problems: Sequence[Problem], step: int) -> Generated:
+    def generate(self, engine: LocalEngine, problems: Sequence[Problem], step: int) -> RolloutBatch:
         """The step's rollouts by `engine`, with rewards."""
         setting, recipe = self.setting, self.setting.recipe
-        return generate(
-            engine, setting.policy, setting.task, problems, setting.prompts(problems),
-            setting.sampling(request_seed(recipe.seed, step, 0)), recipe.train.samples_per_prompt, self._quiet,
-        )  # fmt: skip
+        sampling = setting.sampling(request_seed(recipe.seed, step, 0))
+        request = Request(list(problems), setting.prompts(problems), sampling)
+        return finish(generate(engine, setting.policy, setting.task, request, recipe.train.samples_per_prompt))
 
-    def update(self, generated: Generated, forward: Forward = completion_logits) -> Scored:
+    def update(self, generated: RolloutBatch, forward: Forward = completion_logits) -> Scored:
         """Log-probabilities (through `forward`) and one update of the policy."""
         train = self.setting.recipe.train
         scored = finish(self.learner.score(generated.rollouts, forward=forward))

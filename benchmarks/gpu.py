@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import io
 import json
 import shutil
 import statistics
@@ -319,17 +318,19 @@ class Quickstart:
 
     def _train(self, recipe: Recipe, folder: Path) -> dict[str, Any]:
         """Samples of the policy and training on them; raises OutOfTime."""
-        from forerun.report.console import Console
         from forerun.training.drafter import train_drafter
 
         self.clock.check()
-        quiet: Any = Console(1, out=io.StringIO())
-        quiet.progress = lambda *_: self.clock.check()
         slots = max(SAMPLING_SLOTS, recipe.rollout.slots)
         recipe = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"slots": slots})})
         started = time.perf_counter()
-        about = train_drafter(recipe, self.setting.policy, self.setting.task, folder, quiet)
-        return {"seconds": time.perf_counter() - started, **about}
+        work = train_drafter(recipe, self.setting.policy, self.setting.task, folder)
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                return {"seconds": time.perf_counter() - started, **end.value}
+            self.clock.check()
 
     def _measure(self, name: str, recipe: Recipe) -> None:
         from benchmarks.speculation import measure

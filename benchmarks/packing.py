@@ -23,7 +23,7 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.events import finish
 from forerun.learner.learner import Learner, Scored
 from forerun.tracking.environment import describe_environment, machine_line
-from forerun.training.rollout import Generated
+from forerun.training.rollout import RolloutBatch
 
 
 def learners(setting: Setting) -> dict[str, Learner]:
@@ -35,7 +35,7 @@ def learners(setting: Setting) -> dict[str, Learner]:
     }
 
 
-def turn(learner: Learner, generated: Generated) -> tuple[Scored, float, float]:
+def turn(learner: Learner, generated: RolloutBatch) -> tuple[Scored, float, float]:
     """Seconds of the two passes that a step makes."""
     started = time.perf_counter()
     scored = finish(learner.score(generated.rollouts))
@@ -45,7 +45,7 @@ def turn(learner: Learner, generated: Generated) -> tuple[Scored, float, float]:
     return scored, middle - started, time.perf_counter() - middle
 
 
-def alone(setting: Setting, generated: Generated) -> torch.Tensor:
+def alone(setting: Setting, generated: RolloutBatch) -> torch.Tensor:
     """Log-probabilities of one sequence per pass. [M]"""
     config = setting.recipe.train.model_copy(update={"packing": False, "microbatch_tokens": 1})
     learner = Learner(setting.policy, config, setting.recipe.rollout.temperature)
@@ -58,14 +58,14 @@ def distance(first: torch.Tensor, second: torch.Tensor) -> dict[str, float]:
     return {"largest": float(gap.max()), "above_1e-5": float((gap > 1e-5).float().mean())}
 
 
-def computed_tokens(learner: Learner, generated: Generated) -> int:
+def computed_tokens(learner: Learner, generated: RolloutBatch) -> int:
     """Of all micro-batches, padding included."""
     everything = range(len(generated.rollouts))
     batches = learner._batches(generated.rollouts, everything, learner.config.packing)
     return sum(batch.input_ids.numel() for _, batch in batches)
 
 
-def compare(setting: Setting, generated: Generated, repeats: int) -> dict[str, Any]:
+def compare(setting: Setting, generated: RolloutBatch, repeats: int) -> dict[str, Any]:
     """Both, in turns."""
     tokens = sum(len(r.prompt_ids) + len(r.tokens) for r in generated.rollouts)
     times: dict[str, list[tuple[float, float]]] = {"padded": [], "packed": []}

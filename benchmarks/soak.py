@@ -33,8 +33,8 @@ from forerun.engine.base import Counters, Requests, Sampling, Weights, nothing, 
 from forerun.engine.replicated import Patience, ReplicatedEngine
 from forerun.models import Policy
 from forerun.tracking.environment import describe_environment
-from forerun.training.prefetch import RolloutsAhead
-from forerun.training.rollout import Generated
+from forerun.training.prefetch import Prefetcher
+from forerun.training.rollout import RolloutBatch
 from forerun.training.weights import publish
 from forerun.types import Rollout
 
@@ -112,7 +112,7 @@ class Watch:
     wrong: list[str] = field(default_factory=list)
     measured: list[tuple[int, float, int, int]] = field(default_factory=list)  # step, MiB, threads, open files
 
-    def look(self, step: int, generated: Generated) -> None:
+    def look(self, step: int, generated: RolloutBatch) -> None:
         """Every sample of the step once, with its own tokens, of a version that the lag allows."""
         found = sorted((r.prompt_index, r.sample_index) for r in generated.rollouts)
         if found != [(p, s) for p in range(PROMPTS) for s in range(SAMPLES)]:
@@ -170,11 +170,11 @@ def soak(steps: int, replicas: int, lag: int, failures: float) -> dict[str, Any]
     )  # fmt: skip
     prompts = [[1 + p, 2, 3] for p in range(PROMPTS)]
 
-    def make(step: int, stop: Callable[[], bool], between: Callable[[], None]) -> Generated:
+    def make(step: int, stop: Callable[[], bool], between: Callable[[], None]) -> RolloutBatch:
         rollouts = list(engine.stream(prompts, Sampling(LONGEST, 1.0, step), SAMPLES, between=between))
-        return Generated(rollouts, [], torch.zeros(PROMPTS, SAMPLES), 0.0, 0.0, Counters(), [])
+        return RolloutBatch(rollouts, [], torch.zeros(PROMPTS, SAMPLES), 0.0, 0.0, Counters(), [])
 
-    ahead, warnings = RolloutsAhead(engine, make, range(steps), lag, in_flight=True), 0
+    ahead, warnings = Prefetcher(engine, make, range(steps), lag, in_flight=True), 0
     try:
         ahead.publish(publish(0, policy, None, shared=False, frozen=True))
         for step in range(steps):

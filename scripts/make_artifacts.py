@@ -23,11 +23,12 @@ from forerun.config import load_recipe
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import load_policy
-from forerun.report.console import Console
+from forerun.report.console import Console, follow
 from forerun.tasks import load_task
 from forerun.training.drafter import train_drafter
-from forerun.training.rollout import evaluation, generate
-from forerun.training.setup import encode, prepare_policy
+from forerun.training.metrics import evaluation
+from forerun.training.prompts import Request, encode, prepare_policy
+from forerun.training.rollout import generate
 
 COLD_START, DRAFTER = "quickstart-cold-start", "quickstart-eagle3"
 SEED = 10_000  # other problems than those of the quickstart's own seeds
@@ -35,30 +36,29 @@ COLD_START_SETTINGS = {"steps": 140, "batch": 16, "learning_rate": 1e-3, "rank":
 DEPTH = 5  # draft positions that the head is trained for; the rest is the recipe's
 
 
-def make_cold_start(console: Console) -> None:
+def make_cold_start() -> None:
     """Train the adapter and measure the policy that it makes."""
     changes = {"policy.adapter": None, "seed": SEED, "task.size": 4000, "speculation": {"method": "none"}}
     recipe = load_recipe("quickstart", {**changes, "cold_start": COLD_START_SETTINGS})
     with tempfile.TemporaryDirectory() as scratch:
-        policy = prepare_policy(recipe, load_task(recipe.task, recipe.seed), Path(scratch), console)
+        policy = follow(prepare_policy(recipe, load_task(recipe.task, recipe.seed), Path(scratch)), Console(0))
         keep(COLD_START, Path(scratch) / "cold_start", ["adapter_config.json", "adapter_model.safetensors"])
-    record(
-        COLD_START, "cold-start", {"settings": COLD_START_SETTINGS, "seed": SEED, **measure(policy, recipe, console)}
-    )
+    record(COLD_START, "cold-start", {"settings": COLD_START_SETTINGS, "seed": SEED, **measure(policy, recipe)})
 
 
-def make_drafter(console: Console) -> None:
+def make_drafter() -> None:
     """Train the head on rollouts of the policy after its cold start."""
     changes = {"seed": SEED, "draft.depth": DEPTH, "speculation.draft": None, "rollout.slots": 32}
     recipe = load_recipe("quickstart", changes)
     policy = load_policy(recipe.policy.model, recipe.policy.dtype, recipe.policy.device, recipe.policy.adapter)
     with tempfile.TemporaryDirectory() as scratch:
-        about = train_drafter(recipe, policy, load_task(recipe.task, recipe.seed), Path(scratch), console)
+        work = train_drafter(recipe, policy, load_task(recipe.task, recipe.seed), Path(scratch))
+        about = follow(work, Console(0))
         keep(DRAFTER, Path(scratch), ["config.json", "model.safetensors"])
     record(DRAFTER, "drafter", dict(about))
 
 
-def measure(policy: Any, recipe: Any, console: Console) -> dict[str, float]:
+def measure(policy: Any, recipe: Any) -> dict[str, float]:
     """Held-out reward of a policy, sampled and greedy, and its negative log-likelihood of its own samples."""
     task = load_task(recipe.task)
     problems = task.problems("eval")[:256]
@@ -67,13 +67,14 @@ def measure(policy: Any, recipe: Any, console: Console) -> dict[str, float]:
     results: dict[str, float] = {}
     for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
         sampling = Sampling(recipe.rollout.max_new_tokens, temperature, 7)
-        made = generate(engine, policy, task, problems, prompts, sampling, 1, console)
+        work = generate(engine, policy, task, Request(problems, prompts, sampling), 1)
+        made = follow(work, Console(0))
         numbers = evaluation(made)
         results[f"reward_{name}"] = round(numbers["eval/reward"], 4)
         if temperature:
             nats = -sum(sum(r.logprobs) for r in made.rollouts) / made.tokens
             results |= {"nats_per_token": round(nats, 4), "tokens_per_answer": round(numbers["eval/length"], 1)}
-    console.note(f"cold start: {results}")
+    print(f"cold start: {results}")
     return results
 
 
@@ -106,11 +107,10 @@ def record(name: str, part: str, numbers: dict[str, Any]) -> None:
 
 def main() -> None:
     parts = sys.argv[1:] or ["cold-start", "drafter"]
-    with Console(0) as console:
-        if "cold-start" in parts:
-            make_cold_start(console)
-        if "drafter" in parts:
-            make_drafter(console)
+    if "cold-start" in parts:
+        make_cold_start()
+    if "drafter" in parts:
+        make_drafter()
 
 
 if __name__ == "__main__":

@@ -25,9 +25,11 @@ def train(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str, Any
         forerun.errors.UserError: one sentence on what is wrong with the recipe, the model or the data.
     """
     from forerun.config import load_recipe
-    from forerun.training.loop import run
+    from forerun.report.console import Console, follow
+    from forerun.training.run import run
 
-    return run(load_recipe(recipe, overrides or {}))
+    settings = load_recipe(recipe, overrides or {})
+    return follow(run(settings), Console(settings.train.steps))
 
 
 def load_engine(

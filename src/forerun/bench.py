@@ -25,15 +25,14 @@ from forerun.drafters.base import Learning
 from forerun.engine import Counters, Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
+from forerun.events import Note, Work, during
 from forerun.models import Policy
-from forerun.report.console import Console
 from forerun.tasks import load_task
 from forerun.tracking.environment import describe_environment, machine_line
-from forerun.training.setup import encode, prepare_policy
+from forerun.training.prompts import encode, prepare_policy
 
 SCHEMA = 1
 WARM_UP_TOKENS = 8
-Note = Callable[[str], None]
 
 
 @dataclass(slots=True)
@@ -115,16 +114,14 @@ def bench_recipe(
     batches: Sequence[int],
     drafts: dict[str, str],
     repeats: int,
-    console: Console,
-) -> dict[str, Any]:
+) -> Work[dict[str, Any]]:
     """Load the recipe's policy and measure; arguments as `bench`. The result is what `bench.json` holds."""
     env = describe_environment()
     task = load_task(recipe.task, recipe.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        policy = prepare_policy(recipe, task, Path(scratch), console)
-    prompts = [encode(p, recipe, policy).token_ids for p in task.problems("eval")[: 2 * max(batches)]]
-    with console.stage("bench"):
-        rows = bench(recipe, policy, prompts, methods, ks, batches, drafts, repeats, console.note)
+        policy = yield from prepare_policy(recipe, task, Path(scratch))
+    prompts = [encode(p, recipe, policy) for p in task.problems("eval")[: 2 * max(batches)]]
+    rows = yield from during("bench", bench(recipe, policy, prompts, methods, ks, batches, drafts, repeats))
     return {
         "schema": SCHEMA, "recipe": recipe.name, "policy": policy.name, "dtype": str(policy.dtype)[6:],
         "temperature": recipe.rollout.temperature, "max_new_tokens": recipe.rollout.max_new_tokens,
@@ -141,8 +138,7 @@ def bench(
     batches: Sequence[int],
     drafts: dict[str, str],
     repeats: int,
-    note: Note,
-) -> list[dict[str, Any]]:
+) -> Work[list[dict[str, Any]]]:
     """Rows of the cost table: the plain step of every batch (k = 0), then every method and k.
 
     Args:
@@ -170,7 +166,7 @@ def bench(
         rows.append(_row("none", 0, batch, plain, plain))
         rows += [_row(method, k, batch, cell, plain) for (method, k), cell in cells.items()]
         for row in rows[-len(cells) :]:
-            note(row_text(row))
+            yield Note(row_text(row))
     return rows
 
 

@@ -53,10 +53,10 @@ def train(
     if dry_run:
         _print_recipe(settings, json)
         return
-    from forerun.report.console import Console
-    from forerun.training.loop import run
+    from forerun.report.console import Console, follow
+    from forerun.training.run import run
 
-    run(settings, Console(settings.train.steps, json=json), resume)
+    follow(run(settings, resume), Console(settings.train.steps, json=json))
 
 
 @app.command()
@@ -69,12 +69,12 @@ def draft(
 ) -> None:
     """Train a drafter on the policy's own rollouts and save it in the layout that vLLM reads."""
     settings = load_recipe(recipe, parse_overrides(overrides or []))
-    from forerun.report.console import Console
+    from forerun.report.console import Console, follow
     from forerun.training.drafter import make_drafter
 
-    with Console(0, json=json) as console:
-        about = make_drafter(settings, out, console, resume)
-        console.note(f"drafter saved to {out}; use it with speculation.draft={out}")
+    console = Console(0, json=json)
+    about = follow(make_drafter(settings, out, resume), console)
+    console.note(f"drafter saved to {out}; use it with speculation.draft={out}")
     if json:
         _print_json({"draft": str(out), **about})
 
@@ -95,16 +95,21 @@ def bench(
     settings = load_recipe(recipe, parse_overrides(overrides or []))
     from forerun.bench import bench_recipe
     from forerun.report.bench_page import write_bench
-    from forerun.report.console import Console
+    from forerun.report.console import Console, follow
 
     names = methods.split(",") if methods else list(dict.fromkeys([settings.speculation.method, "ngram"]))
-    with Console(0, json=json) as console:
-        result = bench_recipe(
-            settings, [n for n in names if n != "none"], _numbers(ks), _numbers(batches), parse_overrides(draft or []),
-            repeats, console,
-        )  # fmt: skip
-        paths = write_bench(result, out)
-        console.note(f"cost table {paths['table']}, page {paths['page']}")
+    work = bench_recipe(
+        settings,
+        [name for name in names if name != "none"],
+        _numbers(ks),
+        _numbers(batches),
+        parse_overrides(draft or []),
+        repeats,
+    )
+    console = Console(0, json=json)
+    result = follow(work, console)
+    paths = write_bench(result, out)
+    console.note(f"cost table {paths['table']}, page {paths['page']}")
     if json:
         _print_json({**result, "paths": paths})
 
@@ -124,11 +129,11 @@ def verify(
     chosen = [] if engine is None else [f"rollout.engine={engine}"]
     settings = load_recipe(recipe, parse_overrides([*(overrides or []), *chosen]))
     from forerun.lossless.harness import FULL, QUICK, verify_recipe
-    from forerun.report.console import Console
+    from forerun.report.console import Console, follow
     from forerun.report.verification import write_verification
 
-    with Console(0, json=json) as console:
-        verdict = verify_recipe(settings, console, effort=QUICK if quick else FULL, against=against, inject=inject)
+    work = verify_recipe(settings, effort=QUICK if quick else FULL, against=against, inject=inject)
+    verdict = follow(work, Console(0, json=json))
     paths = write_verification(verdict.to_dict(), out)
     if json:
         _print_json({**verdict.to_dict(), "paths": paths})
@@ -256,7 +261,7 @@ def main() -> None:
 
 
 def _resumed(run: Path, words: list[str]) -> Recipe:
-    from forerun.training.loop import resumed_recipe
+    from forerun.training.run import resumed_recipe
 
     return resumed_recipe(run, parse_overrides(words))
 

@@ -7,22 +7,12 @@ Left out: anything that decides something. Records only carry.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STAGES = ("data", "prepare", "generation", "logprob", "train")  # of a step, as 2604.26779 times them
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One prompt as the engine takes it and as the reward needs it."""
-
-    token_ids: list[int]
-    problem_id: str = ""
-    answer: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ from forerun.drafters import load_drafter
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
-from forerun.report.console import Console
+from forerun.report.console import Console, follow
 from forerun.tasks import Problem
 from forerun.training.drafter import make_drafter, read_texts, text_pairs
-from forerun.training.setup import encode
+from forerun.training.prompts import encode
 from tiny_models import ALPHABET, save_tiny
 
 
@@ -60,8 +60,7 @@ class Killed(Console):
 
 
 def made(recipe: Recipe, out: Path, resume: bool = False, stop: str | None = None) -> dict[str, object]:
-    with Killed(stop) if stop else Console(0) as console:
-        return make_drafter(recipe, out, console, resume)
+    return follow(make_drafter(recipe, out, resume), Killed(stop) if stop else Console(0))
 
 
 def test_forerun_draft_goes_on_where_it_was_broken_off(recipe: Path, tmp_path: Path) -> None:
@@ -106,7 +105,7 @@ def test_a_cold_start_is_not_made_again(recipe: Path, tmp_path: Path, monkeypatc
     def never(*_: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr("forerun.learner.sft.cold_start", never)
+    monkeypatch.setattr("forerun.learner.sft.train_adapter", never)
     monkeypatch.setattr("forerun.training.drafter.sample_policy", never)
     assert made(settings, out, resume=True) == about
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -156,7 +155,7 @@ def test_texts_become_pairs(recipe: Path, tmp_path: Path, policy: Policy) -> Non
     path.write_text("\n\n".join(json.dumps(r) for r in rows))
     pairs, cut = text_pairs(str(path), settings, policy)
     decode = policy.tokenizer.decode
-    wanted = encode(Problem("0", "1+1=", ""), settings, policy).token_ids
+    wanted = encode(Problem("0", "1+1=", ""), settings, policy)
     assert pairs[0] == (wanted, [*policy.tokenizer("2")["input_ids"], 0]) and "be brief" in decode(pairs[0][0])
     assert pairs[1][1][-1] == 0 and pairs[1][1].count(0) == 1
     assert decode(pairs[2][0]) == "h" and decode(pairs[2][1]) == "ello world"
@@ -207,8 +206,8 @@ def test_a_drafter_learns_from_texts(recipe: Path, tmp_path: Path, method: str) 
     path.write_text("\n".join(json.dumps(r) for r in rows))
     changes = {"draft.texts": str(path), "draft.learning_rate": 3e-3, "draft.vocab": 60, "speculation.method": method}
     settings = load_recipe(str(recipe), changes | ({"draft.layers": [0, 3]} if method == "model" else {}))
-    with Listening() as console:
-        about = make_drafter(settings, tmp_path / "head", console)
+    console = Listening()
+    about = follow(make_drafter(settings, tmp_path / "head"), console)
     assert about["rollouts"] == 100 and about["tokens"] == 100 * 29
     assert json.loads((tmp_path / "head" / "config.json").read_text())["forerun"]["training"]["texts"] == str(path)
     lengths = [

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from benchmarks.soak import PROMPTS, SAMPLES, Watch, made_up, soak
-from forerun.engine import Counters
-from forerun.training.rollout import Generated
+from forerun.engine import Counters, Sampling
+from forerun.training.prompts import Request
+from forerun.training.rollout import RolloutBatch
 from forerun.types import Rollout
 
 
@@ -31,7 +32,7 @@ def generated(step: int) -> list[Rollout]:
 
 def look(rollouts: list[Rollout], step: int = 5) -> list[str]:
     watch = Watch(lag=2)
-    watch.look(step, Generated(rollouts, [], torch.zeros(1), 0.0, 0.0, Counters(), []))
+    watch.look(step, RolloutBatch(rollouts, [], torch.zeros(1), 0.0, 0.0, Counters(), [], Request([], [], Sampling())))
     return watch.wrong
 
 

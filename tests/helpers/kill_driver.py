@@ -23,21 +23,22 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import forerun.cli
+from forerun.events import Began, Ended, Progress
 from forerun.learner.distributed import LearnerGroup
 from forerun.report.console import Console
 from forerun.tracking.run_folder import RunFolder
 from forerun.training import checkpoint, loop
+from forerun.training import run as runs
+from forerun.training.run import Run
+from forerun.types import STAGES
 from preforked import Spares
 
-STAGES = ("data", "prepare", "generation", "logprob", "train")
 POINTS = (*STAGES, "rollouts", "learnt", "checkpoint", "writing", "flushing", "renamed", "finishing")
 INSIDE = ("scoring", "training", "evaluation", "sharding", "restoring")  # the last two: ranks save, and load
 SAMPLES = 5  # "rollouts" is struck when so many have come
@@ -50,7 +51,7 @@ class Hand:
 
     def __init__(self, kills: list[dict[str, Any]], struck: str, in_turn: bool = False) -> None:
         self.kills, self.struck, self.in_turn, self.step = list(kills), struck, in_turn, 0
-        self.training: Any = None
+        self.run: Any = None
         self.learner: Any = None
         self.stage = ""
 
@@ -77,7 +78,7 @@ class Hand:
     def _victim(self, kill: dict[str, Any]) -> int:
         if kill["who"] == "driver":
             return os.getpid()
-        pids = self.training.engine.pids if kill["who"] == "replica" else self.learner.pids
+        pids = self.run.engine.pids if kill["who"] == "replica" else self.learner.pids
         return int(pids[kill.get("which", 0)])
 
     def _note(self, kill: dict[str, Any], pid: int) -> None:
@@ -99,51 +100,61 @@ class Hand:
         self._arm_steps()
         self._arm_checkpoints()
         self._arm_ranks()
-        stage, progress = loop.StageTimer.stage, Console.progress
+        self._arm_generation()
+        show = Console.show
 
-        @contextmanager
-        def struck(timer: Any, name: str) -> Iterator[None]:
-            self.at(name)
-            with stage(timer, name):
-                self.stage = name
-                yield
-            self.stage = ""
-            if name == "train":
-                self.at("learnt")
+        def struck(console: Any, event: Any) -> None:
+            match event:
+                case Began(name) if name in STAGES:
+                    self.at(name)
+                    self.stage = name
+                case Ended(name) if name in STAGES:
+                    self.stage = ""
+                    if name == "train":
+                        self.at("learnt")
+                case Progress(done=done) if self.stage in ("logprob", "train") and done > 0:
+                    self.at("scoring" if self.stage == "logprob" else "training")
+            show(console, event)
 
-        def counted(console: Any, done: float, total: float, unit: str, rate: float | None = None) -> None:
-            if self.stage == "generation" and done == SAMPLES:
-                self.at("rollouts")
-            elif self.stage in ("logprob", "train") and done > 0:
-                self.at("scoring" if self.stage == "logprob" else "training")
-            progress(console, done, total, unit, rate)
+        Console.show = struck  # type: ignore[method-assign]
 
-        loop.StageTimer.stage = struck  # type: ignore[method-assign, assignment]
-        Console.progress = counted  # type: ignore[method-assign]
+    def _arm_generation(self) -> None:
+        generate = runs.generate
+
+        def counted(*arguments: Any) -> Any:
+            work = generate(*arguments)
+            while True:
+                try:
+                    event = next(work)
+                except StopIteration as end:
+                    return end.value
+                if self.stage == "generation" and event.done == SAMPLES:
+                    self.at("rollouts")
+                yield event
+
+        runs.generate = counted
 
     def _arm_steps(self) -> None:
-        original, evaluate, finish = loop.Training._step, loop.Training._evaluate, loop.Training._finish
+        step, evaluate, finished = loop.train_step, loop.evaluate, runs.finished
 
-        def step(training: Any, number: int, stop: Any) -> None:
-            self._enter(training, number)
-            original(training, number, stop)
+        def one_step(run: Any, number: int) -> Any:
+            self._enter(run, number)
+            return step(run, number)
 
-        def evaluation(training: Any, done: int, stop: Any) -> None:
-            self._enter(training, done - 1)
+        def evaluation(run: Any, done: int) -> Any:
+            self._enter(run, done - 1)
             self.at("evaluation")
-            evaluate(training, done, stop)
+            return evaluate(run, done)
 
-        def finishing(training: Any) -> Any:
-            self._enter(training, training.history.step - 1)  # also where no step was left
+        def finishing(run: Any, *more: Any) -> Any:
+            self._enter(run, run.history.step - 1)  # also where no step was left
             self.at("finishing")
-            return finish(training)
+            return finished(run, *more)
 
-        loop.Training._step = step  # type: ignore[method-assign]
-        loop.Training._evaluate = evaluation  # type: ignore[method-assign]
-        loop.Training._finish = finishing  # type: ignore[method-assign]
+        loop.train_step, loop.evaluate, runs.finished = one_step, evaluation, finishing
 
-    def _enter(self, training: Any, step: int) -> None:
-        self.step, self.training, self.learner, self.stage = step, training, training.learner, ""
+    def _enter(self, run: Any, step: int) -> None:
+        self.step, self.run, self.learner, self.stage = step, run, run.learner, ""
 
     def _arm_ranks(self) -> None:
         save, restore = LearnerGroup.save, LearnerGroup.restore
@@ -162,12 +173,12 @@ class Hand:
 
     def _arm_checkpoints(self) -> None:
         write, flush, save, place = (
-            loop.Training._checkpoint, checkpoint._flush, torch.save, checkpoint._put_in_place,
+            Run._checkpoint, checkpoint._flush, torch.save, checkpoint._put_in_place,
         )  # fmt: skip
 
-        def begun(training: Any) -> None:
+        def begun(run: Any) -> Any:
             self.at("checkpoint")
-            write(training)
+            return write(run)
 
         def half(state: Any, path: Any, **settings: Any) -> None:
             save(state, path, **settings)
@@ -187,7 +198,7 @@ class Hand:
             place(scratch, target)
             self.at("renamed")
 
-        loop.Training._checkpoint = begun  # type: ignore[method-assign]
+        Run._checkpoint = begun  # type: ignore[method-assign]
         checkpoint.torch.save = half
         checkpoint._flush, checkpoint._put_in_place = flushed, placed
 

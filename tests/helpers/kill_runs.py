@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from forerun.tasks import load_task
-from forerun.training.loop import resumed_recipe
-from forerun.training.setup import prompts_of_step
+from forerun.training.prompts import problems_of_step
+from forerun.training.run import resumed_recipe
 from kill_driver import LIMIT_S
 
 PROMPTS, SAMPLES = 3, 4
@@ -169,7 +169,7 @@ def faults(folder: Path, changes: dict[str, Any] | None = None) -> list[str]:
     expected: Counter[tuple[int, str, str]] = Counter()
     task = load_task(recipe.task, recipe.seed)
     for step in range(steps):
-        chosen = prompts_of_step(task.problems("train"), step, recipe.train.prompts_per_step, recipe.seed)
+        chosen = problems_of_step(task.problems("train"), step, recipe.train.prompts_per_step, recipe.seed)
         for place, problem in enumerate(chosen):
             expected[step + 1, f"{step + 1}/{place}", problem.question] += recipe.train.samples_per_prompt
     counted = Counter((s["step"], s["prompt_id"], s["prompt"][len("<u>") : -len("<a>")]) for s in samples)

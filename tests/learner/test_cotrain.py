@@ -264,12 +264,12 @@ def steps_of(run: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("method", "train"), [("eagle3", "every-2"), ("eagle3", "drift"), ("mtp", "every-1")])
 def test_a_resumed_run_goes_on_bit_for_bit(recipe: Path, method: str, train: str) -> None:
-    from forerun.training.loop import resumed_recipe, run
+    from forerun.training.run import resumed_recipe, run
 
     changes = {"speculation.method": method, "speculation.train": train}
     whole = forerun.train(str(recipe), changes)
     half = forerun.train(str(recipe), {**changes, "train.steps": 2})
-    continued = run(resumed_recipe(Path(half["run"]), {"train.steps": 4}), resume=Path(half["run"]))
+    continued = finish(run(resumed_recipe(Path(half["run"]), {"train.steps": 4}), resume=Path(half["run"])))
     assert continued["weights"] == whole["weights"]
     assert steps_of(continued["run"]) == steps_of(whole["run"])
     still = forerun.train(str(recipe), {**changes, "speculation.train": "off"})

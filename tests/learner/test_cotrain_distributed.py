@@ -36,7 +36,7 @@ from forerun.learner.cotrain_distributed import GroupCoTrainer, Score
 from forerun.learner.distributed import LearnerGroup
 from forerun.learner.learner import Learner
 from forerun.models import Policy, load_policy
-from forerun.training import loop
+from forerun.training import run as runs
 from forerun.types import Rollout
 from forerun.workers.local import PROGRAM, Nursery
 
@@ -323,7 +323,7 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
     """Killed in the second step's draft training, it ends with policy and drafter of an undisturbed run."""
     trained: list[str] = []
     published: dict[int, dict[str, str]] = {}
-    compare, publish, study = LearnerGroup.compare, loop.publish, LearnerGroup.study
+    compare, publish, study = LearnerGroup.compare, runs.publish, LearnerGroup.study
 
     def compared(self: LearnerGroup, held: Sequence[str], received: str) -> None:
         compare(self, held, received)
@@ -336,7 +336,7 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
         return weights
 
     monkeypatch.setattr(LearnerGroup, "compare", compared)
-    monkeypatch.setattr(loop, "publish", recorded)
+    monkeypatch.setattr(runs, "publish", recorded)
     undisturbed = forerun.train(str(recipe))
     rows = steps_of(undisturbed["run"])
     assert len(rows) == len(trained) == 2 and all(row["draft/tokens"] > 0 for row in rows)

@@ -26,7 +26,7 @@ from forerun.algorithms.advantages import group_advantages
 from forerun.config import TrainConfig
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
-from forerun.events import finish
+from forerun.events import Counting, finish
 from forerun.learner.distributed import LearnerGroup
 from forerun.learner.learner import Learner
 from forerun.models import Policy, load_policy

@@ -27,7 +27,7 @@ from test_distributed import PLAIN, Batch, alive, steps, weights
 import forerun
 from forerun.config import ClusterConfig, TrainConfig, load_recipe
 from forerun.errors import UserError
-from forerun.events import finish
+from forerun.events import Counting, finish
 from forerun.learner.distributed import LearnerGroup
 from forerun.learner.learner import Learner
 from forerun.models import Policy, load_policy

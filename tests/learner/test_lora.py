@@ -400,17 +400,17 @@ def recipe(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(recipe: Path) -> None:
-    from forerun.training.loop import resumed_recipe, run
+    from forerun.training.run import resumed_recipe, run
 
     words = {"policy.dtype": "bfloat16", "train.kl": 0.01}
     whole = forerun.train(str(recipe), words)
     half = Path(forerun.train(str(recipe), {**words, "train.steps": 2})["run"])
-    continued = run(resumed_recipe(half, {"train.steps": 4}), resume=half)
+    continued = finish(run(resumed_recipe(half, {"train.steps": 4}), resume=half))
     assert continued["weights"] == whole["weights"]
     files = [Path(x["paths"]["adapter"]) / "adapter_model.safetensors" for x in (continued, whole)]
     assert files[0].read_bytes() == files[1].read_bytes()
     with pytest.raises(UserError, match=r"was made with train\.lora="):
-        run(resumed_recipe(half, {"train.steps": 5, "train.lora": None}), resume=half)
+        finish(run(resumed_recipe(half, {"train.steps": 5, "train.lora": None}), resume=half))
 
 
 @pytest.mark.slow

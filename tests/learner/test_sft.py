@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from forerun.config import ColdStartConfig
 from forerun.errors import UserError
-from forerun.learner.sft import cold_start, learning_rate_factor, merge, solved_examples
-from forerun.models import load_policy
+from forerun.learner.sft import learning_rate_factor, merge, solved_examples, train_adapter
+from forerun.models import Policy, load_policy
 from forerun.tasks import Problem
+
+
+def trained(policy: Policy, examples: Any, config: ColdStartConfig) -> tuple[list[float], Any]:
+    """The losses and the adapter."""
+    work, losses = train_adapter(policy, examples, config, 0), []
+    while True:
+        try:
+            losses.append(next(work))
+        except StopIteration as end:
+            return losses, end.value
 
 
 def test_adapter_gives_the_same_policy_again(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -20,9 +31,8 @@ def test_adapter_gives_the_same_policy_again(tiny: Callable[..., Path], tmp_path
     problems = [Problem(str(i), f"{i}+1=", str(i + 1), f"#### {i + 1}") for i in range(12)]
     examples = solved_examples(policy, problems, True, None)
     assert all(completion[-1] == policy.tokenizer.eos_token_id for _, completion in examples)
-    losses: list[float] = []
     config = ColdStartConfig(steps=12, batch=6, learning_rate=5e-3, rank=4, warmup=2)
-    adapter = cold_start(policy, examples, config, 0, lambda step, loss: losses.append(loss))
+    losses, adapter = trained(policy, examples, config)
     merge(policy, adapter, tmp_path / "adapter")
     assert losses[-1] < losses[0]
     again = load_policy(str(tiny("llama")), "float32", "cpu", str(tmp_path / "adapter"))

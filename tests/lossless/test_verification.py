@@ -16,10 +16,10 @@ import yaml
 
 from forerun.config import Recipe, load_recipe
 from forerun.errors import UserError
+from forerun.events import finish
 from forerun.lossless.faults import FAULTS
 from forerun.lossless.harness import Effort, verify_recipe
 from forerun.models import load_policy
-from forerun.report.console import Console
 from tiny_models import random_drafter
 
 SMALL = Effort(8, 6, 6, 800, 8, 16, 0, 12, 4096)
@@ -54,7 +54,7 @@ def recipe(recipe_file: Path) -> Recipe:
 @pytest.mark.parametrize("rule", ["block", "token"])
 def test_a_sound_engine_passes(recipe_file: Path, rule: str) -> None:
     settings = load_recipe(str(recipe_file), {"speculation.verify": rule})
-    verdict = verify_recipe(settings, Console(0, json=True), effort=SMALL)
+    verdict = finish(verify_recipe(settings, effort=SMALL))
     assert verdict.passed, verdict.to_text()
     assert [claim.name for claim in verdict.claims] == ["greedy identity", TWO_SAMPLES, LAW, LOGPROBS, VERSIONS]
     json.dumps(verdict.to_dict())
@@ -62,7 +62,7 @@ def test_a_sound_engine_passes(recipe_file: Path, rule: str) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_every_fault_is_found_and_its_claim_named(recipe: Recipe, fault: str) -> None:
-    verdict = verify_recipe(recipe, Console(0, json=True), effort=SMALL, inject=fault)
+    verdict = finish(verify_recipe(recipe, effort=SMALL, inject=fault))
     assert not verdict.passed
     assert CAUGHT_BY.get(fault, LAW) in verdict.failed_claims, verdict.to_text()
 
@@ -79,6 +79,6 @@ def test_the_verb_writes_its_page_and_exits_with_1_on_a_fault(recipe_file: Path,
 
 def test_nothing_to_verify_and_unknown_faults_are_one_sentence(recipe_file: Path) -> None:
     with pytest.raises(UserError, match="does not speculate"):
-        verify_recipe(load_recipe(str(recipe_file), {"speculation.method": "none"}), Console(0, json=True))
+        finish(verify_recipe(load_recipe(str(recipe_file), {"speculation.method": "none"})))
     with pytest.raises(UserError, match="There is no fault 'gremlins'"):
-        verify_recipe(load_recipe(str(recipe_file)), Console(0, json=True), inject="gremlins")
+        finish(verify_recipe(load_recipe(str(recipe_file)), inject="gremlins"))

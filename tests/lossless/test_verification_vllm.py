@@ -15,9 +15,9 @@ import yaml
 
 from forerun.config import Recipe, load_recipe
 from forerun.errors import UserError
+from forerun.events import finish
 from forerun.lossless.harness import Effort, verify_recipe
 from forerun.models import load_policy
-from forerun.report.console import Console
 from vllm_tiny import SHAPE, frequent, head_for
 
 needs_vllm = pytest.mark.skipif(
@@ -47,7 +47,7 @@ def recipe(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) 
 
 @needs_vllm
 def test_vllm_passes(recipe: Recipe) -> None:
-    verdict = verify_recipe(recipe, Console(0, json=True), effort=SMALL)
+    verdict = finish(verify_recipe(recipe, effort=SMALL))
     assert verdict.passed, verdict.to_text()
     assert verdict.about["engine"] == "vllm" and "token" in verdict.about["speculation"]
 
@@ -55,13 +55,13 @@ def test_vllm_passes(recipe: Recipe) -> None:
 @needs_vllm
 def test_vllms_own_fault_is_found(recipe: Recipe) -> None:
     """At another temperature than 1, so that rows without their own show."""
-    verdict = verify_recipe(recipe, Console(0, json=True), effort=SMALL, inject="upstream")
+    verdict = finish(verify_recipe(recipe, effort=SMALL, inject="upstream"))
     assert not verdict.passed and "joint law" in verdict.failed_claims, verdict.to_text()
 
 
 def test_faults_are_of_one_engine(recipe: Recipe) -> None:
     with pytest.raises(UserError, match="no fault 'no_residual' to inject into the engine 'vllm'"):
-        verify_recipe(recipe, Console(0, json=True), inject="no_residual")
+        finish(verify_recipe(recipe, inject="no_residual"))
     local = recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"engine": "local"})})
     with pytest.raises(UserError, match="no fault 'upstream' to inject into the engine 'local'"):
-        verify_recipe(local, Console(0, json=True), inject="upstream")
+        finish(verify_recipe(local, inject="upstream"))

@@ -11,7 +11,7 @@ from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy, load_policy
 from forerun.tasks import load_task
-from forerun.training.setup import encode
+from forerun.training.prompts import encode
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def quickstart() -> tuple[Policy, list[list[int]]]:
     recipe = load_recipe("quickstart")
     policy = load_policy(recipe.policy.model, "float32", "cpu", recipe.policy.adapter)
     problems = load_task(recipe.task).problems("eval")[:64]
-    return policy, [encode(p, recipe, policy).token_ids for p in problems]
+    return policy, [encode(p, recipe, policy) for p in problems]
 
 
 def test_artifacts_are_whole_and_small() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from forerun.events import Began, Ended, Progress, StepDone
 from forerun.report.console import Console, step_line
 from forerun.report.summary import (
     comparison_rows,
@@ -69,8 +70,9 @@ def test_step_line_leaves_out_what_is_missing() -> None:
 def test_lines_without_a_terminal_are_plain_text() -> None:
     out = io.StringIO()
     with Console(2, out=out) as console:
-        with console.stage("generation"):
-            console.progress(1, 2, "sequences", 3.0)
+        console.show(Began("generation"))
+        console.show(Progress(1, 2, "sequences", 3.0))
+        console.show(Ended("generation"))
         console.step(1, METRICS)
         console.note("saved to [x]/policy")
     text = out.getvalue()
@@ -153,9 +155,9 @@ def test_a_terminal_gets_a_live_bar_and_its_cursor_back() -> None:
     master, slave = os.openpty()
     reader = ThreadPoolExecutor(1).submit(read_all, master)
     with os.fdopen(slave, "w") as terminal, pytest.raises(KeyboardInterrupt), Console(2, out=terminal) as console:
-        with console.stage("generation"):
-            console.progress(5, 10, "sequences", 1.0)
-            console.step(1, {"time/step": 2.0})
+        console.show(Began("generation"))
+        console.show(Progress(5, 10, "sequences", 1.0))
+        console.show(StepDone(1, {"time/step": 2.0}))
         raise KeyboardInterrupt
     seen = reader.result(timeout=10)
     assert "step 1/2" in seen and "eta 2s" in seen

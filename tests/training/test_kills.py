@@ -20,12 +20,14 @@ import pytest
 import forerun
 from forerun.engine import replicated as replicas
 from forerun.errors import UserError
+from forerun.events import finish
 from forerun.learner.distributed import LearnerGroup
-from forerun.report.console import Console
+from forerun.report.console import Console, follow
 from forerun.training import loop
+from forerun.training import run as runs
 from forerun.training.checkpoint import check_sizes, complete_checkpoints, newest_checkpoint
-from forerun.training.loop import resumed_recipe, run
 from forerun.training.restart import Restarts
+from forerun.training.run import Run, resumed_recipe, run
 from kill_driver import LIMIT_S, POINTS, Hand
 from kill_runs import PROMPTS, Zygote, faults, lines, write_recipe
 
@@ -143,8 +145,8 @@ def keep_hands_off(monkeypatch: pytest.MonkeyPatch) -> None:
     from forerun.training import checkpoint
 
     for owner, names in (
-        (loop.Training, ("_step", "_evaluate", "_finish", "_checkpoint")), (loop.StageTimer, ("stage",)),
-        (Console, ("progress",)), (LearnerGroup, ("save", "restore")), (checkpoint, ("_flush", "_put_in_place")),
+        (loop, ("train_step", "evaluate")), (runs, ("finished", "generate")), (Run, ("_checkpoint",)),
+        (Console, ("show",)), (LearnerGroup, ("save", "restore")), (checkpoint, ("_flush", "_put_in_place")),
         (checkpoint.torch, ("save",)),
     ):  # fmt: skip
         for name in names:
@@ -199,30 +201,36 @@ def test_a_run_that_loses_them_every_time_gives_up(
     console = Console(4)
     recipe_data = {"train.steps": 4, "rollout.replicas": 1, "checkpoint.restarts": 1}
     with pytest.raises(replicas.ReplicasLost, match="killed by signal 9"):
-        run(forerun.config.load_recipe(str(recipe), recipe_data), console)
+        follow(run(forerun.config.load_recipe(str(recipe), recipe_data)), console)
     assert len(hand.kills) == 3 and sum("goes back" in w for w in console.warnings) == 1
     folder = (recipe.parent / "runs" / "latest").resolve()
     assert [r["step"] for r in lines(folder / "metrics.jsonl") if "reward/mean" in r] == [1, 2]  # and can be resumed
 
 
 def test_restarts_are_counted_between_checkpoints(tmp_path: Path) -> None:
-    told: list[str] = []
-    restarts, lost = Restarts(2, told.append), replicas.ReplicasLost("Replica 0 died")
+    restarts, lost = Restarts(2), replicas.ReplicasLost("Replica 0 died")
+    warnings: list[str] = []
+
+    def grant(folder: Path | None) -> Path:
+        granted, warning = restarts.grant(lost, folder)
+        warnings.append(warning)
+        return granted
 
     def reach(step: int) -> None:
         (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
         (tmp_path / "checkpoints" / f"step-{step:06d}" / "complete").touch()
 
     for _ in range(2):
-        assert restarts.grant(lost, tmp_path) == tmp_path
+        assert grant(tmp_path) == tmp_path
     reach(1)
     for _ in range(2):  # progress gives both again, and a run that was lost while it began is the same run
-        assert restarts.grant(lost, None) == tmp_path
+        assert grant(None) == tmp_path
     with pytest.raises(replicas.ReplicasLost):
         restarts.grant(lost, tmp_path)
-    assert len(told) == 4 and "step 0 (restart 2 of 2" in told[1] and "step-000001 (restart 1 of 2" in told[2]
+    assert len(warnings) == 4
+    assert "step 0 (restart 2 of 2" in warnings[1] and "step-000001 (restart 1 of 2" in warnings[2]
     with pytest.raises(replicas.ReplicasLost):
-        Restarts(2, told.append).grant(lost, None)  # there is no run yet
+        Restarts(2).grant(lost, None)  # there is no run yet
 
 
 # ---- broken checkpoints ----
@@ -262,8 +270,7 @@ def test_a_broken_checkpoint_is_passed_over_and_told(
     half = Path(shutil.copytree(begun, tmp_path / "half"))
     spoil(half / "checkpoints" / "step-000003" / file, how)
     (half / "checkpoints" / "step-000004.partial").mkdir()
-    console = Console(5)
-    summary = run(resumed_recipe(half, {"train.steps": 5}), console, half)
+    summary = finish(run(resumed_recipe(half, {"train.steps": 5}), half))
     told = [w for w in summary["warnings"] if "the run goes on from step-000002" in w]
     assert len(told) == 2 and words in told[0] and str(half / "checkpoints" / "step-000003") in told[0]
     assert "step-000004" in told[1] and "cut off" in told[1]
@@ -277,7 +284,7 @@ def test_without_a_whole_checkpoint_a_run_is_not_resumed(begun: Path, tmp_path: 
     for checkpoint in kept:
         spoil(checkpoint / "random.pt", "cut")
     with pytest.raises(UserError, match=r"step-000003 cannot be used: random\.pt has .* no other checkpoint of"):
-        run(resumed_recipe(half, {"train.steps": 4}), resume=half)
+        finish(run(resumed_recipe(half, {"train.steps": 4}), resume=half))
     assert complete_checkpoints(half / "checkpoints") == kept  # nothing was renamed
 
 
@@ -285,7 +292,7 @@ def test_an_evaluation_at_the_end_is_not_made_twice(begun: Path, tmp_path: Path)
     """Killed after its last step, when only the summary is missing."""
     done = Path(shutil.copytree(begun, tmp_path / "done"))
     (done / "summary.json").unlink()
-    run(resumed_recipe(done, {}), resume=done)
+    finish(run(resumed_recipe(done, {}), resume=done))
     assert faults(done) == []
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from forerun.engine import Counters, Weights
+from forerun.engine import Counters, Sampling, Weights
 from forerun.errors import Interrupted, UserError
-from forerun.training.prefetch import RolloutsAhead, lag_of
-from forerun.training.rollout import Generated
+from forerun.training.prefetch import Prefetcher, lag_metrics
+from forerun.training.prompts import Request
+from forerun.training.rollout import RolloutBatch
 from forerun.types import Rollout
 
 STEPS = 6
@@ -30,17 +31,17 @@ class Recorder:
         return weights
 
 
-def generated(versions: list[int]) -> Generated:
+def generated(versions: list[int]) -> RolloutBatch:
     rollout = Rollout([1], [2] * len(versions), [-1.0] * len(versions), versions, "eos")
-    return Generated([rollout], ["x"], torch.ones(1, 1), 0.1, 0.0, Counters(), [])
+    return RolloutBatch([rollout], ["x"], torch.ones(1, 1), 0.1, 0.0, Counters(), [], Request([], [], Sampling()))
 
 
 def ahead(
     engine: Recorder, lag: int, rounds: int = 4, in_flight: bool = False, gate: threading.Event | None = None
-) -> RolloutsAhead:
+) -> Prefetcher:
     """Every step has `rounds` tokens, each of the version that the engine then holds."""
 
-    def make(step: int, stop: Callable[[], bool], between: Callable[[], None]) -> Generated:
+    def make(step: int, stop: Callable[[], bool], between: Callable[[], None]) -> RolloutBatch:
         versions = []
         for number in range(rounds):
             between()
@@ -51,14 +52,14 @@ def ahead(
                 gate.wait(10)
         return generated(versions)
 
-    return RolloutsAhead(engine, make, range(STEPS), lag, in_flight)  # type: ignore[arg-type]
+    return Prefetcher(engine, make, range(STEPS), lag, in_flight)  # type: ignore[arg-type]
 
 
 def version(number: int) -> Weights:
     return Weights(number, {})
 
 
-def settle(source: RolloutsAhead, waiting: int) -> None:
+def settle(source: Prefetcher, waiting: int) -> None:
     """Until that many steps wait; and a moment longer, so that one too many would show."""
     end = time.monotonic() + 10
     while source.waiting < waiting:
@@ -77,7 +78,7 @@ def test_no_more_is_generated_than_the_lag_allows_and_nothing_older_is_trained_o
     for step in range(STEPS):
         settle(source, min(lag + 1, STEPS - step))
         assert source.waiting == min(lag + 1, STEPS - step)
-        lags = lag_of(source.take(step, lambda: False), step)
+        lags = lag_metrics(source.take(step, lambda: False), step)
         assert lags["async/lag_max"] == min(step, lag) and lags["async/mixed_rollouts"] == 0
         source.publish(version(step + 1))
     source.close()
@@ -98,12 +99,12 @@ def test_a_new_version_takes_over_in_flight_only_if_asked_to(in_flight: bool) ->
 
 
 def test_a_failure_reaches_the_learner() -> None:
-    def make(step: int, *_: Any) -> Generated:
+    def make(step: int, *_: Any) -> RolloutBatch:
         if step == 1:
             raise UserError("the engine is gone")
         return generated([0])
 
-    source = RolloutsAhead(Recorder(), make, range(STEPS), 2, False)  # type: ignore[arg-type]
+    source = Prefetcher(Recorder(), make, range(STEPS), 2, False)  # type: ignore[arg-type]
     source.publish(version(0))
     assert source.take(0, lambda: False).rollouts
     with pytest.raises(UserError, match="the engine is gone"):

@@ -17,6 +17,7 @@ import yaml
 
 import forerun
 from forerun.errors import UserError
+from forerun.events import finish
 from tiny_models import save_tiny
 
 
@@ -129,9 +130,9 @@ def test_an_evaluation_in_a_crowd_is_the_same_evaluation(recipe: Path) -> None:
 def test_a_resumed_run_gives_the_same_metrics(recipe: Path) -> None:
     whole = forerun.train(str(recipe))
     half = forerun.train(str(recipe), {"train.steps": 2})
-    from forerun.training.loop import resumed_recipe, run
+    from forerun.training.run import resumed_recipe, run
 
-    continued = run(resumed_recipe(Path(half["run"]), {"train.steps": 4}), resume=Path(half["run"]))
+    continued = finish(run(resumed_recipe(Path(half["run"]), {"train.steps": 4}), resume=Path(half["run"])))
     assert continued["run"] == half["run"] and continued["steps"] == 4
     assert continued["weights"] == whole["weights"]
 
@@ -182,11 +183,11 @@ def test_generation_runs_ahead_by_the_lag(recipe: Path, in_flight: bool) -> None
 
 @pytest.mark.slow
 def test_a_run_with_lag_is_resumed_behind_its_checkpoint(recipe: Path) -> None:
-    from forerun.training.loop import resumed_recipe, run
+    from forerun.training.run import resumed_recipe, run
 
     words = {"loop.lag": 2, "rollout.replicas": 1, "compare.steps": 0}
     half = Path(forerun.train(str(recipe), words | {"train.steps": 2})["run"])
-    summary = run(resumed_recipe(half, {"train.steps": 5}), resume=half)
+    summary = finish(run(resumed_recipe(half, {"train.steps": 5}), resume=half))
     steps = steps_of(half)
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5] and summary["weights"]["version"] == 5
     assert steps[2]["async/lag_max"] == 0  # it starts with the checkpoint's version

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 import forerun
+from forerun.events import Counting, finish
 from forerun.learner.distributed import LearnerGroup
-from forerun.training.loop import resumed_recipe, run
+from forerun.training.run import resumed_recipe, run
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_two_ranks_are_the_run_of_one_process(recipe: Path) -> None:
 
     half = forerun.train(str(recipe), {"train.ranks": 2, "train.steps": 1})
     assert (Path(half["run"]) / "checkpoints" / "step-000001" / "learner" / ".metadata").is_file()
-    continued = run(resumed_recipe(Path(half["run"]), {"train.steps": 2}), resume=Path(half["run"]))
+    continued = finish(run(resumed_recipe(Path(half["run"]), {"train.steps": 2}), resume=Path(half["run"])))
     assert continued["weights"] == ranks["weights"] and steps_of(continued["run"]) == found
 
 

@@ -19,12 +19,13 @@ import forerun
 from forerun.config import SpeculationConfig
 from forerun.engine import Sampling
 from forerun.engine.replicated import ReplicatedEngine
+from forerun.events import finish
 from forerun.models import load_policy
 from forerun.tracking.timeline import LEARNER, QUEUE, Event, Timeline, read_timeline
-from forerun.training.history import STAGES
-from forerun.training.loop import resumed_recipe, run
+from forerun.training.run import resumed_recipe, run
 from forerun.training.timing import WatchedEngine
 from forerun.training.weights import publish
+from forerun.types import STAGES
 from tiny_models import save_tiny
 
 
@@ -127,7 +128,7 @@ def test_a_resumed_run_has_every_step_once(recipe: Path) -> None:
     text = (folder / "timeline.json").read_text()
     (folder / "timeline.json").write_text(text[:-40])  # cut off in the middle of a line
     clock_s = max(end(e) for e in lane(folder, LEARNER) if e.step <= 2)
-    run(resumed_recipe(folder, {"train.steps": 4}), resume=folder)
+    finish(run(resumed_recipe(folder, {"train.steps": 4}), resume=folder))
     check_lanes(folder)
     learner = lane(folder, LEARNER)
     for stage in STAGES:

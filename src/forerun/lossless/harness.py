@@ -22,6 +22,7 @@ from forerun.drafters import Drafter, load_drafter
 from forerun.engine import RolloutEngine, Sampling, around, rule_in_force, shares_weights
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
+from forerun.events import Began, Ended, Work, finish
 from forerun.lossless.distribution import law_checks
 from forerun.lossless.exact import disputed_contexts
 from forerun.lossless.faults import check_fault, spoil, tree_verifier_of, verifier_of
@@ -30,12 +31,11 @@ from forerun.lossless.two_sample import sample_checks
 from forerun.lossless.verdict import Check, Claim, Kind, Verification
 from forerun.lossless.weights import contract_checks
 from forerun.models import Policy
-from forerun.report.console import Console
 from forerun.tasks import Task, load_task
 from forerun.tracking.environment import describe_environment, machine_line
 from forerun.training.drafter import prepare_drafter
-from forerun.training.rollout import Generated, generate
-from forerun.training.setup import encode, prepare_policy
+from forerun.training.prompts import Request, encode, prepare_policy
+from forerun.training.rollout import RolloutBatch, generate
 from forerun.training.weights import publish
 
 SEED, SEEDS = 77, 1000  # of recipe.seed 0; and how far apart those of two recipes' seeds are
@@ -72,7 +72,6 @@ class Subject:
     engine: RolloutEngine
     plain: LocalEngine  # of whichever engine: the policy's own word
     inject: str | None
-    console: Console
 
     @property
     def heat(self) -> float:
@@ -84,21 +83,21 @@ class Subject:
         """Of everything that is drawn here: another `seed=` of the recipe makes an independent verification."""
         return SEED + SEEDS * self.recipe.seed
 
-    def rollouts(self, engine: RolloutEngine, effort: Effort, samples: int, seed: int) -> Generated:
+    def rollouts(self, engine: RolloutEngine, effort: Effort, samples: int, seed: int) -> RolloutBatch:
         """`samples` whole rollouts of each prompt."""
         problems = self.task.problems("eval")[: effort.prompts]
         prompts = [encode(p, self.recipe, self.policy) for p in problems]
         sampling = Sampling(self.recipe.rollout.max_new_tokens, self.heat, seed, tuple(self.recipe.rollout.stop))
-        return generate(engine, self.policy, self.task, problems, prompts, sampling, samples, self.console)
+        return finish(generate(engine, self.policy, self.task, Request(problems, prompts, sampling), samples))
 
     def prompts(self, count: int) -> list[list[int]]:
         """Token ids of held-out prompts."""
-        return [encode(p, self.recipe, self.policy).token_ids for p in self.task.problems("eval")[:count]]
+        return [encode(p, self.recipe, self.policy) for p in self.task.problems("eval")[:count]]
 
 
 def verify_recipe(
-    recipe: Recipe, console: Console, *, effort: Effort = FULL, against: int | None = None, inject: str | None = None
-) -> Verification:
+    recipe: Recipe, *, effort: Effort = FULL, against: int | None = None, inject: str | None = None
+) -> Work[Verification]:
     """Verify a recipe's policy, drafter, engine and speculation block.
 
     Args:
@@ -117,22 +116,23 @@ def verify_recipe(
             f"{recipe.speculation.k}), so there is nothing to verify; try speculation.method=eagle3 speculation.k=3"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        subject = _subject(recipe, inject, Path(scratch), console)
+        subject = yield from _subject(recipe, inject, Path(scratch))
         try:
-            return Verification(_about(subject, effort), _claims(subject, effort, against, Path(scratch)))
+            claims = yield from _claims(subject, effort, against, Path(scratch))
+            return Verification(_about(subject, effort), claims)
         finally:
             subject.engine.close()
 
 
-def _subject(recipe: Recipe, inject: str | None, scratch: Path, console: Console) -> Subject:
+def _subject(recipe: Recipe, inject: str | None, scratch: Path) -> Work[Subject]:
     task = load_task(recipe.task, recipe.seed)
-    policy = prepare_policy(recipe, task, scratch, console)
-    drafter = prepare_drafter(recipe, policy, task, scratch / "drafter", console)
+    policy = yield from prepare_policy(recipe, task, scratch)
+    drafter = yield from prepare_drafter(recipe, policy, task, scratch / "drafter")
     assert drafter is not None
     engine = _speculative(recipe, policy, drafter, inject)
     spoil(engine, inject)
     plain = LocalEngine(policy, slots=max(recipe.rollout.slots, CROWD))
-    return Subject(recipe, policy, drafter, task, engine, plain, inject, console)
+    return Subject(recipe, policy, drafter, task, engine, plain, inject)
 
 
 def _speculative(
@@ -149,21 +149,21 @@ def _speculative(
     )  # fmt: skip
 
 
-def _claims(subject: Subject, effort: Effort, against: int | None, scratch: Path) -> list[Claim]:
+def _claims(subject: Subject, effort: Effort, against: int | None, scratch: Path) -> Work[list[Claim]]:
     claims: list[Claim] = []
-
-    def claim(name: str, kind: Kind, make: Callable[[], list[Check]]) -> None:
+    made: dict[str, RolloutBatch] = {}
+    tests: list[tuple[str, Kind, Callable[[], list[Check]]]] = [
+        ("greedy identity", "numerical", lambda: _greedy(subject, effort, scratch)),
+        ("two samples", "algorithmic", lambda: _two_samples(subject, effort, against or effort.samples, made)),
+        ("joint law", "algorithmic", lambda: _law(subject, effort, made["plain"])),
+        ("log-probabilities", "log-probability", lambda: _parity(subject, effort, made["speculative"])),
+        ("weight versions", "contract", lambda: _contract(subject)),
+    ]
+    for name, kind, test in tests:
         started = time.perf_counter()
-        with subject.console.stage(name):
-            checks = make()
-        claims.append(Claim(name, kind, checks, time.perf_counter() - started))
-
-    made: dict[str, Generated] = {}
-    claim("greedy identity", "numerical", lambda: _greedy(subject, effort, scratch))
-    claim("two samples", "algorithmic", lambda: _two_samples(subject, effort, against or effort.samples, made))
-    claim("joint law", "algorithmic", lambda: _law(subject, effort, made["plain"]))
-    claim("log-probabilities", "log-probability", lambda: _parity(subject, effort, made["speculative"]))
-    claim("weight versions", "contract", lambda: _contract(subject))
+        yield Began(name)
+        claims.append(Claim(name, kind, test(), time.perf_counter() - started))
+        yield Ended(name)
     return claims
 
 
@@ -185,7 +185,7 @@ def _greedy(subject: Subject, effort: Effort, scratch: Path) -> list[Check]:
     return checks
 
 
-def _two_samples(subject: Subject, effort: Effort, against: int, made: dict[str, Generated]) -> list[Check]:
+def _two_samples(subject: Subject, effort: Effort, against: int, made: dict[str, RolloutBatch]) -> list[Check]:
     """Keeps the rollouts in `made` for the claims that follow."""
     made["plain"] = subject.rollouts(subject.plain, effort, against, subject.seed)
     made["speculative"] = subject.rollouts(subject.engine, effort, effort.samples, subject.seed + 1)
@@ -193,7 +193,7 @@ def _two_samples(subject: Subject, effort: Effort, against: int, made: dict[str,
     return sample_checks(made["plain"].rollouts, made["speculative"].rollouts, rewards, subject.seed)
 
 
-def _law(subject: Subject, effort: Effort, plain: Generated) -> list[Check]:
+def _law(subject: Subject, effort: Effort, plain: RolloutBatch) -> list[Check]:
     """Texts long enough to hold a whole round of k drafts and the token after it; thousands of them, side by side."""
     contexts = disputed_contexts(subject.policy, subject.drafter, plain.rollouts, effort.contexts, subject.heat)
     length = max(3, subject.recipe.speculation.tokens + 2)
@@ -204,7 +204,7 @@ def _law(subject: Subject, effort: Effort, plain: Generated) -> list[Check]:
     return law_checks(engine, subject.policy, subject.drafter, contexts, effort.texts, length, sampling)
 
 
-def _parity(subject: Subject, effort: Effort, speculative: Generated) -> list[Check]:
+def _parity(subject: Subject, effort: Effort, speculative: RolloutBatch) -> list[Check]:
     k, slots = subject.recipe.speculation.tokens, subject.recipe.rollout.slots
     stride = max(1, len(speculative.rollouts) // effort.parity)
     some, most = speculative.rollouts[::stride][: effort.parity], effort.parity_tokens

@@ -1,10 +1,6 @@
 """What the user sees while a run goes on: a live bar on a terminal, one plain line per step anywhere else.
 
-    with Console(total_steps=8) as console:
-        with console.stage("generation"):
-            console.progress(320, 512, "sequences", rate=12.5)     # rate in units per second
-        console.step(3, metrics)
-    console.table(summary)
+    summary = follow(run(recipe), Console(total_steps=8))      # shows the events of some work, returns its result
 
 Lines carry names and units and are ASCII. "accept 3.1/6" is the acceptance length over its largest value k + 1. With
 `json=True` stdout carries the final JSON document and nothing else; everything meant for people goes to stderr.
@@ -17,11 +13,10 @@ import json as jsonlib
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from io import TextIOWrapper
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console as RichConsole
@@ -29,6 +24,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from forerun import events
+from forerun.events import Began, Ended, Event, Finished, Note, StepDone, Warned, Work
 from forerun.report.summary import (
     comparison_note,
     comparison_rows,
@@ -41,7 +38,15 @@ from forerun.report.summary import (
 
 PLAIN_WIDTH = 120  # columns where there is no terminal to ask
 HEARTBEAT_S = 30.0  # without a terminal: at most one progress line in this time
+STAGE_NAMES = {
+    "logprob": "log-probabilities",
+    "train": "training",
+    "prepare": "weights to the engine",
+    "data": "prompts",
+}
 RECENT_STEPS = 10  # the estimate of what is left looks at so many steps
+
+T = TypeVar("T")
 
 
 class Console:
@@ -59,7 +64,7 @@ class Console:
         self._rich = RichConsole(file=stream, width=None if terminal else PLAIN_WIDTH, highlight=False)
         self._live = _progress_bars(self._rich) if terminal else None
         self._steps_task, self._stage_task = _add_bars(self._live, total_steps)
-        self._stage = ""
+        self._stages: list[str] = []  # under way, the innermost last
         self._last_reward: float | None = None
         self._last_call_s: float | None = None
         self._intervals_s: deque[float] = deque(maxlen=RECENT_STEPS)
@@ -82,17 +87,25 @@ class Console:
         if self._live:
             self._live.stop()
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Show `name` as what is going on; stages may be nested, the outer one comes back."""
-        outer, self._stage = self._stage, name
-        self._heartbeat_s = time.monotonic()
-        self._show_stage(name)
-        try:
-            yield
-        finally:
-            self._stage = outer
-            self._show_stage(outer)
+    def show(self, event: Event) -> None:
+        """Show what some work says while it goes on."""
+        match event:
+            case Began(stage):
+                self._stages.append(stage)
+                self._show_stage()
+            case Ended():
+                self._stages.pop()
+                self._show_stage()
+            case events.Progress(done, total, unit, rate):
+                self.progress(done, total, unit, rate)
+            case Note(text):
+                self.note(text)
+            case Warned(text):
+                self.warn(text)
+            case StepDone(step, metrics):
+                self.step(step, metrics)
+            case Finished(summary):
+                self.table(summary)
 
     def progress(self, done: float, total: float, unit: str, rate: float | None = None) -> None:
         """Show how far the present stage is.
@@ -107,7 +120,7 @@ class Console:
             self._live.update(self._stage_task, completed=done, total=total or None, words=words)
         elif time.monotonic() - self._heartbeat_s >= HEARTBEAT_S:
             self._heartbeat_s = time.monotonic()
-            self._line(f"  {self._stage or 'running'}: {words}")
+            self._line(f"  {self._stage_name() or 'running'}: {words}")
 
     def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Print the line of a finished step (counted from 1) from its metrics; what is missing is left out."""
@@ -142,8 +155,13 @@ class Console:
     def _line(self, text: str) -> None:
         self._rich.print(escape(text), soft_wrap=True)
 
-    def _show_stage(self, name: str) -> None:
+    def _stage_name(self) -> str:
+        return STAGE_NAMES.get(self._stages[-1], self._stages[-1]) if self._stages else ""
+
+    def _show_stage(self) -> None:
+        self._heartbeat_s = time.monotonic()
         if self._live:
+            name = self._stage_name()
             self._live.reset(self._stage_task, description=name, total=None, words="", visible=bool(name))
 
     def _note_interval(self, step_s: float | None) -> None:
@@ -157,6 +175,22 @@ class Console:
         if not self._intervals_s:
             return None
         return max(0, self.total_steps - step) * sum(self._intervals_s) / len(self._intervals_s)
+
+
+def follow(work: Work[T], console: Console) -> T:
+    """Show what `work` says until it ends, and return its result."""
+    with console:
+        try:
+            event = next(work)
+            while True:
+                try:
+                    console.show(event)
+                except BaseException as error:  # Ctrl-C while a line was printed: the work may say how to go on
+                    event = work.throw(error)
+                else:
+                    event = next(work)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
 
 
 def step_line(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import shutil
@@ -27,24 +26,24 @@ from forerun.drafters.training.trainer import Report, StateFile, Validated, Vali
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
+from forerun.events import Began, Ended, Note, Progress, Warned, Work, during
 from forerun.models import Policy, load_policy
 from forerun.models.checksum import checksum
-from forerun.report.console import Console
 from forerun.tasks import Problem, Task, load_task
 from forerun.tasks.jsonl import read_jsonl
 from forerun.tracking.run_folder import disk_errors, write_atomically
-from forerun.training.setup import encode, prepare_policy
+from forerun.training.prompts import encode, prepare_policy
 
 Pairs = list[tuple[list[int], list[int]]]  # (prompt ids, completion ids)
 
 
-def prepare_drafter(recipe: Recipe, policy: Policy, task: Task, folder: Path, console: Console) -> Drafter | None:
+def prepare_drafter(recipe: Recipe, policy: Policy, task: Task, folder: Path) -> Work[Drafter | None]:
     """Load the recipe's drafter, or train one on the policy's own rollouts where it names none."""
     speculation = recipe.speculation
     if speculation.tokens == 0:
         return None
     if speculation.draft is None and speculation.method in TRAINED:
-        train_drafter(recipe, policy, task, folder, console)
+        yield from train_drafter(recipe, policy, task, folder)
         speculation = speculation.model_copy(update={"draft": str(folder)})
     return load_drafter(policy, speculation)
 
@@ -146,7 +145,7 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def make_drafter(recipe: Recipe, out: Path, console: Console, resume: bool = False) -> dict[str, object]:
+def make_drafter(recipe: Recipe, out: Path, resume: bool = False) -> Work[dict[str, object]]:
     """Train the recipe's drafter and save it to `out`; one that was killed goes on with `resume`.
 
     Returns:
@@ -167,24 +166,24 @@ def make_drafter(recipe: Recipe, out: Path, console: Console, resume: bool = Fal
     task = load_task(recipe.task, recipe.seed)
     if resume:
         scratch.check_recipe(recipe)
-        policy = _policy_again(recipe, out, console)
+        policy = yield from during("loading the policy", _policy_again(recipe, out))
         scratch.check_policy(policy)
     else:
-        policy = prepare_policy(recipe, task, out, console)
+        policy = yield from prepare_policy(recipe, task, out)
     try:
-        return train_drafter(recipe, policy, task, out, console, scratch)
+        return (yield from train_drafter(recipe, policy, task, out, scratch))
     except KeyboardInterrupt:
         if scratch.exists:
-            console.warn(f"stopped; go on with the same command and --resume (kept in {scratch.folder})")
+            yield Warned(f"stopped; go on with the same command and --resume (kept in {scratch.folder})")
         raise
 
 
-def _policy_again(recipe: Recipe, folder: Path, console: Console) -> Policy:
+def _policy_again(recipe: Recipe, folder: Path) -> Work[Policy]:
     """The policy of a training that had begun: the adapter of its cold start, if it had one, is there."""
     settings = recipe.policy
     adapter = settings.adapter if recipe.cold_start is None else str(folder / "cold_start")
-    with console.stage("loading the policy"):
-        return load_policy(settings.model, settings.dtype, settings.device, adapter)
+    yield from ()
+    return load_policy(settings.model, settings.dtype, settings.device, adapter)
 
 
 def _check_trained(recipe: Recipe) -> None:
@@ -193,8 +192,8 @@ def _check_trained(recipe: Recipe) -> None:
 
 
 def train_drafter(
-    recipe: Recipe, policy: Policy, task: Task, folder: Path, console: Console, scratch: Scratch | None = None
-) -> dict[str, object]:
+    recipe: Recipe, policy: Policy, task: Task, folder: Path, scratch: Scratch | None = None
+) -> Work[dict[str, object]]:
     """Train a drafter on what the policy says, to the recipe's prompts or after `draft.texts`; save it to `folder`.
 
     Args:
@@ -204,19 +203,21 @@ def train_drafter(
         What is also written into the drafter's config.json under "forerun": data, settings and acceptance.
     """
     _check_trained(recipe)
-    pairs = _training_pairs(recipe, policy, task, console, scratch)
-    started, steps_done = time.perf_counter(), itertools.count(1)
+    pairs = yield from _training_pairs(recipe, policy, task, scratch)
+    events: list[Note] = []
 
     def report(step: int, steps: int, loss: float) -> None:
-        console.progress(step, steps, "steps", next(steps_done) / (time.perf_counter() - started))
+        pass
 
     def validated(epoch: int, result: Validation) -> None:
-        console.note(f"drafter: epoch {epoch}/{recipe.draft.epochs}: {result}")
+        events.append(Note(f"drafter: epoch {epoch}/{recipe.draft.epochs}: {result}"))
 
-    with console.stage("training the drafter"):
-        torch.manual_seed(recipe.seed)  # what a new head begins with; a resumed training must make the same
-        train = {"model": _distilled, "mtp": _mtp_head}.get(recipe.speculation.method, _eagle3_head)
-        drafter, best = train(recipe, policy, pairs, report, validated, None if scratch is None else scratch.state)
+    torch.manual_seed(recipe.seed)  # what a new head begins with; a resumed training must make the same
+    train = {"model": _distilled, "mtp": _mtp_head}.get(recipe.speculation.method, _eagle3_head)
+    yield Began("training the drafter")
+    drafter, best = train(recipe, policy, pairs, report, validated, None if scratch is None else scratch.state)
+    yield from events
+    yield Ended("training the drafter")
     about: dict[str, object] = {
         "policy": policy.name,
         "adapter": recipe.policy.adapter,
@@ -235,19 +236,21 @@ def train_drafter(
 
 
 def _training_pairs(
-    recipe: Recipe, policy: Policy, task: Task, console: Console, scratch: Scratch | None
-) -> Pairs:  # what is kept in `scratch`, or else the recipe's texts, or else samples
+    recipe: Recipe, policy: Policy, task: Task, scratch: Scratch | None
+) -> Work[Pairs]:  # what is kept in `scratch`, or else the recipe's texts, or else samples
     kept = None if scratch is None else scratch.pairs()
     if kept is not None:
-        console.note(f"drafter: going on with {len(kept)} texts of the training that was broken off")
+        yield Note(f"drafter: going on with {len(kept)} texts of the training that was broken off")
         return kept
     pairs: Pairs = []
     if recipe.draft.texts is not None:
         pairs, cut = text_pairs(recipe.draft.texts, recipe, policy)
-        console.note(f"drafter: {len(pairs)} texts, {cut} of them cut at the policy's {policy.context} positions")
+        yield Note(f"drafter: {len(pairs)} texts, {cut} of them cut at the policy's {policy.context} positions")
     if scratch is not None:
         scratch.begin(recipe, policy)
-    pairs = pairs or sample_policy(recipe, policy, task, recipe.draft.rollouts, console)
+    if not pairs:
+        work = sample_policy(recipe, policy, task, recipe.draft.rollouts)
+        pairs = yield from during("sampling the policy", work)
     if scratch is not None:
         scratch.save_pairs(pairs)
     return pairs
@@ -317,7 +320,7 @@ def text_pairs(path: str, recipe: Recipe, policy: Policy) -> tuple[Pairs, int]:
         if prompt is None:
             head, ids = ids[:1], ids[1:]
         else:
-            head = encode(Problem(f"{Path(path).name}/{number}", prompt, ""), recipe, policy).token_ids
+            head = encode(Problem(f"{Path(path).name}/{number}", prompt, ""), recipe, policy)
             ids = ids + _end(ids, policy)
         if len(head) + len(ids) < 3:
             raise UserError(f"Object {number} of {path} has {len(head) + len(ids)} tokens; a text needs at least 3")
@@ -333,20 +336,19 @@ def _end(ids: list[int], policy: Policy) -> list[int]:
     return [] if end is None or (ids and ids[-1] in policy.eos_ids) else [int(end)]
 
 
-def sample_policy(recipe: Recipe, policy: Policy, task: Task, count: int, console: Console) -> Pairs:
+def sample_policy(recipe: Recipe, policy: Policy, task: Task, count: int) -> Work[Pairs]:
     """`count` plain samples on training prompts, at the recipe's temperature: (prompt ids, completion ids)."""
     n = recipe.train.samples_per_prompt
     problems = task.problems("train")
     chosen = random.Random(recipe.seed + 1).sample(problems, min(len(problems), -(-count // n)))
-    prompts = [encode(p, recipe, policy).token_ids for p in chosen]
+    prompts = [encode(p, recipe, policy) for p in chosen]
     engine = LocalEngine(policy, slots=recipe.rollout.slots)
     sampling = Sampling(
         recipe.rollout.max_new_tokens, recipe.rollout.temperature, recipe.seed + 1, tuple(recipe.rollout.stop)
     )
     pairs: Pairs = []
     started = time.perf_counter()
-    with console.stage("sampling the policy"):
-        for rollout in engine.stream(prompts, sampling, n):
-            pairs.append((rollout.prompt_ids, rollout.tokens))
-            console.progress(len(pairs), len(prompts) * n, "rollouts", len(pairs) / (time.perf_counter() - started))
+    for rollout in engine.stream(prompts, sampling, n):
+        pairs.append((rollout.prompt_ids, rollout.tokens))
+        yield Progress(len(pairs), len(prompts) * n, "rollouts", len(pairs) / (time.perf_counter() - started))
     return pairs

@@ -27,7 +27,6 @@ from forerun.types import Rollout
 class RolloutBatch:
     """n rollouts of each of P prompts, in order, with their texts and rewards."""
 
-    request: Request
     rollouts: list[Rollout]
     texts: list[str]
     rewards: torch.Tensor  # [P, n]
@@ -35,6 +34,7 @@ class RolloutBatch:
     reward_s: float
     counters: Counters  # of this call
     timeline: list[tuple[float, int]]  # (seconds, live sequences) per round
+    request: Request
 
     @property
     def tokens(self) -> int:
@@ -74,7 +74,6 @@ def generate(
     answers = zip(rollouts, texts, strict=True)
     rewards = torch.tensor([task.reward(request.problems[r.prompt_index], text) for r, text in answers])
     return RolloutBatch(
-        request=request,
         rollouts=rollouts,
         texts=texts,
         rewards=rewards.view(len(request.prompts), n),
@@ -82,6 +81,7 @@ def generate(
         reward_s=time.perf_counter() - generated,
         counters=engine.counters.minus(before),
         timeline=list(engine.timeline),
+        request=request,
     )
 
 
