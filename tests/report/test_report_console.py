@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from forerun.report.console import Console, step_line
+from forerun.report.format import duration, number
 from forerun.report.summary import (
     comparison_rows,
-    duration,
-    number,
     predicted_plain_step_s,
     stage_rows,
     verdict,

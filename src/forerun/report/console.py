@@ -29,12 +29,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from forerun.report.format import duration, number
 from forerun.report.summary import (
     comparison_note,
     comparison_rows,
     drafter_words,
-    duration,
-    number,
     stage_rows,
     verdict,
 )

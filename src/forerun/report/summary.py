@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from forerun.report.format import DASH, number, times
 from forerun.types import STAGES
-
-DASH = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,36 +37,6 @@ class Stage:
     share: float
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number to so many significant digits, tiny and huge ones to one less with an exponent; a dash for None."""
-    if value is None:
-        return DASH
-    if value == 0:
-        return "0"
-    if not 1e-3 <= abs(value) < 1e6:
-        mantissa, exponent = f"{value:.{max(0, digits - 2)}e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as "42s", "4m21s" or "1h05m"; a dash for None."""
-    if seconds is None:
-        return DASH
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def times(ratio: float | None) -> str:
-    """A ratio as "1.62x"; a dash for None."""
-    return DASH if ratio is None else f"{ratio:.2f}x"
-
-
 def compared(summary: Mapping[str, Any], key: str) -> float | None:
     """Median of one figure over the compared steps, None when nothing was compared."""
     values = [row[key] for row in summary.get("compare") or [] if row.get(key) is not None]
@@ -86,16 +55,6 @@ def predicted_plain_step_s(summary: Mapping[str, Any]) -> float | None:
     if step is None or plain is None or spec is None:
         return None
     return step - spec + plain
-
-
-def overlap(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Medians over the steps of a run's metrics: the shares of the step in which learner and engine waited
-    ("learner_idle", "engine_idle"), and the steps that waited for the learner ("steps_waiting", with lag only)."""
-    steps = [row for row in rows if row.get("time/step")]
-    names = {"learner_idle": "time/exposed_generation", "engine_idle": "time/engine_idle"}
-    found = {key: [r[name] / r["time/step"] for r in steps if r.get(name) is not None] for key, name in names.items()}
-    found["steps_waiting"] = [r["async/steps_waiting"] for r in steps if r.get("async/steps_waiting") is not None]
-    return {key: statistics.median(values) for key, values in found.items() if values}
 
 
 def is_speculative(summary: Mapping[str, Any]) -> bool:
