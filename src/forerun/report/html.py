@@ -22,8 +22,8 @@ from forerun.report.page import figure_html, figures_html, page_html, table_html
 from forerun.report.summary import (
     comparison_note,
     comparison_rows,
-    drafter_words,
     predicted_plain_step_s,
+    speculation_text,
     speedup_generation,
     stage_rows,
     verdict,
@@ -134,7 +134,7 @@ def _key_figures(run: RunData) -> str:
 
 def _tables(run: RunData) -> str:
     rows = [(row.label, row.plain, row.speculative, row.ratio) for row in comparison_rows(run.summary)]
-    comparison = table_html((drafter_words(run.summary), "plain", "speculative", "ratio"), rows, (1, 2, 3))
+    comparison = table_html((speculation_text(run.summary), "plain", "speculative", "ratio"), rows, (1, 2, 3))
     stages = [(stage.name, f"{stage.seconds:.3f}", f"{100 * stage.share:.1f}") for stage in stage_rows(run.summary)]
     mean_step = table_html(("mean step", "seconds", "%"), stages, (1, 2)) if stages else ""
     note = f'<p class="muted">{text(comparison_note(run.summary))}</p>'

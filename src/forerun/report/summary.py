@@ -62,7 +62,7 @@ def is_speculative(summary: Mapping[str, Any]) -> bool:
     return (summary.get("speculation") or {}).get("method", "none") not in (None, "none")
 
 
-def drafter_words(summary: Mapping[str, Any]) -> str:
+def speculation_text(summary: Mapping[str, Any]) -> str:
     """The speculation in words, with the rule in force, e.g. "eagle3, k = 5, block verification"."""
     if not is_speculative(summary):
         return "no speculation"
@@ -92,7 +92,7 @@ def comparison_rows(summary: Mapping[str, Any]) -> list[Row]:
         ),
     ]
     if summary.get("acceptance_length") is not None:
-        rows.append(Row("acceptance length", "1", _acceptance_words(summary)))
+        rows.append(Row("acceptance length", "1", _acceptance_text(summary)))
     if per_position := summary.get("acceptance_per_position"):
         label = f"accepted through position 1..{len(per_position)}"
         rows.append(Row(label, DASH, " ".join(f"{rate:.2f}" for rate in per_position)))
@@ -104,7 +104,7 @@ def _throughput_row(summary: Mapping[str, Any]) -> Row:
     return Row("generation, tokens/s", number(plain), number(spec), times(spec / plain) if plain and spec else DASH)
 
 
-def _acceptance_words(summary: Mapping[str, Any]) -> str:
+def _acceptance_text(summary: Mapping[str, Any]) -> str:
     length, k = summary["acceptance_length"], summary.get("k")
     return f"{length:.2f}" + (f" of {k + 1}" if isinstance(k, int) else "")
 
@@ -131,7 +131,7 @@ def stage_rows(summary: Mapping[str, Any]) -> list[Stage]:
     return [Stage(name, value, value / total if total else 0.0) for name, value in known]
 
 
-def reward_words(summary: Mapping[str, Any]) -> str | None:
+def reward_text(summary: Mapping[str, Any]) -> str | None:
     """Held-out reward at start and end with standard errors, and whether the change is more than their noise."""
     start, end = summary.get("reward_start"), summary.get("reward_end")
     if start is None or end is None:
@@ -154,7 +154,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     """The run in one or two sentences: what speculation brought, and what became of the reward."""
     if not summary:
         return "This run has not finished: it left no summary."
-    reward = reward_words(summary)
+    reward = reward_text(summary)
     return _speed_sentence(summary) + (f" Reward went from {reward}." if reward else "")
 
 
@@ -162,7 +162,7 @@ def _speed_sentence(summary: Mapping[str, Any]) -> str:
     if not is_speculative(summary):
         return "This run generated without speculation."
     ratio, length = speedup_generation(summary), summary.get("acceptance_length")
-    drafted = f"{drafter_words(summary)}" + (f", {length:.2f} tokens per round" if length is not None else "")
+    drafted = f"{speculation_text(summary)}" + (f", {length:.2f} tokens per round" if length is not None else "")
     if ratio is None:
         return f"This run speculated ({drafted}) and did not measure plain decoding, so its speed-up is not known."
     if ratio < 1:
