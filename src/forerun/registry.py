@@ -31,8 +31,12 @@ class Registry:
         """Raises UserError, naming the nearest, when there is no such name; a path is not imported for this."""
         if ":" in name or name in self.names():
             return
-        near = difflib.get_close_matches(name, self.names(), 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(self.names())}"
+        known = self.names()
+        near = difflib.get_close_matches(name, known, 1)
+        if near:
+            hint = f"did you mean '{near[0]}'?"
+        else:
+            hint = f"there are {', '.join(known)}" if known else "write the path of yours, package.module:Name"
         raise UserError(f"No {self.kind} is called '{name}'; {hint}")
 
     def load(self, name: str) -> Any:

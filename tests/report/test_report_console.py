@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from forerun.events import Began, Ended, Progress, StepDone
-from forerun.report.console import Console, step_line
+from forerun.events import Began, Ended, Finished, Note, Progress, StepDone, Warned, Work, during
+from forerun.report.console import Console, follow
+from forerun.report.format import duration, number
+from forerun.report.lines import step_line
 from forerun.report.summary import (
     comparison_rows,
-    duration,
-    number,
     predicted_plain_step_s,
     stage_rows,
     verdict,
@@ -70,9 +70,8 @@ def test_step_line_leaves_out_what_is_missing() -> None:
 def test_lines_without_a_terminal_are_plain_text() -> None:
     out = io.StringIO()
     with Console(2, out=out) as console:
-        console.show(Began("generation"))
-        console.show(Progress(1, 2, "sequences", 3.0))
-        console.show(Ended("generation"))
+        for event in (Began("generation"), Progress(1, 2, "sequences", 3.0), Ended("generation")):
+            console.show(event)
         console.step(1, METRICS)
         console.note("saved to [x]/policy")
     text = out.getvalue()
@@ -155,9 +154,8 @@ def test_a_terminal_gets_a_live_bar_and_its_cursor_back() -> None:
     master, slave = os.openpty()
     reader = ThreadPoolExecutor(1).submit(read_all, master)
     with os.fdopen(slave, "w") as terminal, pytest.raises(KeyboardInterrupt), Console(2, out=terminal) as console:
-        console.show(Began("generation"))
-        console.show(Progress(5, 10, "sequences", 1.0))
-        console.show(StepDone(1, {"time/step": 2.0}))
+        for event in (Began("generation"), Progress(5, 10, "sequences", 1.0), StepDone(1, {"time/step": 2.0})):
+            console.show(event)
         raise KeyboardInterrupt
     seen = reader.result(timeout=10)
     assert "step 1/2" in seen and "eta 2s" in seen
@@ -187,3 +185,51 @@ def test_numbers_read_well(value: float | None, text: str) -> None:
 )
 def test_durations_read_well(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_events_of_long_work_are_shown_and_its_result_is_returned(summary: dict[str, Any]) -> None:
+    out = io.StringIO()
+
+    def work() -> Work[str]:
+        yield from during("generation", inner())
+        yield StepDone(1, METRICS)
+        yield Warned("acceptance fell")
+        yield Finished(summary)
+        return "done"
+
+    def inner() -> Work[None]:
+        yield Began("reward")
+        yield Ended("reward")
+        yield Progress(5, 10, "rollouts", 2.0)
+        yield Note("saved to [x]/policy")
+
+    assert follow(work(), Console(2, out=out)) == "done"
+    text = out.getvalue()
+    shown = ["saved to [x]/policy", "step 1/2 | reward 0.61", "WARNING acceptance fell", "1.60x"]
+    assert [text.index(part) for part in shown] == sorted(text.index(part) for part in shown)
+
+
+def test_work_that_is_interrupted_is_closed_and_the_terminal_restored() -> None:
+    closed: list[bool] = []
+
+    def work() -> Work[None]:
+        try:
+            yield Note("first")
+            raise KeyboardInterrupt
+        finally:
+            closed.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        follow(work(), Console(2, out=io.StringIO()))
+    assert closed == [True]
+
+
+def test_progress_without_a_terminal_is_one_line_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, clock_s = io.StringIO(), [100.0]
+    monkeypatch.setattr("forerun.report.console.time.monotonic", lambda: clock_s[0])
+    console = Console(2, out=out)
+    console.begin("generation")
+    for _ in range(4):
+        clock_s[0] += 20.0
+        console.progress(320, 512, "sequences", 12.5)
+    assert out.getvalue().splitlines() == ["  generation: 320/512 sequences, 12.5/s, 15s left"] * 2

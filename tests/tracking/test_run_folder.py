@@ -12,8 +12,9 @@ import pytest
 
 from forerun.errors import UserError
 from forerun.tracking.environment import describe_environment, machine_line
+from forerun.tracking.files import write_atomically
 from forerun.tracking.metrics import DEFINITIONS, definition_of, nearest_name, unit_of
-from forerun.tracking.run_folder import RunFolder, write_atomically
+from forerun.tracking.run_folder import RunFolder
 
 FULL = Path("/dev/full")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from forerun.config.drafters import Block, GraftConfig, NgramConfig, TrieConfig
 from forerun.config.messages import sentence
 from forerun.errors import UserError
+from forerun.tracking.trackers import TRACKERS
 
 DType = Literal["auto", "float32", "bfloat16"]
 COTRAINED = ("eagle3", "mtp")  # drafters that can train beside the policy
@@ -328,6 +329,10 @@ class Recipe(Block):
     name: str = "run"
     seed: int = 0
     runs: str = Field("runs", description="folder in which run folders are made")
+    trackers: list[str] = Field(
+        default_factory=list,
+        description="experiment trackers beside the run folder: names of entry points, or package.module:Name",
+    )
     policy: PolicyConfig
     task: TaskConfig
     cold_start: ColdStartConfig | None = None
@@ -340,6 +345,16 @@ class Recipe(Block):
     compare: CompareConfig = CompareConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @field_validator("trackers")
+    @classmethod
+    def _trackers(cls, names: list[str]) -> list[str]:
+        try:
+            for name in names:
+                TRACKERS.check(name)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return names
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

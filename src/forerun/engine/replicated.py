@@ -50,7 +50,7 @@ from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.models.load import save_policy
-from forerun.tracking.run_folder import disk_errors
+from forerun.tracking.files import disk_errors
 from forerun.types import Rollout
 from forerun.workers.broadcast import Broadcast
 from forerun.workers.scratch import ScratchFolder

@@ -29,7 +29,7 @@ from forerun.learner.learner import Learner, Scored, Tally, Targets, Update, pla
 from forerun.learner.lora import LoraAdapter
 from forerun.learner.parallel import split_rows
 from forerun.models import Policy
-from forerun.tracking.run_folder import disk_errors
+from forerun.tracking.files import disk_errors
 from forerun.types import Rollout
 from forerun.workers.local import Job, Launcher, Nursery, RanksLost
 from forerun.workers.scratch import ScratchFolder

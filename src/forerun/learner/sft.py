@@ -19,7 +19,7 @@ from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.logprobs import completion_logits, microbatches, token_batch, token_logprobs
 from forerun.tasks import Problem
-from forerun.tracking.run_folder import disk_errors
+from forerun.tracking.files import disk_errors
 
 MICROBATCH_TOKENS = 1024  # padded tokens per pass
 

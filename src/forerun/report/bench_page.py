@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from forerun.report.page import figure_html, figures_html, page_html, table_html, text
-from forerun.tracking.run_folder import write_atomically
+from forerun.tracking.files import write_atomically
 
 Row = Mapping[str, Any]
 _HEAD = ("Drafter", "k", "Batch", "Speed-up", "Tokens per round", "Round cost", "Tokens/s", "Plain tokens/s",

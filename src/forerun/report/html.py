@@ -17,23 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from forerun.report import plots
+from forerun.report.format import duration, number, times
 from forerun.report.page import figure_html, figures_html, page_html, table_html, text
 from forerun.report.summary import (
     comparison_note,
     comparison_rows,
-    drafter_words,
-    duration,
-    number,
     predicted_plain_step_s,
+    speculation_text,
     speedup_generation,
     stage_rows,
-    times,
     verdict,
 )
 from forerun.tracking.environment import machine_line
-from forerun.tracking.metrics import WORDS, definition_of, unit_of
+from forerun.tracking.files import write_atomically
+from forerun.tracking.metrics import TERMS, definition_of, unit_of
 from forerun.tracking.reader import RunData, load_run
-from forerun.tracking.run_folder import write_atomically
 
 Render = Callable[[RunData], str | None]
 
@@ -136,7 +134,7 @@ def _key_figures(run: RunData) -> str:
 
 def _tables(run: RunData) -> str:
     rows = [(row.label, row.plain, row.speculative, row.ratio) for row in comparison_rows(run.summary)]
-    comparison = table_html((drafter_words(run.summary), "plain", "speculative", "ratio"), rows, (1, 2, 3))
+    comparison = table_html((speculation_text(run.summary), "plain", "speculative", "ratio"), rows, (1, 2, 3))
     stages = [(stage.name, f"{stage.seconds:.3f}", f"{100 * stage.share:.1f}") for stage in stage_rows(run.summary)]
     mean_step = table_html(("mean step", "seconds", "%"), stages, (1, 2)) if stages else ""
     note = f'<p class="muted">{text(comparison_note(run.summary))}</p>'
@@ -362,9 +360,9 @@ def metrics_section(run: RunData) -> str | None:
     return table_html(("metric", "first", "mean", "last", "unit", "what it means"), rows, (1, 2, 3))
 
 
-def words_section(run: RunData) -> str | None:
+def terms_section(run: RunData) -> str | None:
     """The few words that the page uses in one fixed meaning."""
-    return table_html(("word", "meaning"), list(WORDS.items()))
+    return table_html(("term", "meaning"), list(TERMS.items()))
 
 
 def setup_section(run: RunData) -> str | None:
@@ -393,6 +391,6 @@ SECTIONS: tuple[Section, ...] = (
     Section("Policy", policy_section),
     Section("Samples", samples_section),
     Section("Metrics", metrics_section),
-    Section("Words", words_section),
+    Section("Terms", terms_section),
     Section("Setup", setup_section),
 )

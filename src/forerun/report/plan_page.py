@@ -15,7 +15,7 @@ from typing import Any
 
 from forerun.report.page import figure_html, figures_html, page_html, table_html, text
 from forerun.report.plots import BAND_COLORS, Figure, Trace, bars, figure, line
-from forerun.tracking.run_folder import write_atomically
+from forerun.tracking.files import write_atomically
 from forerun.types import STAGES
 
 Data = Mapping[str, Any]

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from forerun.report.summary import compared, stage_rows, times
+from forerun.report.format import times
+from forerun.report.summary import compared, stage_rows
 from forerun.tracking.reader import RunData
 from forerun.tracking.timeline import LEARNER, Event
 from forerun.types import STAGES

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from forerun.report.format import DASH, number, times
 from forerun.types import STAGES
-
-DASH = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,36 +35,6 @@ class Stage:
     name: str
     seconds: float
     share: float
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number to so many significant digits, tiny and huge ones to one less with an exponent; a dash for None."""
-    if value is None:
-        return DASH
-    if value == 0:
-        return "0"
-    if not 1e-3 <= abs(value) < 1e6:
-        mantissa, exponent = f"{value:.{max(0, digits - 2)}e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as "42s", "4m21s" or "1h05m"; a dash for None."""
-    if seconds is None:
-        return DASH
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-
-
-def times(ratio: float | None) -> str:
-    """A ratio as "1.62x"; a dash for None."""
-    return DASH if ratio is None else f"{ratio:.2f}x"
 
 
 def compared(summary: Mapping[str, Any], key: str) -> float | None:
@@ -88,22 +57,12 @@ def predicted_plain_step_s(summary: Mapping[str, Any]) -> float | None:
     return step - spec + plain
 
 
-def overlap(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Medians over the steps of a run's metrics: the shares of the step in which learner and engine waited
-    ("learner_idle", "engine_idle"), and the steps that waited for the learner ("steps_waiting", with lag only)."""
-    steps = [row for row in rows if row.get("time/step")]
-    names = {"learner_idle": "time/exposed_generation", "engine_idle": "time/engine_idle"}
-    found = {key: [r[name] / r["time/step"] for r in steps if r.get(name) is not None] for key, name in names.items()}
-    found["steps_waiting"] = [r["async/steps_waiting"] for r in steps if r.get("async/steps_waiting") is not None]
-    return {key: statistics.median(values) for key, values in found.items() if values}
-
-
 def is_speculative(summary: Mapping[str, Any]) -> bool:
     """Whether the run drafted at all."""
     return (summary.get("speculation") or {}).get("method", "none") not in (None, "none")
 
 
-def drafter_words(summary: Mapping[str, Any]) -> str:
+def speculation_text(summary: Mapping[str, Any]) -> str:
     """The speculation in words, with the rule in force, e.g. "eagle3, k = 5, block verification"."""
     if not is_speculative(summary):
         return "no speculation"
@@ -133,7 +92,7 @@ def comparison_rows(summary: Mapping[str, Any]) -> list[Row]:
         ),
     ]
     if summary.get("acceptance_length") is not None:
-        rows.append(Row("acceptance length", "1", _acceptance_words(summary)))
+        rows.append(Row("acceptance length", "1", _acceptance_text(summary)))
     if per_position := summary.get("acceptance_per_position"):
         label = f"accepted through position 1..{len(per_position)}"
         rows.append(Row(label, DASH, " ".join(f"{rate:.2f}" for rate in per_position)))
@@ -145,7 +104,7 @@ def _throughput_row(summary: Mapping[str, Any]) -> Row:
     return Row("generation, tokens/s", number(plain), number(spec), times(spec / plain) if plain and spec else DASH)
 
 
-def _acceptance_words(summary: Mapping[str, Any]) -> str:
+def _acceptance_text(summary: Mapping[str, Any]) -> str:
     length, k = summary["acceptance_length"], summary.get("k")
     return f"{length:.2f}" + (f" of {k + 1}" if isinstance(k, int) else "")
 
@@ -172,7 +131,7 @@ def stage_rows(summary: Mapping[str, Any]) -> list[Stage]:
     return [Stage(name, value, value / total if total else 0.0) for name, value in known]
 
 
-def reward_words(summary: Mapping[str, Any]) -> str | None:
+def reward_text(summary: Mapping[str, Any]) -> str | None:
     """Held-out reward at start and end with standard errors, and whether the change is more than their noise."""
     start, end = summary.get("reward_start"), summary.get("reward_end")
     if start is None or end is None:
@@ -195,7 +154,7 @@ def verdict(summary: Mapping[str, Any]) -> str:
     """The run in one or two sentences: what speculation brought, and what became of the reward."""
     if not summary:
         return "This run has not finished: it left no summary."
-    reward = reward_words(summary)
+    reward = reward_text(summary)
     return _speed_sentence(summary) + (f" Reward went from {reward}." if reward else "")
 
 
@@ -203,7 +162,7 @@ def _speed_sentence(summary: Mapping[str, Any]) -> str:
     if not is_speculative(summary):
         return "This run generated without speculation."
     ratio, length = speedup_generation(summary), summary.get("acceptance_length")
-    drafted = f"{drafter_words(summary)}" + (f", {length:.2f} tokens per round" if length is not None else "")
+    drafted = f"{speculation_text(summary)}" + (f", {length:.2f} tokens per round" if length is not None else "")
     if ratio is None:
         return f"This run speculated ({drafted}) and did not measure plain decoding, so its speed-up is not known."
     if ratio < 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from forerun.report.page import page_html, table_html, text
-from forerun.tracking.run_folder import write_atomically
+from forerun.tracking.files import write_atomically
 
 KINDS = {
     "algorithmic": "The emitted text is distributed as the policy's own.",

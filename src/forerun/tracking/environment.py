@@ -1,7 +1,7 @@
-"""What this run runs on: interpreter, versions, processor, memory, devices, commit.
+"""The machine and software of a run: interpreter, versions, processor, memory, devices, commit.
 
-Read without importing anything heavy: versions come from package metadata, devices from torch only when the run has
-already imported it. Left out: host and user names, environment variables other than thread counts, anything secret.
+Nothing heavy is imported: versions come from package metadata, devices from torch only where the run has already
+imported it. Never recorded: host and user names, environment variables other than thread counts, anything secret.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FLAGS = (
 
 
 def describe_environment() -> dict[str, Any]:
-    """Everything that `env.json` holds, as plain JSON values. Missing facts are None or absent, never guessed."""
+    """The content of `env.json`, as JSON values. Unknown facts are None or absent, never guessed."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -53,7 +53,7 @@ def machine_line(env: dict[str, Any]) -> str:
 def cpu_description() -> dict[str, Any]:
     """Model name, usable cores and the instruction sets that decide how fast a matrix product is."""
     info = _cpuinfo()
-    flags = set((info.get("flags") or info.get("Features") or "").split())
+    flags = cpu_flags()
     return {
         "model": info.get("model name") or platform.processor() or platform.machine(),
         "cores": usable_cores(),
@@ -61,7 +61,14 @@ def cpu_description() -> dict[str, Any]:
     }
 
 
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets of this CPU as Linux lists them; empty on other systems."""
+    info = _cpuinfo()
+    return frozenset((info.get("flags") or info.get("Features") or "").split())
+
+
 def _cpuinfo() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return {}
@@ -70,18 +77,40 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which in a container is fewer than the machine has."""
+    """Cores that this process may run on; in a container often fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def memory_gib() -> float | None:
-    """Physical memory in GiB, None where the system does not tell."""
+def usable_threads() -> int:
+    """Cores that this process may run on, or fewer where OMP_NUM_THREADS says so."""
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(usable_cores(), int(limit))) if limit.isdigit() else usable_cores()
+
+
+def memory_bytes() -> int | None:
+    """Physical memory in bytes; None where the system does not say."""
     names = getattr(os, "sysconf_names", {})
     if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
         return None
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_gib() -> float | None:
+    """Physical memory in GiB; None where the system does not say."""
+    size = memory_bytes()
+    return None if size is None else round(size / 2**30, 1)
+
+
+def accelerator_name() -> str | None:
+    """Name of the first NVIDIA accelerator as its driver spells it, without torch; None where no driver answers."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    names = done.stdout.strip().splitlines() if done.returncode == 0 else []
+    return names[0].strip() if names else None
 
 
 def thread_settings() -> dict[str, int | str]:
@@ -96,7 +125,7 @@ def thread_settings() -> dict[str, int | str]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that decide a run's numbers; a package that is not installed is left out."""
+    """Versions of the installed packages that decide a run's numbers."""
     installed = {}
     for name in PACKAGES:
         try:

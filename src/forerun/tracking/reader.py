@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import yaml
 
 from forerun.errors import UserError
-from forerun.report.summary import overlap
 from forerun.tracking.timeline import Event, read_timeline
 from forerun.types import STAGES
 
@@ -96,6 +95,16 @@ def provisional_summary(metrics: list[dict[str, Any]], config: str) -> dict[str,
         summary |= {"reward_start": first["eval/reward"], "reward_start_stderr": first.get("eval/stderr")}
         summary |= {"reward_end": last["eval/reward"], "reward_end_stderr": last.get("eval/stderr")}
     return {key: value for key, value in summary.items() if value not in (None, [], {})}
+
+
+def overlap(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Medians over the steps of a run's metrics: the shares of the step in which learner and engine waited
+    ("learner_idle", "engine_idle"), and the steps that waited for the learner ("steps_waiting", with lag only)."""
+    steps = [row for row in rows if row.get("time/step")]
+    names = {"learner_idle": "time/exposed_generation", "engine_idle": "time/engine_idle"}
+    found = {key: [r[name] / r["time/step"] for r in steps if r.get(name) is not None] for key, name in names.items()}
+    found["steps_waiting"] = [r["async/steps_waiting"] for r in steps if r.get("async/steps_waiting") is not None]
+    return {key: statistics.median(values) for key, values in found.items() if values}
 
 
 def _recipe_facts(config: str) -> dict[str, Any]:

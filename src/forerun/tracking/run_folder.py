@@ -15,88 +15,19 @@ Left out: checkpoints (the learner's), trackers, and the reading side (`reader.p
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from forerun.errors import UserError
 from forerun.tracking.environment import describe_environment
-from forerun.tracking.metrics import DEFINITIONS, definition_of, nearest_name
-
-__all__ = ["DEFINITIONS", "RunFolder", "checked_metrics", "disk_errors", "write_atomically"]
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing `path`, or the error that safetensors makes of one, into one sentence.
-
-    Raises:
-        UserError: the disk or quota is full, or the path cannot be written for another reason.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise _unwritten(path, error.errno, error.strerror) from error
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise _unwritten(path, int(number[1]) if number else None, str(error)) from error
-
-
-def _unwritten(path: Path, number: int | None, words: str | None) -> UserError:
-    if number in _FULL:
-        return UserError(
-            f"No space left while writing {path}: free space there or choose another folder, then resume the run; "
-            "what was written before is intact."
-        )
-    return UserError(f"Cannot write {path} ({words}): check that the folder exists and is yours.")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text` so that a reader, or a crash, sees the old file or the new one and never a part.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written; the old file is kept.
-    """
-    draft = path.with_name(f".{path.name}.tmp")
-    with disk_errors(path):
-        try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-def checked_metrics(step: int, metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """The metrics as plain floats, every name defined and every value finite or None.
-
-    Raises:
-        UserError: a name without a definition (the nearest one is named), a NaN or an infinity (metric and step named).
-    """
-    checked: dict[str, float | None] = {}
-    for name, value in metrics.items():
-        if definition_of(name) is None:
-            raise UserError(f'Metric "{name}" has no definition; did you mean "{nearest_name(name)}"?')
-        if value is not None and not math.isfinite(value):
-            raise UserError(
-                f"Metric {name} is {float(value)} at step {step}: the run stops before it spreads; resume from the "
-                "last checkpoint with a lower learning rate or in float32."
-            )
-        checked[name] = None if value is None else float(value)
-    return checked
+from forerun.tracking.files import disk_errors, write_atomically
+from forerun.tracking.metrics import checked_metrics
 
 
 class RunFolder:

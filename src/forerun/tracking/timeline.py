@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forerun.tracking.run_folder import disk_errors, write_atomically
+from forerun.tracking.files import disk_errors, write_atomically
 
 LEARNER = "learner"  # the one lane that is no engine's
 QUEUE, IN_FLIGHT = "steps waiting", "samples in flight"  # counters

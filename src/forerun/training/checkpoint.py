@@ -27,7 +27,7 @@ from forerun.drafters import Drafter
 from forerun.errors import PartLost, UserError
 from forerun.learner.lora import LoraAdapter, read_settings
 from forerun.models import Policy, save_policy
-from forerun.tracking.run_folder import disk_errors
+from forerun.tracking.files import disk_errors
 
 MARK = "complete"
 Loaded = TypeVar("Loaded")

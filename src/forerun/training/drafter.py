@@ -31,7 +31,7 @@ from forerun.models import Policy, load_policy
 from forerun.models.checksum import checksum
 from forerun.tasks import Problem, Task, load_task
 from forerun.tasks.jsonl import read_jsonl
-from forerun.tracking.run_folder import disk_errors, write_atomically
+from forerun.tracking.files import disk_errors, write_atomically
 from forerun.training.prompts import encode, prepare_policy
 
 Pairs = list[tuple[list[int], list[int]]]  # (prompt ids, completion ids)

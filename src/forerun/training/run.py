@@ -24,10 +24,10 @@ from forerun.learner.cotrain_distributed import beside
 from forerun.learner.distributed import make_learner
 from forerun.models import Policy, load_policy
 from forerun.report.html import write_report
-from forerun.report.summary import overlap
 from forerun.simulate.plan.predict import Prediction, compare, predict_recipe
 from forerun.tasks import load_task
 from forerun.tracking.environment import machine_line
+from forerun.tracking.reader import overlap
 from forerun.tracking.run_folder import RunFolder
 from forerun.tracking.timeline import QUEUE, Timeline
 from forerun.training.checkpoint import (

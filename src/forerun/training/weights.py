@@ -14,7 +14,8 @@ from forerun.engine import Weights
 from forerun.learner.lora import LoraAdapter
 from forerun.models import Policy, save_policy
 from forerun.models.checksum import checksum
-from forerun.tracking.run_folder import RunFolder, disk_errors
+from forerun.tracking.files import disk_errors
+from forerun.tracking.run_folder import RunFolder
 from forerun.workers.shared_memory import Segment
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from forerun.config import ClusterConfig, Recipe
 from forerun.engine.worker import Lost, Patience
 from forerun.errors import UserError
-from forerun.tracking.run_folder import disk_errors
+from forerun.tracking.files import disk_errors
 from forerun.workers.local import Job, Launcher, Place, Ranks, RanksLost
 from forerun.workers.ray import LOOPBACK, Call, NotPlaced, Room, call_back, connect
 from forerun.workers.scratch import ScratchFolder

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from forerun.config import DraftConfig
 from forerun.errors import UserError
 from forerun.learner.sft import learning_rate_factor
-from forerun.tracking.run_folder import disk_errors
+from forerun.tracking.files import disk_errors
 
 MAX_GRAD_NORM = 0.5
 WARMUP = 20  # steps, at most; a tenth of all when that is less
