@@ -30,6 +30,7 @@ from forerun.tracking.environment import machine_line
 from forerun.tracking.reader import overlap
 from forerun.tracking.run_folder import RunFolder
 from forerun.tracking.timeline import QUEUE, Timeline
+from forerun.tracking.trackers import RunInfo, load_trackers
 from forerun.training.checkpoint import (
     complete_checkpoints,
     from_newest,
@@ -106,6 +107,8 @@ class Run:
         self.drafter = drafter
         self.history = history
         self.warnings: list[str] = []
+        self._new_warnings: list[str] = []  # not yielded yet
+        self.trackers = load_trackers(recipe.trackers, self._new_warnings.append)
         self.stop_requested: Callable[[], bool] = lambda: False
         self.task = load_task(recipe.task, recipe.seed)
         self.problems = self.task.problems("train")
@@ -147,13 +150,16 @@ class Run:
         self.timeline.flush()
 
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Write a line of metrics."""
+        """Write a line of metrics, to the run folder and to every tracker."""
         self.folder.log(step, metrics)
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
 
     def take_warnings(self) -> list[str]:
-        """What the engine has warned of since this was last asked; kept for the summary."""
-        found = list(self.engine.warnings)
+        """What the engine and the trackers have warned of since this was last asked; kept for the summary."""
+        found = [*self.engine.warnings, *self._new_warnings]
         self.engine.warnings.clear()
+        self._new_warnings.clear()
         self.warnings += [text for text in found if text not in self.warnings]
         return found
 
@@ -288,6 +294,11 @@ def built(current: Run) -> Work[Run]:
 def to_the_end(current: Run) -> Work[dict[str, Any]]:
     """All remaining steps, then the model, the summary and the report."""
     env = current.folder.write_env()
+    about = RunInfo(
+        current.folder.path, current.recipe.name, current.recipe.model_dump(mode="json"), env, current.history.step
+    )
+    for tracker in current.trackers:
+        tracker.start(about)
     prediction = predict(current)
     yield Note(prediction if isinstance(prediction, str) else prediction.text())
     try:
@@ -327,6 +338,8 @@ def finished(current: Run, env: dict[str, Any], prediction: Prediction | None) -
         summary["prediction"] = {**prediction.to_dict(), "compared": compared}
         yield Note(compared["text"])
     folder.write_summary(summary)
+    for tracker in current.trackers:
+        tracker.finish(summary)
     current.timeline.close()
     write_report(folder.path)
     yield Finished(summary)
