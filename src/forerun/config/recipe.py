@@ -37,7 +37,7 @@ class PolicyConfig(Block):
 
 
 class TaskConfig(Block):
-    name: str = Field(description="gsm8k, jsonl, or reasoning_gym")
+    name: str = Field(description="gsm8k, jsonl, reasoning_gym, or package.module:build of your own")
     path: str | None = Field(None, description="gsm8k: JSONL file instead of the hub; jsonl: training file")
     eval_path: str | None = Field(None, description="JSONL of held-out problems; null: the last tenth of `path`")
     dataset: str = Field("chain_sum", description="reasoning_gym: the name of its dataset")

@@ -1,6 +1,7 @@
-"""Prompts and rewards. A task is two functions: problems of a split, and the reward of a completion.
+"""Prompts and rewards. A task is two functions: the problems of a split, and the reward of a completion.
 
-`load_task` is the way in; a new task is one file with a builder and one line in `BUILDERS`.
+A new task is one file with `build(config, seed) -> Task` and one line in `TASKS`, or, from outside the package, an entry
+point of the group `forerun.tasks` or `task.name=package.module:build`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from dataclasses import replace
 
 from forerun.config import TaskConfig
 from forerun.errors import UserError
-from forerun.tasks import gsm8k, jsonl, reasoning_gym
+from forerun.registry import Registry
 from forerun.tasks.base import Problem, Reward, Split, Task, checked
 
-__all__ = ["BUILDERS", "Problem", "Task", "load_task"]
+__all__ = ["TASKS", "Problem", "Task", "load_task"]
 
-BUILDERS: dict[str, Callable[[TaskConfig, int], Task]] = {
-    "gsm8k": gsm8k.build,
-    "jsonl": jsonl.build,
-    "reasoning_gym": reasoning_gym.build,
-}
+TASKS = Registry(
+    "task",
+    {
+        "gsm8k": "forerun.tasks.gsm8k:build",
+        "jsonl": "forerun.tasks.jsonl:build",
+        "reasoning_gym": "forerun.tasks.reasoning_gym:build",
+    },
+)
 
 
 def load_task(config: TaskConfig, seed: int = 0) -> Task:
@@ -29,9 +33,11 @@ def load_task(config: TaskConfig, seed: int = 0) -> Task:
     Raises:
         UserError: unknown task name, missing or empty data, or a reward function that cannot be imported.
     """
-    if config.name not in BUILDERS:
-        raise UserError(f"'task.name': no task is called '{config.name}'; there are {', '.join(BUILDERS)}")
-    task = BUILDERS[config.name](config, seed)
+    try:
+        build = TASKS.load(config.name)
+    except UserError as error:
+        raise UserError(f"'task.name': {error}") from None
+    task: Task = build(config, seed)
     if config.reward is not None:
         task = replace(task, reward=_import_reward(config.reward))
     return replace(task, reward=checked(task.reward), problems=_with_suffix(task.problems, config.suffix))

@@ -1,6 +1,6 @@
 """What a task is.
 
-Left out: tokens and chat templates (`models/`), group advantages (`learner/`).
+Tokens and chat templates are in `models/`, advantages in `algorithms/`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Task:
 
 
 def checked(reward: Reward) -> Reward:
-    """The same reward, whose failures become sentences that name the function and the problem."""
+    """The same reward; its failures become errors that name the function and the problem."""
     name = getattr(reward, "__name__", str(reward))
 
     def call(problem: Problem, completion: str) -> float:
