@@ -1,7 +1,7 @@
 """Prompts and rewards. A task is two functions: the problems of a split, and the reward of a completion.
 
-A new task is one file with `build(config, seed) -> Task` and one line in `TASKS`. From outside the package it is an entry
-point of the group `forerun.tasks`, or `task.name=package.module:build`.
+A new task is one file with `build(config, seed) -> Task` and one line in `TASKS`. From outside the package it is an
+entry point of the group `forerun.tasks`, or `task.name=package.module:build`.
 """
 
 from __future__ import annotations
