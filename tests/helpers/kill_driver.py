@@ -135,7 +135,7 @@ class Hand:
         runs.generate = counted
 
     def _arm_steps(self) -> None:
-        step, evaluate, finished = loop.train_step, loop.evaluate, runs.finished
+        step, evaluate, finish_run = loop.train_step, loop.evaluate, runs.finish_run
 
         def one_step(run: Any, number: int) -> Any:
             self._enter(run, number)
@@ -149,9 +149,9 @@ class Hand:
         def finishing(run: Any, *more: Any) -> Any:
             self._enter(run, run.history.step - 1)  # also where no step was left
             self.at("finishing")
-            return finished(run, *more)
+            return finish_run(run, *more)
 
-        loop.train_step, loop.evaluate, runs.finished = one_step, evaluation, finishing
+        loop.train_step, loop.evaluate, runs.finish_run = one_step, evaluation, finishing
 
     def _enter(self, run: Any, step: int) -> None:
         self.step, self.run, self.learner, self.stage = step, run, run.learner, ""

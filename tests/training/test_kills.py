@@ -145,7 +145,7 @@ def keep_hands_off(monkeypatch: pytest.MonkeyPatch) -> None:
     from forerun.training import checkpoint
 
     for owner, names in (
-        (loop, ("train_step", "evaluate")), (runs, ("finished", "generate")), (Run, ("_checkpoint",)),
+        (loop, ("train_step", "evaluate")), (runs, ("finish_run", "generate")), (Run, ("_checkpoint",)),
         (Console, ("show",)), (LearnerGroup, ("save", "restore")), (checkpoint, ("_flush", "_put_in_place")),
         (checkpoint.torch, ("save",)),
     ):  # fmt: skip

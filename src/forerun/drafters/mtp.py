@@ -390,7 +390,7 @@ class MtpDrafter:
 
         config, folder = self.head.config, Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        described = {
+        run_facts = {
             "architectures": ["ForerunMtp"],
             "hidden_size": config.hidden_size,
             "vocab_size": config.vocab_size,
@@ -398,7 +398,7 @@ class MtpDrafter:
             "num_nextn_predict_layers": config.num_nextn_predict_layers,
             "forerun": about,
         }
-        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(run_facts, indent=2) + "\n")
         state = {published_name(k, config.num_hidden_layers): v for k, v in self.head.state_dict().items()}
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
 

@@ -68,7 +68,7 @@ def run(recipe: Recipe, resume: Path | None = None) -> Work[dict[str, Any]]:
         UserError: something of the user's is wrong. Interrupted: Ctrl-C; a checkpoint was written.
     """
     restarts = Restarts(recipe.checkpoint.restarts)
-    begin: Callable[[], Work[Run]] = partial(resumed, resume, recipe) if resume else partial(fresh, recipe)
+    begin: Callable[[], Work[Run]] = partial(resume_run, resume, recipe) if resume else partial(new_run, recipe)
     warnings: list[str] = []
     with stop_flag() as stop_requested:
         while True:
@@ -77,7 +77,7 @@ def run(recipe: Recipe, resume: Path | None = None) -> Work[dict[str, Any]]:
                 current = yield from begin()
                 current.warnings[:0] = warnings
                 current.stop_requested = stop_requested
-                return (yield from to_the_end(current))
+                return (yield from train_to_end(current))
             except LOST as lost:
                 folder, warning = restarts.grant(lost, current.folder.path if current else resume)
                 warnings = [*(current.warnings if current else warnings), warning]
@@ -87,7 +87,7 @@ def run(recipe: Recipe, resume: Path | None = None) -> Work[dict[str, Any]]:
                     current.close()
             del current
             gc.collect()  # the lost run's policy, before another is loaded
-            begin = partial(again, folder, recipe)
+            begin = partial(restart_run, folder, recipe)
 
 
 def resumed_recipe(folder: Path, overrides: dict[str, Any]) -> Recipe:
@@ -229,7 +229,7 @@ class Run:
 # ---- beginning ----
 
 
-def fresh(recipe: Recipe, folder: RunFolder | None = None) -> Work[Run]:
+def new_run(recipe: Recipe, folder: RunFolder | None = None) -> Work[Run]:
     """A new run (in a folder of its own, unless one is given): policy after its cold start, drafter made."""
     torch.manual_seed(recipe.seed)
     task = load_task(recipe.task, recipe.seed)
@@ -238,30 +238,30 @@ def fresh(recipe: Recipe, folder: RunFolder | None = None) -> Work[Run]:
     folder.write_config(recipe.to_yaml())
     policy = yield from prepare_policy(recipe, task, folder.path)
     drafter = yield from prepare_drafter(recipe, policy, task, folder.path / "drafter")
-    return (yield from built(Run(recipe, folder, policy, drafter, History())))
+    return Run(recipe, folder, policy, drafter, History())
 
 
-def resumed(run_folder: Path, recipe: Recipe) -> Work[Run]:
+def resume_run(run_folder: Path, recipe: Recipe) -> Work[Run]:
     """A run as its newest usable checkpoint left it. Raises UserError when none can be used."""
     folder = RunFolder.open(run_folder)
-    (current, note), passed_over = from_newest(folder.path, lambda found: from_checkpoint(found, folder, recipe))
+    (current, note), passed_over = from_newest(folder.path, lambda found: load_checkpoint(found, folder, recipe))
     for warning in passed_over:
         yield Warned(warning)
     current.warnings += passed_over
     yield Note(note)
-    return (yield from built(current))
+    return current
 
 
-def again(run_folder: Path, recipe: Recipe) -> Work[Run]:
+def restart_run(run_folder: Path, recipe: Recipe) -> Work[Run]:
     """The same, or the run from its beginning where it had no checkpoint yet."""
     if complete_checkpoints(run_folder / "checkpoints"):
-        return (yield from resumed(run_folder, recipe))
+        return (yield from resume_run(run_folder, recipe))
     folder = RunFolder.open(run_folder)
     folder.truncate_after(-1)
-    return (yield from fresh(recipe, folder))
+    return (yield from new_run(recipe, folder))
 
 
-def from_checkpoint(checkpoint: Path, folder: RunFolder, recipe: Recipe) -> tuple[Run, str]:
+def load_checkpoint(checkpoint: Path, folder: RunFolder, recipe: Recipe) -> tuple[Run, str]:
     """The run, and what to say of it. Raises BrokenCheckpoint; UserError when made with another `train.lora`."""
     drafter = None
     saved = policy_folder(checkpoint, recipe.train.lora)
@@ -281,17 +281,10 @@ def from_checkpoint(checkpoint: Path, folder: RunFolder, recipe: Recipe) -> tupl
     return current, f"resuming {folder.path} after step {history.step} ({dropped} newer log lines dropped)"
 
 
-def built(current: Run) -> Work[Run]:
-    """What there is to say of a run before its first step."""
-    if current.learner.adapter is not None:
-        yield Note(current.learner.adapter.describe())
-    return current
-
-
 # ---- to the end ----
 
 
-def to_the_end(current: Run) -> Work[dict[str, Any]]:
+def train_to_end(current: Run) -> Work[dict[str, Any]]:
     """All remaining steps, then the model, the summary and the report."""
     env = current.folder.write_env()
     about = RunInfo(
@@ -299,6 +292,8 @@ def to_the_end(current: Run) -> Work[dict[str, Any]]:
     )
     for tracker in current.trackers:
         tracker.start(about)
+    if current.learner.adapter is not None:
+        yield Note(current.learner.adapter.describe())
     prediction = predict(current)
     yield Note(prediction if isinstance(prediction, str) else prediction.text())
     try:
@@ -309,7 +304,7 @@ def to_the_end(current: Run) -> Work[dict[str, Any]]:
         warning = f"stopped after step {current.history.step}; go on with: forerun train --resume {current.folder.path}"
         yield Warned(warning)
         raise
-    return (yield from finished(current, env, prediction if isinstance(prediction, Prediction) else None))
+    return (yield from finish_run(current, env, prediction if isinstance(prediction, Prediction) else None))
 
 
 def predict(current: Run) -> Prediction | str:
@@ -325,12 +320,12 @@ def predict(current: Run) -> Prediction | str:
         return f"no prediction of this run: {error}"
 
 
-def finished(current: Run, env: dict[str, Any], prediction: Prediction | None) -> Work[dict[str, Any]]:
+def finish_run(current: Run, env: dict[str, Any], prediction: Prediction | None) -> Work[dict[str, Any]]:
     """Save policy and drafter in Hugging Face format, write summary and report."""
     folder = current.folder
-    exported = yield from during("saving", _exported(current))
+    exported = yield from during("saving", _export(current))
     current.history.wall_s = current.wall_s
-    summary = current.history.summary() | described(current) | {"machine": machine_line(env)}
+    summary = current.history.summary() | run_facts(current) | {"machine": machine_line(env)}
     summary["paths"] = {name: str(getattr(folder, name)) for name in PATHS} | exported
     summary["overlap"] = overlap(current.history.lines)
     if prediction is not None:
@@ -346,7 +341,7 @@ def finished(current: Run, env: dict[str, Any], prediction: Prediction | None) -
     return summary
 
 
-def described(current: Run) -> dict[str, Any]:
+def run_facts(current: Run) -> dict[str, Any]:
     """What a summary says of the run beside its history."""
     recipe = current.recipe
     step = current.history.step
@@ -363,6 +358,6 @@ def described(current: Run) -> dict[str, Any]:
     }
 
 
-def _exported(current: Run) -> Work[dict[str, str]]:
+def _export(current: Run) -> Work[dict[str, str]]:
     yield from ()
     return export(current.folder, current.recipe, current.policy, current.drafter, current.learner.adapter)
