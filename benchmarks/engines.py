@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.common import Setting, load_setting, options, plain_data, write_result
 from forerun.config import RolloutConfig
 from forerun.drafters import load_drafter
-from forerun.engine import Counters, RolloutEngine, Sampling, around
+from forerun.engine import Counters, RolloutEngine, Sampling, build_engine
 from forerun.tracking.environment import describe_environment, machine_line
 
 FEWEST = 4  # prompts of a turn
@@ -31,11 +31,11 @@ def engine_of(setting: Setting, name: str, speculative: bool, slots: int) -> Rol
     speculation = setting.recipe.speculation.model_copy(update={"verify": "token"})
     drafter = load_drafter(setting.policy, speculation) if speculative else None
     if name == "local":
-        return around(RolloutConfig(slots=slots), setting.policy, drafter, speculation)
+        return build_engine(RolloutConfig(slots=slots), setting.policy, drafter, speculation)
     from forerun.engine.vllm.adapter import Limits, VllmEngine
 
     block = speculation if speculative else None
-    return VllmEngine.around(setting.policy, drafter, block, limits=Limits(slots=slots, cache_gib=CACHE_GIB))
+    return VllmEngine.from_live(setting.policy, drafter, block, limits=Limits(slots=slots, cache_gib=CACHE_GIB))
 
 
 def turn(engine: RolloutEngine, prompts: list[list[int]], sampling: Sampling) -> tuple[float, Counters]:

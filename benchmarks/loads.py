@@ -96,7 +96,7 @@ def main() -> None:
     drafter = load_drafter(setting.policy, speculation)
     if drafter is None:
         sys.exit(f"The recipe '{setting.recipe.name}' does not speculate")
-    engine = VllmEngine.around(setting.policy, drafter, speculation, limits=Limits(slots=8))
+    engine = VllmEngine.from_live(setting.policy, drafter, speculation, limits=Limits(slots=8))
     size = sum(t.numel() * t.element_size() for s in (setting.policy.model, drafter) for t in s.state_dict().values())
     print(
         f"{setting.recipe.name}: {size / 2**20:.0f} MiB a version; {machine_line(describe_environment())}", flush=True

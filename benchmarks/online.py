@@ -44,7 +44,9 @@ from benchmarks.common import (
 )
 from forerun.config import DraftConfig, TaskConfig
 from forerun.drafters.eagle3 import Eagle3Drafter
-from forerun.drafters.training.heads import Pair, Validation, judge, new_head, summarise, teach, train_head
+from forerun.drafters.training.eagle3 import new_head
+from forerun.drafters.training.heads import mean_acceptance, run_teacher, train_head, unrolled_losses
+from forerun.drafters.training.trainer import EpochDone, Pair, Training, TrainingSetup, Validation
 from forerun.engine.local.engine import LocalEngine
 from forerun.learner.cotrain import CoTrainer
 from forerun.learner.sft import solved_examples
@@ -99,20 +101,12 @@ def foreign_pairs(setting: Setting, texts: Path, tokens: int) -> list[Pair]:
 
 def train_foreign(setting: Setting, texts: Path, config: DraftConfig, tokens: int, folder: Path) -> Eagle3Drafter:
     """Train a head on foreign text with the policy as teacher and write it to `folder`."""
-    policy, heat = setting.policy, setting.recipe.rollout.temperature
+    policy = setting.policy
     pairs = foreign_pairs(setting, texts, tokens)
-    head, started, steps = new_head(policy, pairs, config), time.perf_counter(), 0
-
-    def report(step: int, total: int, loss: float) -> None:
-        nonlocal steps
-        steps = step
-
-    def validated(epoch: int, result: Validation) -> None:
-        seconds = time.perf_counter() - started
-        print(f"  epoch {epoch}/{config.epochs}, {seconds:.0f} s, on held-out texts: {result}", flush=True)
-
+    head = new_head(policy, pairs, config)
+    setup = TrainingSetup(pairs, config, setting.recipe.rollout.temperature, setting.recipe.seed)
     print(f"training the out-of-domain drafter on {len(pairs)} texts", flush=True)
-    best = train_head(head, policy, pairs, config, heat, setting.recipe.seed, report, validated)
+    best, steps = shown(train_head(head, policy, setup), config.epochs)
     drafter = Eagle3Drafter(head.to(policy.dtype), policy)
     about = {
         "policy": policy.name, "adapter": setting.recipe.policy.adapter, "texts": texts.name, "pairs": len(pairs),
@@ -121,6 +115,21 @@ def train_foreign(setting: Setting, texts: Path, config: DraftConfig, tokens: in
     }  # fmt: skip
     drafter.save(folder, about)
     return drafter
+
+
+def shown(training: Training[Validation], epochs: int) -> tuple[Validation, int]:
+    """Print every validation of a training; the best one, and the optimizer steps."""
+    started, steps = time.perf_counter(), 0
+    while True:
+        try:
+            event = next(training)
+        except StopIteration as end:
+            return end.value, steps
+        if isinstance(event, EpochDone):
+            seconds = time.perf_counter() - started
+            print(f"  epoch {event.epoch}/{epochs}, {seconds:.0f} s, on held-out texts: {event.result}", flush=True)
+        else:
+            steps = event.step
 
 
 def foreign_drafter(setting: Setting, arguments: argparse.Namespace) -> Eagle3Drafter | None:
@@ -151,10 +160,10 @@ def judged(
     for prompt in sorted({r.prompt_index for r in rollouts}):
         pairs = [(r.prompt_ids, r.tokens) for r in rollouts if r.prompt_index == prompt][:most]
         for origin in origins:  # of one origin all have the same taps and draft vocabulary, hence the same teacher
-            teacher = teach(origin[0].drafter.head, setting.policy, pairs, heat)
+            teacher = run_teacher(origin[0].drafter.head, setting.policy, pairs, heat)
             for shadow in origin:
-                passes = judge(shadow.drafter.head, setting.policy, teacher, config, heat)
-                results[shadow.name].append(summarise([passes]))
+                passes = unrolled_losses(shadow.drafter.head, setting.policy, teacher, config, heat)
+                results[shadow.name].append(mean_acceptance([passes]))
     return results
 
 

@@ -144,7 +144,7 @@ def main() -> None:
     started = time.perf_counter()
     context = max(map(len, prompts)) + arguments.tokens
     limits = Limits(slots=setting.recipe.rollout.slots, context=context)
-    engine = VllmEngine.around(setting.policy, drafter, speculation, limits=limits)
+    engine = VllmEngine.from_live(setting.policy, drafter, speculation, limits=limits)
     print(f"vLLM started in {time.perf_counter() - started:.0f} s", flush=True)
     result = measure(setting.policy, drafter, engine, prompts, arguments.tokens)
     show(result)

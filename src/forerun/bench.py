@@ -15,16 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from forerun.acceptance.chain import verify
 from forerun.acceptance.tree import verify_tree
-from forerun.config import SAMPLED, Recipe, SpeculationConfig
+from forerun.config import Recipe, SpeculationConfig
 from forerun.drafters import DRAFTERS, Drafter, load_drafter
-from forerun.drafters.base import Learning
 from forerun.engine import Counters, Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.errors import UserError
 from forerun.events import Note, Work, during
 from forerun.models import Policy
 from forerun.tasks import load_task
@@ -58,7 +54,7 @@ def timed(call: Callable[..., Any], watch: Stopwatch, hand: str) -> Callable[...
 def timed_drafter(drafter: Drafter, watch: Stopwatch) -> Drafter:
     """The same drafter; what it does in a round is timed from here on."""
     instance: Any = drafter
-    for name in ("propose", "observe", *(("learn",) if isinstance(drafter, Learning) else ())):
+    for name in ("propose", "observe", "learn"):
         setattr(instance, name, timed(getattr(drafter, name), watch, "draft_s"))
     return drafter
 
@@ -180,16 +176,13 @@ def row_text(row: dict[str, Any]) -> str:
 
 
 def _drafter(recipe: Recipe, policy: Policy, method: str, drafts: dict[str, str]) -> Drafter:
-    own = recipe.speculation
+    own, kind = recipe.speculation, DRAFTERS.load(method)
     data = {**own.model_dump(), "method": method, "draft": drafts.get(method), "k": 1}
     if method == own.method or {method, own.method} == {"graft", "eagle3"}:  # a graft tree stands on an EAGLE-3 head
         data["draft"] = drafts.get(method, own.draft)
     if method != own.method:  # how the recipe's drafter samples suits no other
-        data |= {"proposal": "sampled", "draft_temperature": "auto" if method in SAMPLED else 1.0}
-    try:
-        drafter = load_drafter(policy, SpeculationConfig.model_validate(data))
-    except ValidationError:
-        raise UserError(f"There is no drafter '{method}'; the drafters are {', '.join(DRAFTERS)}") from None
+        data |= {"proposal": "sampled", "draft_temperature": "auto" if kind.samples else 1.0, "settings": {}}
+    drafter = load_drafter(policy, SpeculationConfig.model_validate(data))
     assert drafter is not None  # k is 1
     return drafter
 

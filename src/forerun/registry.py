@@ -53,5 +53,27 @@ class Registry:
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"The {self.kind} '{name}' cannot be imported from {path}: {error}") from None
 
+    def with_trait(self, trait: str) -> list[str]:
+        """Names that ship with the package and whose class has the attribute `trait` true. Imports them all."""
+        return [name for name in self.entries if getattr(self.load(name), trait)]
+
     def _entry_points(self) -> Any:
         return entry_points(group=f"forerun.{self.kind}s")
+
+
+DRAFTERS = Registry(
+    "drafter",
+    {
+        "eagle3": "forerun.drafters.eagle3:Eagle3Drafter",
+        "mtp": "forerun.drafters.mtp:MtpDrafter",
+        "ngram": "forerun.drafters.ngram:NgramDrafter",
+        "trie": "forerun.drafters.trie:TrieDrafter",
+        "model": "forerun.drafters.draft_model:ModelDrafter",
+        "graft": "forerun.drafters.graft:GraftDrafter",
+        "vllm": "forerun.drafters.vllm_native:VllmNativeDrafter",
+    },
+)
+ENGINES = Registry(
+    "engine",
+    {"local": "forerun.engine.local.engine:LocalEngine", "vllm": "forerun.engine.vllm.adapter:VllmEngine"},
+)

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import drafter_contract as contract
+from draft_training import watched
 from forerun.config import DraftConfig, SpeculationConfig
 from forerun.drafters import load_drafter
 from forerun.drafters.base import Rows
 from forerun.drafters.draft_model import ModelDrafter
 from forerun.drafters.training.distill import distill, pruned_copy, validate
 from forerun.drafters.training.heads import Validation
+from forerun.drafters.training.trainer import TrainingSetup
 from forerun.engine.base import Sampling, Weights
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.scheduler import request_seed
@@ -171,8 +173,8 @@ def test_rounds_without_it_are_caught_up(policy: Policy) -> None:
 
 
 def test_mixed_temperatures_and_the_other_proposals(policy: Policy) -> None:
-    def draft(proposal: str, heat: float) -> Draft:
-        drafter = ModelDrafter(noisy(policy, 0.02), policy, proposal=proposal, heat=heat)
+    def draft(proposal: str, temperature: float) -> Draft:
+        drafter = ModelDrafter(noisy(policy, 0.02), policy, proposal=proposal, draft_temperature=temperature)
         drafter.open(4, 32, 3)
         drafter.prefill(2, torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([3, 2]), None)
         drafter.copy(2, 0)
@@ -288,9 +290,8 @@ def test_distillation_raises_acceptance_and_leaves_the_policy_alone(policy: Poli
     before = {k: v.clone() for k, v in policy.model.state_dict().items()}
     config = DraftConfig(epochs=8, learning_rate=3e-3, batch_tokens=1024, depth=3, loss=loss)
     model, results, losses = pruned_copy(policy, [0, 3]), list[Validation](), list[float]()
-    best = distill(
-        model, policy, pairs, config, 1.0, 0, lambda s, n, x: losses.append(x), lambda e, r: results.append(r)
-    )
+    work = distill(model, policy, TrainingSetup(pairs, config, 1.0, 0))
+    best = watched(work, lambda s, n, loss: losses.append(loss), lambda e, r: results.append(r))
     assert best.length == max(r.length for r in results) > results[0].length + 0.12
     assert sum(losses[-5:]) < sum(losses[:5])
     assert all(torch.equal(v, policy.model.state_dict()[k]) for k, v in before.items())
@@ -309,7 +310,8 @@ def test_distillation_stops_when_it_no_longer_helps(policy: Policy) -> None:
     config = DraftConfig(epochs=20, patience=2, learning_rate=3.0, batch_tokens=64, depth=2)
     model, epochs = pruned_copy(policy, [0, 1, 2, 3]), []
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    best = distill(model, policy, pairs, config, 1.0, 0, lambda *_: None, lambda e, r: epochs.append(e))
+    work = distill(model, policy, TrainingSetup(pairs, config, 1.0, 0))
+    best = watched(work, lambda *_: None, lambda e, r: epochs.append(e))
     assert epochs == [0, 1, 2]
     assert best.per_position == pytest.approx([1.0, 1.0], abs=1e-5) and best.length == pytest.approx(3.0, abs=1e-4)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())

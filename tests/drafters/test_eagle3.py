@@ -12,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from draft_training import watched
 from drafter_contract import Forced
 from forerun.config import DraftConfig
 from forerun.drafters.base import Rows
 from forerun.drafters.eagle3 import Eagle3Drafter, Eagle3Head, rotary
-from forerun.drafters.training.heads import Validation, new_head, teach, train_head, unroll, validate
+from forerun.drafters.training.eagle3 import new_head
+from forerun.drafters.training.heads import run_teacher, train_head, validate
+from forerun.drafters.training.trainer import TrainingSetup, Validation
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.scheduler import request_seed
 from forerun.errors import UserError
@@ -87,8 +90,8 @@ def test_training_and_serving_compute_the_same_draft_distribution(
     compared = 0
     for rollout in plain:
         seed, length = request_seed(0, rollout.prompt_index, 0), len(rollout.prompt_ids)
-        teacher = teach(drafter.head, policy, [(rollout.prompt_ids, rollout.tokens)], 1.0)
-        passes = unroll(drafter.head, policy.model.get_input_embeddings(), teacher, 3, 1.0)
+        teacher = run_teacher(drafter.head, policy, [(rollout.prompt_ids, rollout.tokens)], 1.0)
+        passes = drafter.head.unroll(policy, teacher, 3, 1.0)
         for (which, root, slot), log_q in forced.seen.items():
             place = root + slot - (length - 1)  # teacher row root+slot predicts token root+slot+1
             if which != seed or place >= len(rollout.tokens):
@@ -103,8 +106,8 @@ def test_training_and_serving_compute_the_same_draft_distribution(
 def test_unroll_scores_exactly_the_completion(policy: Policy) -> None:
     head = random_head(policy)
     pairs = [([5, 6, 7], [8, 9, 10, 11]), ([4, 5], [6, 7])]
-    teacher = teach(head, policy, pairs, 1.0)
-    passes = unroll(head, policy.model.get_input_embeddings(), teacher, 3, 1.0)
+    teacher = run_teacher(head, policy, pairs, 1.0)
+    passes = head.unroll(policy, teacher, 3, 1.0)
     # a round starts at the last prompt token or later, and draft j of it needs j completion tokens before its own
     assert [len(log_p) for log_p, _ in passes] == [6, 4, 2]
     with torch.no_grad():
@@ -121,9 +124,8 @@ def test_training_raises_acceptance_and_leaves_the_policy_alone(policy: Policy) 
     head = new_head(policy, pairs, config)
     results: list[Validation] = []
     losses: list[float] = []
-    best = train_head(
-        head, policy, pairs, config, 1.0, 0, lambda s, n, loss: losses.append(loss), lambda e, r: results.append(r)
-    )
+    work = train_head(head, policy, TrainingSetup(pairs, config, 1.0, 0))
+    best = watched(work, lambda s, n, loss: losses.append(loss), lambda e, r: results.append(r))
     assert best.length == max(r.length for r in results) > results[0].length + 0.15
     assert sum(losses[-5:]) < sum(losses[:5])
     assert all(torch.equal(v, policy.model.state_dict()[k]) for k, v in before.items())

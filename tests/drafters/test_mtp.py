@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from draft_training import watched
 from drafter_contract import (
     Forced,
     check_every_end,
@@ -22,7 +23,15 @@ from drafter_contract import (
 from forerun.config import DraftConfig
 from forerun.drafters.mtp import MtpDrafter, MtpHead
 from forerun.drafters.mtp_checkpoints import read_heads
-from forerun.drafters.training.heads import Validation, judge, summarise, teach, train_head, validate, weighted_loss
+from forerun.drafters.training.heads import (
+    mean_acceptance,
+    run_teacher,
+    train_head,
+    unrolled_losses,
+    validate,
+    weighted_loss,
+)
+from forerun.drafters.training.trainer import TrainingSetup, Validation
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.scheduler import request_seed
 from forerun.errors import UserError
@@ -96,7 +105,7 @@ def test_a_draft_vocabulary_of_all_tokens_is_judged_like_none(policy: Policy, lo
     found = []
     for ids in (None, list(range(policy.model.config.vocab_size)), [4, 5, 6, 9, 11, 20]):
         head = head_of(policy, 2, ids=ids)
-        passes = judge(head, policy, teach(head, policy, pairs, 0.8), config, 0.8)
+        passes = unrolled_losses(head, policy, run_teacher(head, policy, pairs, 0.8), config, 0.8)
         weighted_loss(passes, 1.0).backward()
         found.append((passes, head.layers[0].eh_proj.weight.grad))
     (whole, slope), (same, same_slope), (some, _) = found
@@ -130,7 +139,7 @@ def test_training_and_serving_compute_the_same_draft_distribution(
     compared = [0] * 4
     for rollout in plain:
         seed, length = request_seed(0, rollout.prompt_index, 0), len(rollout.prompt_ids)
-        teacher = teach(drafter.head, policy, [(rollout.prompt_ids, rollout.tokens)], 1.0)
+        teacher = run_teacher(drafter.head, policy, [(rollout.prompt_ids, rollout.tokens)], 1.0)
         expected = unrolled(drafter.head, teacher, 4)
         for (which, root, slot), log_q in forced.seen.items():
             place = root + slot - (length - 1)
@@ -143,7 +152,7 @@ def test_training_and_serving_compute_the_same_draft_distribution(
 
 
 def unrolled(head: MtpHead, teacher, depth: int) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
-    from forerun.drafters.mtp import unroll_mtp
+    from forerun.drafters.mtp_unroll import unroll_mtp
 
     with torch.no_grad():
         passes = unroll_mtp(head, teacher.tokens, teacher.features, teacher.scored, depth)
@@ -266,7 +275,8 @@ def test_training_raises_acceptance_and_leaves_the_policy_alone(
     config = DraftConfig(epochs=6, learning_rate=3e-3, batch_tokens=1024, depth=3)
     head = head_of(policy, layers, ids=ids)
     results: list[Validation] = []
-    best = train_head(head, policy, pairs, config, 1.0, 0, lambda s, n, loss: None, lambda e, r: results.append(r))
+    work = train_head(head, policy, TrainingSetup(pairs, config, 1.0, 0))
+    best = watched(work, lambda *_: None, lambda e, r: results.append(r))
     assert best.length == max(r.length for r in results) > results[0].length + 0.1
     assert all(torch.equal(v, policy.model.state_dict()[k]) for k, v in before.items())
     assert all(p.grad is None for p in policy.model.parameters())
@@ -278,14 +288,14 @@ def test_training_raises_acceptance_and_leaves_the_policy_alone(
 
 def test_parts_of_a_batch_add_up_to_the_whole(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     head, config = head_of(policy), DraftConfig(depth=2)
-    teacher = teach(head, policy, [([5, 6, 7], list(range(8, 30))), ([4, 5], [6, 7, 8])], 1.0)
-    whole = judge(head, policy, teacher, config, 1.0)
+    teacher = run_teacher(head, policy, [([5, 6, 7], list(range(8, 30))), ([4, 5], [6, 7, 8])], 1.0)
+    whole = unrolled_losses(head, policy, teacher, config, 1.0)
     whole[0].loss.backward()
     gradient = head.layers[0].eh_proj.weight.grad.clone()
     head.zero_grad()
     monkeypatch.setattr("forerun.drafters.training.heads.ROWS", 3)
-    parts = judge(head, policy, teacher, config, 1.0)
+    parts = unrolled_losses(head, policy, teacher, config, 1.0)
     parts[0].loss.backward()
     torch.testing.assert_close(head.layers[0].eh_proj.weight.grad, gradient, atol=1e-6, rtol=1e-4)
-    assert summarise([parts]).per_position == pytest.approx(summarise([whole]).per_position, abs=1e-5)
-    assert json.dumps(summarise([whole]).length)
+    assert mean_acceptance([parts]).per_position == pytest.approx(mean_acceptance([whole]).per_position, abs=1e-5)
+    assert json.dumps(mean_acceptance([whole]).length)

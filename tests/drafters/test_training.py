@@ -13,12 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from draft_training import watched
 from forerun.config import DraftConfig
-from forerun.drafters.mtp import MtpHead, unroll_mtp
+from forerun.drafters.mtp import MtpHead
+from forerun.drafters.mtp_unroll import unroll_mtp
 from forerun.drafters.training.distill import chain_losses, distill, pruned_copy
-from forerun.drafters.training.heads import judge, new_head, split_pairs, teach, train_head, unroll, weighted_loss
+from forerun.drafters.training.eagle3 import new_head
+from forerun.drafters.training.heads import run_teacher, split_pairs, train_head, unrolled_losses, weighted_loss
 from forerun.drafters.training.losses import acceptance, cross_entropy, position_loss, total_variation
-from forerun.drafters.training.trainer import Fitting, StateFile, Validation, fit
+from forerun.drafters.training.trainer import StateFile, Trainer, TrainingSetup, Validation, fit
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy
@@ -133,11 +136,11 @@ def head_of(method: str, policy: Policy) -> Any:
 
 def rows_of(head: Any, policy: Policy, pair: tuple[list[int], list[int]], depth: int) -> list[tuple[Tensor, Tensor]]:
     """log p, log q by draft position of one text alone; row b of each is base b."""
-    teacher = teach(head, policy, [pair], 0.8)
+    teacher = run_teacher(head, policy, [pair], 0.8)
     if isinstance(head, MtpHead):
         passes = unroll_mtp(head, teacher.tokens, teacher.features, teacher.scored, depth)
         return [tuple(torch.log_softmax(head.shared.logits(x) / 0.8, -1) for x in rows) for rows in passes]  # type: ignore[misc]
-    return unroll(head, policy.model.get_input_embeddings(), teacher, depth, 0.8)
+    return head.unroll(policy, teacher, depth, 0.8)
 
 
 def slow_loss(name: str, head: Any, policy: Policy, depth: int) -> Tensor:
@@ -172,14 +175,16 @@ def test_a_heads_loss_is_that_of_base_after_base(
     slow.backward()
     wanted = {n: p.grad.clone() for n, p in head.named_parameters() if p.grad is not None}
     head.zero_grad(set_to_none=True)
-    fast = weighted_loss(judge(head, policy, teach(head, policy, UNEVEN, 0.8), config, 0.8), 1.0)
+    fast = weighted_loss(unrolled_losses(head, policy, run_teacher(head, policy, UNEVEN, 0.8), config, 0.8), 1.0)
     fast.backward()
     close(fast.detach(), slow.detach())
     size = torch.stack([g.norm() for g in wanted.values()]).norm()
     off = torch.stack([(p.grad - wanted[n]).norm() for n, p in head.named_parameters() if n in wanted]).norm()
     assert len(wanted) > 5 and size > 0.01 and off < 1e-3 * size
-    by_position = [p.accepted / p.rows for p in judge(head, policy, teach(head, policy, UNEVEN, 0.8), config, 0.8)]
-    other = judge(head, policy, teach(head, policy, UNEVEN, 0.8), DraftConfig(depth=3, loss="kl"), 0.8)
+    by_position = [
+        p.accepted / p.rows for p in unrolled_losses(head, policy, run_teacher(head, policy, UNEVEN, 0.8), config, 0.8)
+    ]
+    other = unrolled_losses(head, policy, run_teacher(head, policy, UNEVEN, 0.8), DraftConfig(depth=3, loss="kl"), 0.8)
     assert by_position == pytest.approx([p.accepted / p.rows for p in other], abs=1e-6)  # whatever the loss
 
 
@@ -212,14 +217,15 @@ class Training:
     def __call__(
         self, report: Callable[..., None], validated: Callable[..., None], file: StateFile | None = None
     ) -> Validation:
+        """For `report` and `validated` see `watched`."""
         torch.manual_seed(0)
-        shared = (self.policy, self.pairs, self.config, 1.0, 7, report, validated, file)
+        setup = TrainingSetup(self.pairs, self.config, 1.0, 7, file)
         if self.kind == "model":
             self.module = pruned_copy(self.policy, [0, 3])
-            return distill(self.module, *shared)
+            return watched(distill(self.module, self.policy, setup), report, validated)
         eagle = self.kind == "eagle3"
         self.module = new_head(self.policy, self.pairs, self.config) if eagle else MtpHead(self.policy, 1)
-        return train_head(self.module, *shared)
+        return watched(train_head(self.module, self.policy, setup), report, validated)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
@@ -236,7 +242,7 @@ def stop_at(step: int, now: int, *_: Any) -> None:
 def broken_off(training: Training, file: StateFile, spoil: Callable[[dict[str, Any]], None] | None = None) -> Any:
     """Break the training off in the middle of its third epoch, then go on: weights, best and what was validated."""
     steps: list[int] = []
-    training(lambda s, n, x: steps.append(n), lambda *_: None)
+    training(lambda s, n, loss: steps.append(n), lambda *_: None)
     per_epoch = steps[0] // training.config.epochs
     assert per_epoch >= 3
     with pytest.raises(InterruptedError):
@@ -315,10 +321,9 @@ def small_fit(lengths: list[float], patience: int, loss: float = 1.0) -> tuple[l
         return loss
 
     config = DraftConfig(epochs=8, patience=patience, learning_rate=0.1)
-    best = fit(
-        module, [[0]], config, random.Random(0), backward, lambda: Validation([], next(due)), lambda *_: None,
-        lambda e, r: epochs.append(e),
-    )  # fmt: skip
+    setup = TrainingSetup([], config, 1.0, 0)
+    work = fit(module, [[0]], setup, random.Random(0), backward, lambda: Validation([], next(due)))
+    best = watched(work, lambda *_: None, lambda e, r: epochs.append(e))
     return epochs, module.weight.detach()[0, 0], best
 
 
@@ -335,7 +340,7 @@ def test_training_stops_when_it_no_longer_helps_and_keeps_the_best() -> None:
 
 def test_four_epochs_are_trained_in_full_unless_told_otherwise() -> None:
     assert DraftConfig().epochs == DraftConfig().patience == 4
-    run = Fitting(torch.nn.Linear(1, 1), DraftConfig(), random.Random(0))
+    run = Trainer(torch.nn.Linear(1, 1), DraftConfig(), random.Random(0))
     for run.epoch in range(4):
         assert not run.finished
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from forerun.drafters.base import Rows, emitted, no_weights
+from forerun.config import SpeculationConfig
+from forerun.drafters.base import Drafter, Rows, emitted
 from forerun.engine.base import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.scheduler import request_seed
@@ -155,14 +156,18 @@ def test_models_that_mix_branches_are_refused(tiny: Callable[..., Path]) -> None
         check_trees(policy)
 
 
-class Hider:
+class Hider(Drafter):
     """Hides the known continuation of every request in a tree: decoys before and beside each of its nodes."""
 
-    method, aux_layers = "hider", (0, 1, 3)
+    name, trees, aux_layers = "hider", True, (0, 1, 3)
 
     def __init__(self, truth: dict[int, list[int]], depth: int) -> None:
         self.truth, self.depth = truth, depth
         self.observed: list[tuple[int, int, list[int], Tensor]] = []  # seed, length, emitted, features
+
+    @classmethod
+    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> Hider:
+        raise NotImplementedError
 
     def open(self, rows: int, positions: int, k: int) -> None:
         pass
@@ -191,12 +196,6 @@ class Hider:
         assert features is not None
         for b, tokens in enumerate(emitted(verdict)):
             self.observed.append((int(rows.seeds[b]), int(rows.lengths[b]), tokens, features[b, : len(tokens)].clone()))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        no_weights(state, self.method)
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         pass

@@ -186,7 +186,7 @@ def test_a_collapsed_drafter_is_an_alarm(policy: Policy) -> None:
     drafter = Eagle3Drafter(head, policy)
     engine = LocalEngine(policy, drafter, k=2, slots=8)
     good = {k: v.clone() for k, v in drafter.state_dict().items()}
-    engine._probe.known = 1.5  # what a trained drafter had reached before the load
+    engine._detector.known = 1.5  # what a trained drafter had reached before the load
     engine.load(publish(1, policy, drafter))
     engine.generate(PROMPTS, max_new_tokens=30, n=4)
     assert len(engine.warnings) == 1 and "collapsed" in engine.warnings[0]

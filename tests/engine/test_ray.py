@@ -22,7 +22,7 @@ import faulty_engines
 import forerun
 from forerun.config import ClusterConfig, RolloutConfig, SpeculationConfig, load_recipe
 from forerun.drafters.ngram import NgramDrafter
-from forerun.engine import Sampling, around
+from forerun.engine import Sampling, build_engine
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.replicated import ReplicatedEngine
 from forerun.engine.worker import MAKER, Order, Patience
@@ -196,7 +196,7 @@ def test_replicas_that_do_not_fit_are_told(ray: Any, engine: ReplicatedEngine, s
 
 
 def test_engines_of_this_machine_need_no_starter(small: Policy) -> None:
-    assert isinstance(around(RolloutConfig(slots=2), small, None, SpeculationConfig()), LocalEngine)
+    assert isinstance(build_engine(RolloutConfig(slots=2), small, None, SpeculationConfig()), LocalEngine)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.scheduler import Sequence
 from forerun.engine.vllm.metrics import Live
 from forerun.engine.vllm.settings import translate
-from forerun.engine.vllm.state import Holding
+from forerun.engine.vllm.state import WeightVersionState
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.checksum import checksum
@@ -149,11 +149,11 @@ def test_tokens_behind_a_stop_string_are_taken_back() -> None:
     assert (counters.round_tokens, counters.accepted_at) == (2, [1, 1, 0])
 
 
-def held_after(*steps: str) -> tuple[Holding, Weights]:
+def held_after(*steps: str) -> tuple[WeightVersionState, Weights]:
     """An engine's bookkeeping after version 5 and some steps, and a version 6 with all tensors."""
     state = {"a": torch.ones(3)}
     sums = {"policy": checksum(state), "draft": checksum(state)}
-    holding = Holding({"policy": shapes(state), "draft": shapes(state)})
+    holding = WeightVersionState({"policy": shapes(state), "draft": shapes(state)})
     holding.take(Weights(5, sums))
     for step in steps:
         {"sleep": holding.discard, "break": lambda: holding.lose("It broke")}[step]()

@@ -131,7 +131,7 @@ def test_a_load_that_skips_the_drafter_is_an_error(
     rested.sleep(2)
     rested.wake()
     with monkeypatch.context() as patch, pytest.raises(UserError, match="took no parameter of the draft"):
-        patch.setattr(WeightReceiver, "_forerun_drafter", lambda self, state, heat: 0)
+        patch.setattr(WeightReceiver, "_forerun_drafter", lambda self, state, draft_temperature: 0)
         rested.load(version(30, small, own))
     with pytest.raises(UserError, match="load a version again"):
         rested.generate([[5]])

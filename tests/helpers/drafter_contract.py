@@ -37,7 +37,7 @@ class Forced:
     seen: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)  # by seed, root and slot
 
     def __call__(
-        self, logits: torch.Tensor, rows: Rows, slot: int, heat: float | None
+        self, logits: torch.Tensor, rows: Rows, slot: int, draft_temperature: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = []
         for seed, root, row in zip(rows.seeds.tolist(), rows.lengths.tolist(), logits, strict=True):

@@ -79,7 +79,7 @@ def make(policy: Policy, drafter: Any, block: dict[str, Any] | None, **limits: A
 
     settings = None if block is None else SpeculationConfig.model_validate(block)
     sizes = {"slots": 8, "cache_gib": 0.02, "chunk_bytes": 2**20, **limits}
-    return VllmEngine.around(policy, drafter, settings, limits=Limits(**sizes))
+    return VllmEngine.from_live(policy, drafter, settings, limits=Limits(**sizes))
 
 
 def texts(rollouts: Any) -> list[list[int]]:

@@ -18,7 +18,9 @@ from forerun.config import DraftConfig, TrainConfig, load_recipe
 from forerun.drafters.eagle3 import Eagle3Drafter, Eagle3Head
 from forerun.drafters.mtp import MtpDrafter, MtpHead
 from forerun.drafters.ngram import NgramDrafter
-from forerun.drafters.training.heads import new_head, train_head, validate
+from forerun.drafters.training.eagle3 import new_head
+from forerun.drafters.training.heads import train_head, validate
+from forerun.drafters.training.trainer import TrainingSetup
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
 from forerun.events import finish
@@ -174,7 +176,7 @@ def test_drafts_follow_a_policy_that_moves(tiny: Callable[..., Path]) -> None:
     config = DraftConfig(epochs=4, learning_rate=3e-3, batch_tokens=1024, depth=3, vocab=60, online_learning_rate=2e-3)
     torch.manual_seed(0)
     frozen = new_head(policy, pairs, config)
-    train_head(frozen, policy, pairs, config, 1.0, 0, lambda *_: None, lambda *_: None)
+    finish(train_head(frozen, policy, TrainingSetup(pairs, config, 1.0, 0)))
     stale, following = copy.deepcopy(frozen), copy.deepcopy(frozen)
     beside(fresh(tiny), stale, config, 0.0)
     beside(policy, following, config, 3e-3)

@@ -27,7 +27,8 @@ from forerun.algorithms.advantages import group_advantages
 from forerun.config import DraftConfig, TrainConfig
 from forerun.drafters.eagle3 import Eagle3Drafter
 from forerun.drafters.mtp import MtpDrafter, MtpHead
-from forerun.drafters.training.heads import TeacherBatch, judge, new_head, rows_by_position, teach, weighted_loss
+from forerun.drafters.training.eagle3 import new_head
+from forerun.drafters.training.heads import TeacherBatch, rows_by_position, run_teacher, unrolled_losses, weighted_loss
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.events import finish
@@ -165,23 +166,23 @@ def test_losses_and_gradients_of_parts_add_up(tiny: Callable[..., Path], method:
     policy, config = fresh(tiny), CONFIG.model_copy(update={"loss": loss})
     head: Any = drafter_for(method, policy).head
     parts = [[([5, 6, 7], [4, 8, 2, 9, 1]), ([3], [7, 7, 5])], [([9, 3, 1, 2], [6, 6])], [([20], [11])]]
-    lessons = [teach(head, policy, pairs, 1.0) for pairs in parts]
+    lessons = [run_teacher(head, policy, pairs, 1.0) for pairs in parts]
     counts = [rows_by_position(lesson.scored, config.depth) for lesson in lessons]
     assert counts == [[7, 5, 3], [2, 1, 0], [0, 0, 0]]
     rows = [sum(at) for at in zip(*counts, strict=True)]
 
     def found(parts: Sequence[TeacherBatch]) -> tuple[float, Tensor]:
         head.zero_grad(set_to_none=True)
-        passes = [judge(head, policy, part, config, 1.0) for part in parts]
+        passes = [unrolled_losses(head, policy, part, config, 1.0) for part in parts]
         total = sum(weighted_loss(each, config.decay, rows) for each in passes if each)
         assert isinstance(total, Tensor)
         total.backward()
         return float(total.detach()), torch.cat([p.grad.flatten() for p in head.parameters() if p.grad is not None])
 
-    whole = teach(head, policy, [pair for part in parts for pair in part], 1.0)
+    whole = run_teacher(head, policy, [pair for part in parts for pair in part], 1.0)
     assert rows_by_position(whole.scored, config.depth) == rows
     (split, gradient), (expected, reference) = found(lessons), found([whole])
-    assert expected == float(weighted_loss(judge(head, policy, whole, config, 1.0), config.decay).detach())
+    assert expected == float(weighted_loss(unrolled_losses(head, policy, whole, config, 1.0), config.decay).detach())
     assert split == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
 

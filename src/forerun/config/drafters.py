@@ -1,4 +1,4 @@
-"""Settings of single drafters, and `Block`, the base of every group of settings; `recipe.py` puts them together."""
+"""Settings of drafters, and `Block`, the base class of every group of settings; `recipe.py` puts them together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class NgramConfig(Block):
+class DrafterConfig(Block):
+    """Base class of a drafter's own settings: the block `speculation.<name>`, else `speculation.settings`."""
+
+    def draft_tokens(self, k: int) -> int:
+        """Draft tokens per round where the recipe says `k`."""
+        return k
+
+
+class NgramConfig(DrafterConfig):
     """Prompt lookup (`method: ngram`): names, meaning and defaults are vLLM's."""
 
     prompt_lookup_max: int = Field(5, ge=1, description="longest suffix that is looked up, in tokens")
@@ -29,8 +37,8 @@ class NgramConfig(Block):
         return self
 
 
-class TrieConfig(Block):
-    """Continuations out of the samples of the same prompt (`method: trie`)."""
+class TrieConfig(DrafterConfig):
+    """Continuations from samples of the same prompt (`method: trie`)."""
 
     scope: Literal["prompt", "global"] = Field(
         "prompt", description="prompt: look only at samples of the same prompt; global: at everything"
@@ -57,7 +65,7 @@ GRAFT_PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class GraftConfig(Block):
+class GraftConfig(DrafterConfig):
     """Hybrid draft trees (`method: graft`): an EAGLE-3 tree, pruned where it is unsure, then filled by retrieval."""
 
     preset: Literal["small", "paper"] = Field(
@@ -80,6 +88,10 @@ class GraftConfig(Block):
         description="graft: prune, then fill from the root; root: fill without pruning (the last of keep is drafted); "
         "tail: prune, then fill below the deepest draft; prune: no retrieval; eagle: neither",
     )
+
+    def draft_tokens(self, k: int) -> int:
+        """The nodes of a tree."""
+        return self.nodes if k > 0 else 0
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,7 @@
 """The one typed configuration. A recipe is YAML; `dotted.key=value` overrides follow; unknown keys are refused.
 
 Every field is written out in `config.resolved.yaml` of a run, defaults included, so that a run folder explains itself.
-Left out: reading data or models. Whether a path exists is found out by the room that opens it.
+Neither data nor models are read here: whether a path exists is checked by the module that opens it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from forerun.config.drafters import Block, GraftConfig, NgramConfig, TrieConfig
+from forerun.config.drafters import Block, DrafterConfig, GraftConfig, NgramConfig, TrieConfig
 from forerun.config.messages import sentence
 from forerun.errors import UserError
+from forerun.registry import DRAFTERS, ENGINES, Registry
 from forerun.tracking.trackers import TRACKERS
 
 DType = Literal["auto", "float32", "bfloat16"]
-COTRAINED = ("eagle3", "mtp")  # drafters that can train beside the policy
-SAMPLED = ("eagle3", "mtp", "model")  # drafters that sample their drafts, from a q of their own
+
+
+def known_to(registry: Registry, *others: str) -> AfterValidator:
+    """Validates a name of `registry` or `others`, or the path "package.module:Name" of a part from elsewhere."""
+
+    def check(name: str) -> str:
+        try:
+            if name not in others:
+                registry.check(name)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    return AfterValidator(check)
 
 
 class PolicyConfig(Block):
@@ -65,8 +78,10 @@ class ColdStartConfig(Block):
 class SpeculationConfig(Block):
     """One block for trainer, engine and simulator alike."""
 
-    method: Literal["none", "eagle3", "mtp", "ngram", "trie", "model", "graft", "vllm"] = Field(
-        "none", description="vllm: a drafter of vLLM's own, e.g. suffix decoding or DFlash, which `vllm` describes"
+    method: Annotated[str, known_to(DRAFTERS, "none")] = Field(
+        "none",
+        description="none, eagle3, mtp, ngram, trie, model, graft; vllm: a drafter of vLLM's own, e.g. suffix decoding "
+        "or DFlash, which `vllm` describes; or package.module:Class of another one",
     )
     draft: str | None = Field(
         None,
@@ -96,6 +111,9 @@ class SpeculationConfig(Block):
     ngram: NgramConfig = NgramConfig()
     trie: TrieConfig = TrieConfig()
     graft: GraftConfig = GraftConfig()
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="settings of a drafter that has no group of its own here, see its `Config`"
+    )
     vllm: dict[str, Any] = Field(
         default_factory=dict,
         description="entries of vLLM's speculative_config that are handed on as they are, e.g. "
@@ -110,13 +128,13 @@ class SpeculationConfig(Block):
             raise ValueError("k: auto needs the row budget, which this version does not have; set a number, e.g. k: 4")
         if not 0 <= self.k <= 32:
             raise ValueError(f"k must lie between 0 and 32, not {self.k}")
-        if self.train != "off" and self.method not in ("none", *COTRAINED):
+        if self.train != "off" and not self._has("cotrains"):
+            names = ", ".join(DRAFTERS.with_trait("cotrains"))
+            raise ValueError(f"train: {self.train} needs a drafter that learns beside the policy ({names})")
+        if self.draft_temperature == "auto" and not self._has("samples"):
+            names = ", ".join(DRAFTERS.with_trait("samples"))
             raise ValueError(
-                f"train: {self.train} needs a drafter that learns beside the policy ({', '.join(COTRAINED)})"
-            )
-        if self.draft_temperature == "auto" and self.method not in ("none", *SAMPLED):
-            raise ValueError(
-                f"draft_temperature: auto learns from sampled drafts ({', '.join(SAMPLED)}), and method: {self.method} "
+                f"draft_temperature: auto learns from sampled drafts ({names}), and method: {self.method} "
                 "samples none; leave it at 1"
             )
         if self.draft_temperature == "auto" and self.proposal != "sampled":
@@ -124,7 +142,29 @@ class SpeculationConfig(Block):
                 f"draft_temperature: auto learns from sampled drafts, and proposal: {self.proposal} samples none; set "
                 "proposal: sampled, or a number"
             )
+        if self.settings:
+            self._check_settings()
         return self
+
+    def _has(self, trait: str) -> bool:
+        """Whether the drafter's class has a trait; imports it, and with it torch. True where speculation is off."""
+        return self.method == "none" or bool(getattr(DRAFTERS.load(self.method), trait))
+
+    def _check_settings(self) -> None:
+        """Raises ValueError when `settings` is not for this drafter, or does not fit its `Config`."""
+        config = None if self.method == "none" or self._own is not None else DRAFTERS.load(self.method).Config
+        if config is None:
+            raise ValueError(f"settings is not read by method: {self.method}; leave it out")
+        try:
+            config.model_validate(self.settings)
+        except ValidationError as error:
+            raise ValueError(f"settings: {sentence(error, config)}") from None
+
+    @property
+    def _own(self) -> DrafterConfig | None:
+        """The group of settings with the drafter's name."""
+        block = getattr(self, self.method, None)
+        return block if isinstance(block, DrafterConfig) else None
 
     @field_validator("train", mode="before")
     @classmethod
@@ -139,11 +179,18 @@ class SpeculationConfig(Block):
         """Draft tokens per round, of a tree its nodes; 0 when speculation is off."""
         if self.method == "none" or isinstance(self.k, str):
             return 0
-        return self.graft.nodes if self.method == "graft" and self.k > 0 else self.k
+        return self.k if self._own is None else self._own.draft_tokens(self.k)
+
+    @property
+    def fixed_draft_temperature(self) -> float:
+        """`draft_temperature` as a number: 1 where it is tuned online."""
+        return 1.0 if self.draft_temperature == "auto" else self.draft_temperature
 
 
 class RolloutConfig(Block):
-    engine: Literal["local", "vllm"] = "local"
+    engine: Annotated[str, known_to(ENGINES)] = Field(
+        "local", description="local, vllm, or package.module:Class of another one"
+    )
     slots: int = Field(32, ge=1, description="sequences decoded side by side, by every replica")
     replicas: int = Field(
         0, ge=0, description="engines in processes of their own, watched and replaced; 0: one, in this process"
@@ -329,7 +376,7 @@ class Recipe(Block):
     name: str = "run"
     seed: int = 0
     runs: str = Field("runs", description="folder in which run folders are made")
-    trackers: list[str] = Field(
+    trackers: list[Annotated[str, known_to(TRACKERS)]] = Field(
         default_factory=list,
         description="experiment trackers beside the run folder: names of entry points, or package.module:Name",
     )
@@ -345,16 +392,6 @@ class Recipe(Block):
     compare: CompareConfig = CompareConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     cluster: ClusterConfig = ClusterConfig()
-
-    @field_validator("trackers")
-    @classmethod
-    def _trackers(cls, names: list[str]) -> list[str]:
-        try:
-            for name in names:
-                TRACKERS.check(name)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-        return names
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

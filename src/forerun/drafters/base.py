@@ -1,23 +1,30 @@
-"""The drafter's contract. A new drafter is one file with a class that has these methods, and one line in `DRAFTERS`.
+"""The drafter's contract. A new drafter is one file with a subclass of `Drafter` and one line in `DRAFTERS`.
 
-Non-anticipation: whether slot j of a draft is proposed may depend only on what is known before its token is sampled.
-The `log_q` that a draft carries is the very tensor that its tokens were sampled from.
-Left out: acceptance (`acceptance/`) and how many tokens to draft (`budget/`, the engine).
+Non-anticipation: whether position j of a draft is proposed may depend only on what is known before its token is
+sampled. The `log_q` that a draft carries is the very tensor that its tokens were sampled from.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from forerun.acceptance.random import Purpose, inverse_cdf_log, round_keys, uniforms
 from forerun.errors import UserError
+from forerun.models import Policy
 from forerun.types import Draft, VerifyResult
+
+if TYPE_CHECKING:  # an engine with a drafter needs no recipe, and so no pydantic
+    from forerun.config import SpeculationConfig
+    from forerun.config.drafters import DrafterConfig
+    from forerun.drafters.trainable import TrainableHead
+    from forerun.drafters.training.trainer import Training, TrainingSetup, Validation
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,93 +45,155 @@ class Rows:
         return self.last.shape[0]
 
 
-class Drafter(Protocol):
-    """What the engine asks of a drafter."""
+class Drafter(ABC):
+    """Base class of drafters: what the engine calls, and what a recipe needs to know before one is made."""
 
-    method: str  # its name in a recipe
-    aux_layers: tuple[int, ...]  # policy layers whose inputs it wants to see; empty: none
+    name: ClassVar[str]  # in a recipe: `speculation.method`
+    Config: ClassVar[type[DrafterConfig] | None] = None  # its settings; None: it has none
+    trains: ClassVar[bool] = False  # its weights must be given or trained before RL (`forerun draft`)
+    samples: ClassVar[bool] = False  # its chains are sampled from a q of its own; else q is one-hot
+    cotrains: ClassVar[bool] = False  # it can train beside the policy, see `trainable_head`
+    trees: ClassVar[bool] = False  # it proposes trees
+    vllm_refusal: ClassVar[str] = "vLLM has no drafter of this kind"  # why vLLM cannot run it; "": it can
+    vllm_scales_drafts: ClassVar[bool] = False  # vLLM can draft at another temperature than that of the rollouts
 
+    aux_layers: tuple[int, ...] = ()  # policy layers whose inputs it reads
+
+    # ---- made from a recipe ----
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> Self:
+        """The drafter of a speculation block. Raises UserError when it cannot be found or does not fit the policy.
+
+        A drafter without a block of its own name reads `speculation.settings`, see `own_settings`.
+        """
+
+    @classmethod
+    def own_settings(cls, speculation: SpeculationConfig) -> Any:
+        """`speculation.settings` as this drafter's `Config`."""
+        assert cls.Config is not None, f"{cls.__name__} has no Config"
+        return cls.Config.model_validate(speculation.settings)
+
+    @classmethod
+    def train(cls, policy: Policy, setup: TrainingSetup) -> Training[tuple[Drafter, Validation]]:
+        """Train one on texts of the policy; returns it with its `Validation`. Every drafter that `trains` has this."""
+        raise NotImplementedError(f"{cls.__name__}.train")
+
+    @classmethod
+    def vllm_config(cls, speculation: SpeculationConfig, folder: Path | None) -> dict[str, Any]:
+        """Its entries of vLLM's `speculative_config`. `folder`: of `vllm_files`, if it has any."""
+        raise NotImplementedError(f"{cls.__name__}.vllm_config")
+
+    @classmethod
+    def vllm_additional_config(cls, speculation: SpeculationConfig) -> dict[str, Any]:
+        """What vLLM hands to a proposer class of ours: entries of its `additional_config`."""
+        return {}
+
+    @classmethod
+    def vllm_files(
+        cls, speculation: SpeculationConfig, policy: Policy, source: Path, scratch: Path
+    ) -> tuple[Path, Mapping[str, Tensor]] | None:
+        """Folder with its weights as vLLM reads them, and the tensors that a weight version carries; None: no weights.
+
+        Args:
+            policy: configuration and shapes, see `describe_policy`; its weights are in the folder `source`.
+            scratch: folder for what has to be written.
+
+        Raises:
+            UserError: the drafter cannot be read.
+        """
+        return None
+
+    # ---- in an engine ----
+
+    @abstractmethod
     def open(self, rows: int, positions: int, k: int) -> None:
-        """Make room for `rows` sequences of at most `positions` tokens, drafts of at most `k`; forget the old ones."""
+        """Allocate `rows` sequences of at most `positions` tokens, drafts of at most `k`; forget the earlier ones."""
 
+    @abstractmethod
     def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
         """Prompts tokens [P, L] of `lengths` [P] entered rows first_row, first_row + 1, ...
 
-        features [P, L-1, T·H] are the policy's at the taps, for all but each prompt's last token.
+        features [P, L-1, T·H]: the policy's auxiliary hidden states, for all but each prompt's last token.
         """
 
+    @abstractmethod
     def copy(self, source: int, target: int) -> None:
         """Row `target` continues what row `source` holds."""
 
+    @abstractmethod
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
         """Draft at most budget [B] tokens per row; a tree: paths of at most that many, and at most `k` nodes in all."""
 
+    @abstractmethod
     def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
-        """Row b emitted verdict.tokens[b, : accepted[b] + 1], and its sample holds them all: none beyond its end.
+        """Row b emitted verdict.tokens[b, : accepted[b] + 1], and its sample keeps them all: none beyond its end.
 
-        features [B, n, T·H] are the policy's at the taps, for the n tokens that it just ran (newest token and drafts);
-        of a tree, for the newest token and the accepted path.
+        features [B, n, T·H]: the policy's auxiliary hidden states for the n tokens that it just ran (newest token and
+        drafts); of a tree, for the newest token and the accepted path.
         """
+
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:  # noqa: B027 (optional)
+        """Learn from a verified round; may change how later rounds are drafted. Default: nothing.
+
+        Called once per round, plain ones too, after verification and before `observe`.
+
+        Args:
+            logits: [B, k+1, V] of the policy, not divided by the temperature: row 0 after the newest token, row j + 1
+                after draft position j. Not to be kept or copied whole: nothing in a round is larger.
+            verdict: the result of verification, also where a sample ends inside its accepted run.
+        """
+
+    def metrics(self) -> Mapping[str, float]:
+        """Counts since the drafter was made, and settings that it tunes, as they are now."""
+        return {}
+
+    # ---- weights ----
+
+    def trainable_head(self) -> TrainableHead:
+        """What trains beside the policy. Every drafter that `cotrains` has one."""
+        raise NotImplementedError(f"{type(self).__name__}.trainable_head")
 
     def state_dict(self) -> dict[str, Tensor]:
         """Its weights, empty when it has none.
 
-        Only what a weight version stands for and what a learner hands over. What a drafter has read (a corpus) is no
-        weight: it stays with the engine, and travels in the folder that `save` writes.
+        Only what a weight version covers and a learner sends. A corpus is no weight: it stays with the engine, and is
+        written to the folder of `save`.
         """
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace its weights. Raises UserError when a tensor is missing, unknown or of another shape."""
+        if state:
+            raise UserError(f"The drafter '{self.name}' has no weights, but the state holds {sorted(state)}")
 
+    @abstractmethod
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write it, memory included, to a folder from which it can be loaded; `about` records how it was made."""
 
 
-@runtime_checkable
-class Counting(Protocol):
-    """A drafter that counts something of its own, such as what it threw away to stay within its memory."""
-
-    def metrics(self) -> Mapping[str, float]:
-        """Names and counts, since the drafter was made, and settings that it finds by itself as they are now."""
+def round_temperature(proposal: str, rows: Rows, draft_temperature: float) -> float | None:
+    """The draft temperature of a round; None: one-hot drafts of the likeliest tokens, as `proposal` or all rows ask."""
+    return None if proposal == "argmax" or bool((rows.temperature == 0).all()) else draft_temperature
 
 
-@runtime_checkable
-class Learning(Protocol):
-    """A drafter that learns from the policy's rows at the tokens it verified, accepted or not."""
-
-    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        """A round was judged. What is learnt from it may change how later rounds are drafted.
-
-        Called once per round, plain ones too, after the verdict and before `observe`.
-
-        Args:
-            logits: [B, k+1, V] of the policy as they were judged by, not divided by the temperature: row 0 after the
-                newest token, row j + 1 after slot j. Not to be kept or copied whole: nothing in a round is larger.
-            verdict: as verification gave it, also where a sample ends inside its accepted run.
-        """
-
-
-def heat_of_round(proposal: str, rows: Rows, heat: float) -> float | None:
-    """The heat to draft with; None: one-hot drafts of the likeliest tokens, so asked, or as none samples."""
-    return None if proposal == "argmax" or bool((rows.temperature == 0).all()) else heat
-
-
-def sample_draft(logits: Tensor, rows: Rows, slot: int, heat: float | None) -> tuple[Tensor, Tensor]:
-    """Draw slot number `slot` of every row from the drafter's logits [B, D]; greedy rows take their argmax.
+def sample_draft(logits: Tensor, rows: Rows, position: int, draft_temperature: float | None) -> tuple[Tensor, Tensor]:
+    """Draw draft position `position` of every row from the drafter's logits [B, D]; greedy rows take their argmax.
 
     Args:
-        heat: temperature of the drafts over that of the rollouts, None: every row takes its argmax.
+        draft_temperature: relative to that of the rollouts; None: every row takes its argmax.
 
     Returns:
-        Tokens [B] as indices into D, and the log-probabilities [B, D] that they were drawn from (the logits without
-        heat, where q is one-hot).
+        Tokens [B] as indices into D, and the log-probabilities [B, D] that they were drawn from (with None, where q is
+        one-hot, the logits).
     """
-    if heat is None:
+    if draft_temperature is None:
         return logits.argmax(-1), logits
     warm = rows.temperature > 0
-    temperature = torch.where(warm, rows.temperature, 1.0) * heat
+    temperature = torch.where(warm, rows.temperature, 1.0) * draft_temperature
     log_q = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
-    keys = round_keys(rows.lengths, slot + 1)[:, slot:]
+    keys = round_keys(rows.lengths, position + 1)[:, position:]
     drawn = inverse_cdf_log(log_q, uniforms(rows.seeds, keys, Purpose.DRAFT)[:, 0])
     return torch.where(warm, drawn, logits.argmax(-1)), log_q
 
@@ -142,13 +211,3 @@ def emitted(verdict: VerifyResult) -> list[list[int]]:
     """The tokens that each row emitted, as plain lists."""
     accepted, tokens = verdict.accepted.tolist(), verdict.tokens.tolist()
     return [row[: a + 1] for a, row in zip(accepted, tokens, strict=True)]
-
-
-def no_weights(state: Mapping[str, Tensor], method: str) -> None:
-    """`load_state_dict` of a drafter without weights: an empty state fits, any tensor is a mistake.
-
-    Raises:
-        UserError: the state names tensors.
-    """
-    if state:
-        raise UserError(f"The drafter '{method}' has no weights, but the state holds {sorted(state)}")

@@ -13,42 +13,92 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from forerun.drafters.base import Rows, heat_of_round, sample_draft
-from forerun.drafters.temperature import HeatSetting, make_heat
+from forerun.config import SpeculationConfig
+from forerun.drafters.base import Drafter, Rows, round_temperature, sample_draft
+from forerun.drafters.temperature import TemperatureSetting, draft_temperature_of
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy, save_policy
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import PolicyForward
-from forerun.models.load import artifact, load_exactly
+from forerun.models.load import artifact, describe_policy, load_exactly, policy_folder
 from forerun.models.logprobs import head_sees
 from forerun.types import Draft, VerifyResult
 
+if TYPE_CHECKING:
+    from forerun.drafters.training.trainer import Training, TrainingSetup, Validation
 
-class ModelDrafter:
+
+class ModelDrafter(Drafter):
     """The draft model at work: its cache, the rows' tokens, and how many of them the cache holds."""
 
-    method = "model"
-    aux_layers: tuple[int, ...] = ()
+    name = "model"
+    trains = samples = True
+    vllm_refusal = ""
 
-    def __init__(self, model: Policy, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> None:
+    def __init__(
+        self,
+        model: Policy,
+        policy: Policy,
+        *,
+        proposal: str = "sampled",
+        draft_temperature: TemperatureSetting = 1.0,
+    ) -> None:
         """`model` drafts for `policy`.
 
         Args:
             proposal: "argmax" drafts deterministically, with a one-hot q.
-            heat: temperature of sampled drafts over that of the rollouts, or "auto", see heat.py.
+            draft_temperature: relative to that of the rollouts, or "auto", see temperature.py.
 
         Raises:
             UserError: their vocabularies differ.
         """
         _check_vocabulary(model, policy)
         model.model.eval()
-        self.model, self.proposal, self.heat = model, proposal, make_heat(heat, proposal)
+        self.model, self.proposal = model, proposal
+        self.draft_temperature = draft_temperature_of(draft_temperature, proposal)
         self._forward = PolicyForward(model, ())
+
+    @classmethod
+    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> ModelDrafter:
+        """See `Drafter.from_config`."""
+        if speculation.draft is None:
+            raise UserError("speculation.method=model needs speculation.draft, a folder or hub name of a smaller model")
+        return cls.load(
+            speculation.draft,
+            policy,
+            proposal=speculation.proposal,
+            draft_temperature=speculation.draft_temperature,
+        )
+
+    @classmethod
+    def train(cls, policy: Policy, setup: TrainingSetup) -> Training[tuple[Drafter, Validation]]:
+        """A copy of the policy with fewer layers: `draft.layers`, else the first two and the last two."""
+        from forerun.drafters.training.distill import distill, pruned_copy
+
+        count = policy.model.config.get_text_config().num_hidden_layers
+        layers = setup.config.layers or sorted({0, 1, count - 2, count - 1} & set(range(count)))
+        model = pruned_copy(policy, layers)
+        result = yield from distill(model, policy, setup)
+        return cls(Policy(model.to(policy.dtype), policy.tokenizer, f"{policy.name}, pruned"), policy), result
+
+    @classmethod
+    def vllm_config(cls, speculation: SpeculationConfig, folder: Path | None) -> dict[str, Any]:
+        """vLLM's own draft models."""
+        return {"method": "draft_model", "model": str(folder)}
+
+    @classmethod
+    def vllm_files(
+        cls, speculation: SpeculationConfig, policy: Policy, source: Path, scratch: Path
+    ) -> tuple[Path, Mapping[str, Tensor]]:
+        """See `Drafter.vllm_files`: its own folder."""
+        assert speculation.draft is not None
+        folder = policy_folder(speculation.draft)
+        return folder, describe_policy(folder).model.state_dict()
 
     def open(self, rows: int, positions: int, k: int) -> None:
         self._forward.refresh()
@@ -76,20 +126,20 @@ class ModelDrafter:
         """Read what is new, then draft token by token; a row beyond the model's own context drafts nothing."""
         lengths = torch.minimum(budget, (self.model.context - rows.lengths).clamp(min=0))
         k = int(lengths.max())
-        heat = heat_of_round(self.proposal, rows, self.heat.value)
+        temperature = round_temperature(self.proposal, rows, self.draft_temperature.value)
         logits = self._read(rows) if k > 0 else rows.temperature.new_zeros(rows.count, 0)
         tokens, log_q = [], []
-        for slot in range(k):
-            token, row = sample_draft(logits, rows, slot, heat)
+        for j in range(k):
+            token, row = sample_draft(logits, rows, j, temperature)
             tokens.append(token)
             log_q.append(row)
-            if slot < k - 1:
-                at = (rows.lengths + slot + 1).clamp(max=self.model.context - 1)  # beyond it nothing is read again
+            if j < k - 1:
+                at = (rows.lengths + j + 1).clamp(max=self.model.context - 1)  # beyond it nothing is read again
                 logits = self._run(token[:, None], at, int(at.max()) + 1, torch.zeros_like(at))
         self._fed = max(k - 1, 0) if k > 0 else None
         if k == 0:
             return Draft(rows.last.new_zeros(rows.count, 0), lengths)
-        return Draft(torch.stack(tokens, dim=1), lengths, None if heat is None else torch.stack(log_q, dim=1))
+        return Draft(torch.stack(tokens, dim=1), lengths, None if temperature is None else torch.stack(log_q, dim=1))
 
     def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         """Take the emitted tokens down; the cache now holds the newest token and the accepted ones of those it ran."""
@@ -101,11 +151,11 @@ class ModelDrafter:
         self._fed = None
 
     def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        """See `Learning.learn`: the heat, where it is learnt."""
-        self.heat.learn(rows, draft, logits, verdict)
+        """Tune the draft temperature, where it is "auto"."""
+        self.draft_temperature.learn(rows, draft, logits, verdict)
 
     def metrics(self) -> dict[str, float]:
-        return self.heat.metrics()
+        return self.draft_temperature.metrics()
 
     def _read(self, rows: Rows) -> Tensor:
         """Run each row's tokens from the oldest that any row lacks to its newest; logits [B, V] after that one.
@@ -142,7 +192,14 @@ class ModelDrafter:
         (folder / "config.json").write_text(json.dumps({**config, "forerun": about}, indent=2) + "\n")
 
     @classmethod
-    def load(cls, source: str, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> ModelDrafter:
+    def load(
+        cls,
+        source: str,
+        policy: Policy,
+        *,
+        proposal: str = "sampled",
+        draft_temperature: TemperatureSetting = 1.0,
+    ) -> ModelDrafter:
         """Load a draft model in the policy's number format and on its device.
 
         Args:
@@ -158,7 +215,7 @@ class ModelDrafter:
                 f"speculation.draft={source} is no draft model: {error}; give a folder or a hub name of a smaller "
                 "causal language model with the policy's tokenizer"
             ) from error
-        return cls(model, policy, proposal=proposal, heat=heat)
+        return cls(model, policy, proposal=proposal, draft_temperature=draft_temperature)
 
 
 def _place(source: str) -> str:

@@ -12,23 +12,28 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forerun.drafters.base import Rows, heat_of_round, sample_draft
+from forerun.config import SpeculationConfig
+from forerun.drafters.base import Drafter, Rows, round_temperature, sample_draft
 from forerun.drafters.eagle3_checkpoints import Eagle3Config as Eagle3Config
 from forerun.drafters.eagle3_checkpoints import head_files, read_head
-from forerun.drafters.temperature import HeatSetting, make_heat
+from forerun.drafters.temperature import TemperatureSetting, draft_temperature_of, tempered_head
+from forerun.drafters.trainable import TeacherBatch, TrainableHead
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.auxiliary import check_aux_layers, decoder_layers
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.fused import rotate_sign, swap_halves
-from forerun.models.load import load_exactly
+from forerun.models.load import artifact, load_exactly, saved_embedding
 from forerun.types import Draft, VerifyResult
+
+if TYPE_CHECKING:
+    from forerun.drafters.training.trainer import Training, TrainingSetup, Validation
 
 
 class RMSNorm(nn.RMSNorm):
@@ -39,7 +44,7 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class Eagle3Head(nn.Module):
+class Eagle3Head(TrainableHead):
     """The trainable part. Parameter names are those of the published checkpoints."""
 
     d2t: Tensor  # [D] int64, offsets: target id = draft id + d2t
@@ -51,10 +56,10 @@ class Eagle3Head(nn.Module):
         self.config = config
         hidden, eps = config.hidden_size, config.rms_norm_eps
         if config.norm_before_fc:
-            self.input_norm = RMSNorm(config.tap_width * len(config.layers), eps)
+            self.input_norm = RMSNorm(config.aux_width * len(config.layers), eps)
         if config.fc_norm:
-            self.fc_norm = nn.ModuleList(RMSNorm(config.tap_width, eps) for _ in config.layers)
-        self.fc = nn.Linear(config.tap_width * len(config.layers), hidden, bias=False)
+            self.fc_norm = nn.ModuleList(RMSNorm(config.aux_width, eps) for _ in config.layers)
+        self.fc = nn.Linear(config.aux_width * len(config.layers), hidden, bias=False)
         self.midlayer = _midlayer(config)
         self.norm = RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
@@ -117,6 +122,68 @@ class Eagle3Head(nn.Module):
         """Of the states that `finish` returns: [..., H] -> [..., D]"""
         return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
 
+    def embedding(self, policy: Policy) -> Any:
+        """Its own input embedding, or the policy's."""
+        return self.embed_tokens if self.config.own_embedding else policy.model.get_input_embeddings()
+
+    def unroll(
+        self, policy: Policy, teacher: TeacherBatch, depth: int, temperature: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """See `TrainableHead.unroll`."""
+        length = teacher.tokens.shape[1]
+        first = max(0, int(teacher.scored.any(0).float().argmax()) - 1)  # earliest base that any sequence scores
+        embedded = self.embedding(policy)(teacher.tokens).detach()
+        positions = torch.arange(length, device=teacher.tokens.device)[None]
+        hidden = self.fuse(teacher.features[:, :-1])
+        query, key, value = self.query_key_value(embedded[:, 1:], hidden, positions[:, :-1])
+        context = key, value  # pass 0's
+        own: list[tuple[Tensor, Tensor]] = []  # those of later passes, one key per base
+        attended = _attend(query[:, :, first:], context, own, first)
+        hidden = self.finish(hidden[:, first:], attended)
+        results = []
+        for j in range(depth):
+            last = length - 2 - j  # bases beyond it have no next token to compare with
+            started = teacher.scored[:, first + 1 : last + 2]  # rounds start at the last prompt token or later
+            rows = started & teacher.scored[:, first + 1 + j : last + 2 + j]
+            log_q = torch.log_softmax(
+                self.logits(hidden[:, : rows.shape[1]][rows]).float() / (temperature or 1.0), dim=-1
+            )
+            results.append((teacher.log_p[:, first + 1 + j : last + 2 + j][rows], log_q))
+            if j == depth - 1 or last - 1 < first:
+                break
+            kept = last - first  # bases first .. last-1 can go one token further
+            hidden = hidden[:, :kept]
+            query, key, value = self.query_key_value(
+                embedded[:, first + 2 + j : last + 2 + j], hidden, positions[:, first + 1 + j : last + 1 + j]
+            )
+            own = [(k[:, :, :kept], v[:, :, :kept]) for k, v in own] + [(key, value)]
+            hidden = self.finish(hidden, _attend(query, context, own, first))
+        return results
+
+
+def _attend(query: Tensor, context: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], first: int) -> Tensor:
+    """query [N, heads, T, d] at bases first .. first+T-1 -> [N, T, heads, d]; `own`: the same base's keys by pass."""
+    bases = query.shape[2]
+    group = query.shape[1] // context[0].shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1) for x in context)
+    if not own:
+        mask = _causal(bases, first, keys.shape[2], query.device)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).transpose(1, 2)
+    scale = query.shape[-1] ** -0.5
+    past = (query @ keys.transpose(2, 3)).float() * scale  # [N, heads, T, L]
+    past = past.masked_fill(~_causal(bases, first, keys.shape[2], query.device), float("-inf"))
+    mine = [(query * k.repeat_interleave(group, dim=1)).sum(-1, keepdim=True).float() * scale for k, _ in own]
+    weights = torch.cat([past, *mine], dim=-1).softmax(-1).to(values.dtype)
+    out = weights[..., : past.shape[-1]] @ values
+    for i, (_, v) in enumerate(own):
+        out = out + weights[..., past.shape[-1] + i, None] * v.repeat_interleave(group, dim=1)
+    return out.transpose(1, 2)
+
+
+def _causal(bases: int, first: int, length: int, device: torch.device) -> Tensor:  # [T, L] bool, true: visible
+    at = torch.arange(length, device=device)
+    return at[None] <= torch.arange(first, first + bases, device=device)[:, None]
+
 
 def _midlayer(config: Eagle3Config) -> nn.ModuleDict:
     hidden, size, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
@@ -163,21 +230,31 @@ def rotary(config: Eagle3Config) -> tuple[Tensor, float]:
     return inverse.float(), float(scale)
 
 
-class Eagle3Drafter:
+class Eagle3Drafter(Drafter):
     """The head at work in an engine: its own cache rows, and what the last verification left to be read in.
 
     Pending are, per row, the emitted tokens with the policy's hidden states *before* them: the pairs (x_{t+1}, g_t)
     that the head has not read yet. Reading them replaces the entries that it guessed while drafting.
     """
 
-    method = "eagle3"
+    name = "eagle3"
+    trains = samples = cotrains = True
+    vllm_refusal = ""
+    vllm_scales_drafts = True
 
-    def __init__(self, head: Eagle3Head, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> None:
-        """A head at work for `policy`.
+    def __init__(
+        self,
+        head: Eagle3Head,
+        policy: Policy,
+        *,
+        proposal: str = "sampled",
+        draft_temperature: TemperatureSetting = 1.0,
+    ) -> None:
+        """A head that drafts for `policy`.
 
         Args:
             proposal: "argmax" drafts deterministically.
-            heat: the drafts' temperature over the rollouts', or "auto", see heat.py.
+            draft_temperature: relative to that of the rollouts, or "auto", see temperature.py.
 
         Raises:
             UserError: the head was made for another policy.
@@ -186,12 +263,68 @@ class Eagle3Drafter:
         _check_fit(head.config, policy)
         self.head = head.to(policy.device).eval()
         self.aux_layers = head.config.layers
-        self.proposal, self.heat = proposal, make_heat(heat, proposal)
+        self.proposal = proposal
+        self.draft_temperature = draft_temperature_of(draft_temperature, proposal)
         self.dialect = "forerun"
         self.vocabulary = head.vocabulary
-        self._embed = head.embed_tokens if head.config.own_embedding else policy.model.get_input_embeddings()
+        self._embed = head.embedding(policy)
         self._verifier = {"name_or_path": policy.name, "architectures": [type(policy.model).__name__]}
         self._beyond, self._outgrown = 0, False
+
+    @classmethod
+    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> Eagle3Drafter:
+        """See `Drafter.from_config`."""
+        if speculation.draft is None:
+            raise UserError("speculation.method=eagle3 needs speculation.draft, a folder or a shipped artifact")
+        return cls.load(
+            artifact(speculation.draft),
+            policy,
+            proposal=speculation.proposal,
+            draft_temperature=speculation.draft_temperature,
+        )
+
+    @classmethod
+    def train(cls, policy: Policy, setup: TrainingSetup) -> Training[tuple[Drafter, Validation]]:
+        """See `Drafter.train`."""
+        from forerun.drafters.training.eagle3 import new_head
+        from forerun.drafters.training.heads import train_head
+
+        head = new_head(policy, setup.pairs, setup.config)
+        result = yield from train_head(head, policy, setup)
+        return Eagle3Drafter(head.to(policy.dtype), policy), result
+
+    @classmethod
+    def vllm_config(cls, speculation: SpeculationConfig, folder: Path | None) -> dict[str, Any]:
+        """vLLM's own EAGLE-3."""
+        return {"method": "eagle3", "model": str(folder)}
+
+    @classmethod
+    def vllm_files(
+        cls, speculation: SpeculationConfig, policy: Policy, source: Path, scratch: Path
+    ) -> tuple[Path, Mapping[str, Tensor]]:
+        """A head of any dialect, read as the local engine reads it and written again for vLLM.
+
+        vLLM's runners number layers differently where a file leaves it open, and have no place for the map of a full
+        vocabulary. The output head is divided by the draft temperature, which scales the logits.
+        """
+        from safetensors.torch import save_file
+
+        assert speculation.draft is not None
+        layers = len(decoder_layers(policy.model))
+        head = read_head(artifact(speculation.draft), layers, saved_embedding(policy, source))
+        data, tensors = head_files(head.config, head.state, "specforge")
+        tensors["lm_head.weight"] = tempered_head(tensors["lm_head.weight"], speculation.fixed_draft_temperature)
+        if head.config.draft_vocab_size == head.config.vocab_size:
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
+        folder = scratch / "drafter"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(data))
+        save_file(tensors, folder / "model.safetensors")
+        return folder, head.state
+
+    def trainable_head(self) -> Eagle3Head:
+        """See `Drafter.trainable_head`."""
+        return self.head
 
     def open(self, rows: int, positions: int, k: int) -> None:
         device, width = self.head.fc.weight.device, self.head.fc.in_features
@@ -231,16 +364,16 @@ class Eagle3Drafter:
         if k == 0:
             return Draft(torch.zeros(rows.count, 0, dtype=torch.int64, device=rows.last.device), lengths)
         hidden = self.read(rows, count, n)
-        heat = heat_of_round(self.proposal, rows, self.heat.value)
+        temperature = round_temperature(self.proposal, rows, self.draft_temperature.value)
         tokens, log_q = [], []
-        for slot in range(k):
-            token, row = sample_draft(self.head.logits(hidden), rows, slot, heat)
+        for j in range(k):
+            token, row = sample_draft(self.head.logits(hidden), rows, j, temperature)
             tokens.append(self.vocabulary[token])
             log_q.append(row)
-            if slot < k - 1:
-                slots = SlotPass(self.cache, 0, rows.lengths + slot, 1, int(rows.lengths.max()) + slot + 1)
+            if j < k - 1:
+                slots = SlotPass(self.cache, 0, rows.lengths + j, 1, int(rows.lengths.max()) + j + 1)
                 hidden = self.run(tokens[-1][:, None], hidden[:, None], slots)[:, 0]
-        if heat is None:
+        if temperature is None:
             return Draft(torch.stack(tokens, dim=1), lengths)
         return Draft(torch.stack(tokens, dim=1), lengths, torch.stack(log_q, dim=1), self.vocabulary)
 
@@ -263,13 +396,13 @@ class Eagle3Drafter:
         return torch.minimum(budget, reach)
 
     def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        """See `Learning.learn`: the heat, where it is learnt."""
-        self.heat.learn(rows, draft, logits, verdict)
+        """Tune the draft temperature, where it is "auto"."""
+        self.draft_temperature.learn(rows, draft, logits, verdict)
 
     def metrics(self) -> dict[str, float]:
-        """Rounds of a row that the head's own context cut short, where there were any, and the heat that is learnt."""
+        """Rounds of a row that the head's own context cut short, where there were any; the draft temperature."""
         beyond = {"rows_beyond_drafter_context": self._beyond} if self._beyond else {}
-        return {**beyond, **self.heat.metrics()}
+        return {**beyond, **self.draft_temperature.metrics()}
 
     def read(self, rows: Rows, count: Tensor, n: int) -> Tensor:
         """Read what is pending, count [B] pairs of at most n per row; the states [B, H] after the newest tokens."""
@@ -313,7 +446,14 @@ class Eagle3Drafter:
         save_file(tensors, folder / "model.safetensors")
 
     @classmethod
-    def load(cls, folder: Path, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> Eagle3Drafter:
+    def load(
+        cls,
+        folder: Path,
+        policy: Policy,
+        *,
+        proposal: str = "sampled",
+        draft_temperature: TemperatureSetting = 1.0,
+    ) -> Eagle3Drafter:
         """Read a head in any published layout (`dialect` says which it was) and check that it fits the policy.
 
         Keywords as for the constructor.
@@ -325,14 +465,14 @@ class Eagle3Drafter:
         found = read_head(folder, layers, embedding)
         head = Eagle3Head(found.config).to(policy.dtype)
         load_exactly(head, found.state, f"the drafter in {folder}")
-        drafter = cls(head, policy, proposal=proposal, heat=heat)
+        drafter = cls(head, policy, proposal=proposal, draft_temperature=draft_temperature)
         drafter.dialect = found.dialect
         return drafter
 
 
 def _check_fit(config: Eagle3Config, policy: Policy) -> None:
     target = policy.model.config.get_text_config()
-    for name, ours in (("hidden_size", config.tap_width), ("vocab_size", config.vocab_size)):
+    for name, ours in (("hidden_size", config.aux_width), ("vocab_size", config.vocab_size)):
         if ours != getattr(target, name):
             raise UserError(
                 f"The drafter was made for a policy with {name} {ours}, and this one has {getattr(target, name)}"

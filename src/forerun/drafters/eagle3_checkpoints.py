@@ -82,7 +82,7 @@ class Eagle3Config:
     own_embedding: bool = False
 
     @property
-    def tap_width(self) -> int:
+    def aux_width(self) -> int:
         """Width of one tap: the policy's hidden size."""
         return self.target_hidden_size or self.hidden_size
 
@@ -122,10 +122,10 @@ def read_head(folder: Path, policy_layers: int, embedding: Tensor) -> HeadFile:
     own = found.get("embed_tokens.weight")
     if own is not None and own.shape == embedding.shape and torch.equal(own.to(embedding), embedding):
         del found["embed_tokens.weight"]
-    elif own is None and config.hidden_size != config.tap_width:
+    elif own is None and config.hidden_size != config.aux_width:
         raise UserError(
             f"The drafter has hidden size {config.hidden_size} and no embed_tokens.weight, and the policy has "
-            f"{config.tap_width}: it needs an embedding of its own"
+            f"{config.aux_width}: it needs an embedding of its own"
         )
     config = replace(
         config,
@@ -153,7 +153,7 @@ def head_files(config: Eagle3Config, state: Mapping[str, Tensor], layout: str) -
         "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "tie_word_embeddings": False,
     }  # fmt: skip
     shared = {
-        "draft_vocab_size": config.draft_vocab_size, "target_hidden_size": config.tap_width,
+        "draft_vocab_size": config.draft_vocab_size, "target_hidden_size": config.aux_width,
         "eagle_aux_hidden_state_layer_ids": list(config.layers), **{name: getattr(config, name) for name in NORMS},
     }  # fmt: skip
     if layout == "speculators":

@@ -24,20 +24,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from forerun.acceptance.chain import drafted
-from forerun.config import GraftConfig
-from forerun.drafters.base import Rows
+from forerun.config import GraftConfig, SpeculationConfig
+from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.eagle3 import Eagle3Drafter, Eagle3Head
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.cache import SlotPass, TreePlaces
 from forerun.models.forward import check_trees
+from forerun.models.load import artifact
 from forerun.types import Draft, VerifyResult
+
+if TYPE_CHECKING:
+    from forerun.drafters.training.trainer import Training, TrainingSetup, Validation
 
 TABLE = "adjacency.safetensors"
 
@@ -215,20 +219,26 @@ class Candidates:
         return every.select(order, stay).first(int(quota.max()))
 
 
-class GraftDrafter:
-    """An EAGLE-3 head as a drafter of trees, with the adjacency table beside it."""
+class GraftDrafter(Drafter):
+    """An EAGLE-3 head and an adjacency table, which together draft trees."""
 
-    method = "graft"
+    name = "graft"
+    Config = GraftConfig
+    trains = trees = True
+    vllm_refusal = "vLLM has no exact verification of draft trees"
 
-    def __init__(self, head: Eagle3Head, policy: Policy, settings: GraftConfig, *, heat: float = 1.0) -> None:
-        """`heat` is the temperature of the head's scores over that of the rollouts.
+    def __init__(
+        self, head: Eagle3Head, policy: Policy, settings: GraftConfig, *, draft_temperature: float = 1.0
+    ) -> None:
+        """`draft_temperature`: of the head's scores, relative to that of the rollouts.
 
         Raises:
             UserError: the head was made for another policy, or the policy cannot run trees.
         """
         check_trees(policy)
         self._reader = Eagle3Drafter(head, policy)
-        self.aux_layers, self.settings, self.heat = self._reader.aux_layers, settings, heat
+        self.aux_layers = self._reader.aux_layers
+        self.settings, self.draft_temperature = settings, draft_temperature
         vocabulary = int(policy.model.config.get_text_config().vocab_size)
         self.successors = min(settings.successors, vocabulary)
         self.adjacency = Adjacency(vocabulary, self.successors, policy.device)
@@ -237,6 +247,23 @@ class GraftDrafter:
         self._prunes = settings.variant in ("graft", "tail", "prune")
         self._retrieves = settings.variant in ("graft", "root", "tail")
         self._counts: Counter[str] = Counter()
+
+    @classmethod
+    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> GraftDrafter:
+        """See `Drafter.from_config`."""
+        if speculation.draft is None:
+            raise UserError(
+                "speculation.method=graft needs speculation.draft, the folder or artifact of an EAGLE-3 drafter"
+            )
+        temperature = speculation.draft_temperature
+        if temperature == "auto":
+            raise UserError("speculation.draft_temperature=auto needs sampled drafts, but a graft tree samples none")
+        return cls.load(artifact(speculation.draft), policy, speculation.graft, draft_temperature=temperature)
+
+    @classmethod
+    def train(cls, policy: Policy, setup: TrainingSetup) -> Training[tuple[Drafter, Validation]]:
+        """The EAGLE-3 head that drafts the tree, see `Eagle3Drafter.train`."""
+        return (yield from Eagle3Drafter.train(policy, setup))
 
     def open(self, rows: int, positions: int, k: int) -> None:
         """See `Drafter.open`; the head's cache has places for the candidates that it expands."""
@@ -268,7 +295,7 @@ class GraftDrafter:
         self._reader.observe(rows, verdict, features)
 
     def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        """The policy's likeliest successors of every verified token; see `Learning.learn`."""
+        """The policy's likeliest successors of every verified token; see `Drafter.learn`."""
         tokens = torch.cat([rows.last[:, None], draft.tokens], dim=1)
         ran = torch.nn.functional.pad(drafted(draft), (1, 0), value=True)  # [B, k+1]
         self.adjacency.update(tokens[ran], logits.topk(self.successors).indices[ran])
@@ -359,7 +386,7 @@ class GraftDrafter:
 
     def _children(self, hidden: Tensor, rows: Rows, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Path scores and target tokens of the K likeliest children of nodes [B, n] with `scores`: two [B, n·K]."""
-        temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0) * self.heat
+        temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0) * self.draft_temperature
         log_p = torch.log_softmax(self._reader.head.logits(hidden).float() / temperature[:, None, None], dim=-1)
         best, columns = log_p.topk(self._width, dim=-1)  # [B, n, K]
         best = scores[:, :, None] + best.clamp(max=0.0)
@@ -388,7 +415,9 @@ class GraftDrafter:
         save_file({"successors": self.adjacency.table.contiguous()}, folder / TABLE)
 
     @classmethod
-    def load(cls, folder: Path, policy: Policy, settings: GraftConfig, *, heat: float = 1.0) -> GraftDrafter:
+    def load(
+        cls, folder: Path, policy: Policy, settings: GraftConfig, *, draft_temperature: float = 1.0
+    ) -> GraftDrafter:
         """Read a head as `Eagle3Drafter.load` does, and the table where the folder has one.
 
         Raises:
@@ -397,7 +426,8 @@ class GraftDrafter:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        drafter = cls(Eagle3Drafter.load(folder, policy).head, policy, settings, heat=heat)
+        head = Eagle3Drafter.load(folder, policy).head
+        drafter = cls(head, policy, settings, draft_temperature=draft_temperature)
         if (folder / TABLE).exists():
             try:
                 drafter.adjacency.load(load_file(folder / TABLE)["successors"])

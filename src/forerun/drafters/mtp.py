@@ -17,30 +17,37 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forerun.drafters.base import Rows, heat_of_round, sample_draft
+from forerun.config import SpeculationConfig
+from forerun.drafters.base import Drafter, Rows, round_temperature, sample_draft
 from forerun.drafters.mtp_checkpoints import IDS, published_name, read_heads
-from forerun.drafters.temperature import HeatSetting, make_heat
+from forerun.drafters.mtp_unroll import unroll_mtp
+from forerun.drafters.temperature import TemperatureSetting, draft_temperature_of
+from forerun.drafters.trainable import TeacherBatch, TrainableHead
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.auxiliary import decoder_layers
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import ATTENTION
-from forerun.models.load import load_exactly
+from forerun.models.load import artifact, load_exactly
 from forerun.types import Draft, VerifyResult
+
+if TYPE_CHECKING:
+    from forerun.drafters.training.trainer import Training, TrainingSetup, Validation
 
 
 @dataclass(frozen=True, slots=True)
 class MtpConfig:
-    """What a head is made for. `layers` is the tap that it reads: the policy's last hidden state."""
+    """Shape of the head. `layers` is the auxiliary state that it reads: the policy's last hidden state."""
 
     hidden_size: int
     vocab_size: int
@@ -50,6 +57,10 @@ class MtpConfig:
     @property
     def layers(self) -> tuple[int, ...]:
         return (self.num_hidden_layers,)
+
+    @property
+    def aux_width(self) -> int:
+        return self.hidden_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +118,7 @@ class MtpLayer(nn.Module):
         return self.norm(out[0] if isinstance(out, tuple) else out)
 
 
-class MtpHead(nn.Module):
+class MtpHead(TrainableHead):
     """The trainable part: one `MtpLayer` per depth."""
 
     layers: Any
@@ -127,7 +138,7 @@ class MtpHead(nn.Module):
         source = _source_layer(policy)
         self.config = MtpConfig(target.hidden_size, target.vocab_size, len(decoder_layers(policy.model)), layers)
         self.layers = nn.ModuleList(MtpLayer(policy, index, source) for index in range(layers))
-        self.share(policy)
+        self.attach(policy)
         self.register_buffer("draft_ids", vocabulary)
         with torch.no_grad():
             for layer in self.layers:
@@ -135,19 +146,27 @@ class MtpHead(nn.Module):
                 layer.eh_proj.weight[:, target.hidden_size :] += torch.eye(target.hidden_size)
         self.float().to(policy.device).eval().requires_grad_(True)
 
-    def share(self, policy: Policy) -> None:
-        """Use embedding, rotary angles and output head of `policy` from here on."""
-        self.use(_shared(policy, _source_layer(policy)))
+    def attach(self, policy: Policy) -> None:
+        """Read embedding, rotary angles and output head of `policy` from here on."""
+        self._shared = (_shared(policy, _source_layer(policy)),)  # a tuple: its modules are not submodules
 
-    def use(self, shared: Shared) -> None:
-        """Use these from here on."""
-        self._shared = (shared,)  # a tuple: its modules are not submodules
-
-    def apart(self) -> MtpHead:
-        """The same parameters without what it uses of the policy: a head to be sent elsewhere, there to `share`."""
+    def detached(self) -> MtpHead:
+        """See `TrainableHead.detached`."""
         head = copy.copy(self)
         del head._shared
         return head
+
+    def gather_shared(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """See `TrainableHead.gather_shared`: it reads the output head's matrix itself."""
+        output = self.shared.head
+        parts = {"weight": output.weight, "bias": getattr(output, "bias", None)}
+        plain = SimpleNamespace(**{k: None if p is None else gather(p.detach()) for k, p in parts.items()})
+        self._shared = (replace(self.shared, head=plain),)
+
+    @property
+    def drafts_all_tokens(self) -> bool:  # type: ignore[override]
+        """See `TrainableHead`."""
+        return self.draft_ids is None
 
     @property
     def shared(self) -> Shared:
@@ -164,6 +183,17 @@ class MtpHead(nn.Module):
         """hidden [..., H], normed -> [..., D]"""
         return self.shared.logits(hidden, self.draft_ids)
 
+    def unroll(
+        self, policy: Policy, teacher: TeacherBatch, depth: int, temperature: float
+    ) -> list[tuple[Tensor, Tensor]]:
+        """See `TrainableHead.unroll`."""
+        targets = None if self.drafts_all_tokens else teacher.log_p
+        rows = unroll_mtp(self, teacher.tokens, teacher.features, teacher.scored, depth, targets)
+        if self.drafts_all_tokens:
+            return rows
+        scale = temperature or 1.0
+        return [(p, torch.log_softmax(self.logits(hidden).float() / scale, dim=-1)) for p, hidden in rows]
+
     def step(self, index: int, tokens: Tensor, hidden: Tensor, positions: Tensor, slots: Any) -> Tensor:
         """Layer `index`: next tokens [B, n] and the state before them [B, n, H] -> the state after it [B, n, H]."""
         layer = self.layers[index]
@@ -173,116 +203,62 @@ class MtpHead(nn.Module):
         return layer(embedded, hidden, positions, self.shared.rotation(hidden, positions), slots)
 
 
-@dataclass(slots=True)
-class UnrollPass:
-    """Attention of training-time test, in the place of a cache: causal over the true text, then over own guesses.
-
-    A fresh pass sees the keys of the same pass up to each base. In pass r after it, the query of base t has position
-    t + r and sees the fresh pass's keys up to t and its own base's keys of passes 1 .. r.
-    """
-
-    first: int = 0  # base of the first query
-    context: tuple[Tensor, Tensor] | None = None  # [N, K, L, D], the fresh pass's
-    own: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # [N, K, T, D] per later pass
-
-    def attend(
-        self,
-        layer: int,
-        query: Tensor,  # [N, heads, T, D]
-        key: Tensor,  # [N, K, T, D]
-        value: Tensor,
-        scale: float | None,
-        window: int | None = None,
-        softcap: float | None = None,
-    ) -> Tensor:  # [N, T, heads, D]
-        """The interface of `SlotPass.attend`."""
-        query, key = query.to(value.dtype), key.to(value.dtype)  # norms may have left them in float32 under autocast
-        if self.context is None:
-            self.context = key, value
-            if softcap is None and (window is None or window >= query.shape[2]):
-                grouped = query.shape[1] != key.shape[1]
-                out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-                return out.transpose(1, 2)
-        else:
-            bases = query.shape[2]
-            self.own = [(k[:, :, :bases], v[:, :, :bases]) for k, v in self.own] + [(key, value)]
-        group, passes = query.shape[1] // key.shape[1], len(self.own)
-        keys, values = (x.repeat_interleave(group, dim=1) for x in self.context)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        scores = (query @ keys.transpose(2, 3)).to(wide)  # [N, heads, T, L]
-        mine = [(query * k.repeat_interleave(group, dim=1)).sum(-1, keepdim=True).to(wide) for k, _ in self.own]
-        scores = torch.cat([scores, *mine], dim=-1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        seen = self._seen(query.shape[2], keys.shape[2], passes, window, query.device)
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(value.dtype)
-        out = weights[..., : keys.shape[2]] @ values
-        for i, (_, v) in enumerate(self.own):
-            out = out + weights[..., keys.shape[2] + i, None] * v.repeat_interleave(group, dim=1)
-        return out.transpose(1, 2)
-
-    def _seen(self, bases: int, length: int, passes: int, window: int | None, device: torch.device) -> Tensor:
-        """[T, L + passes] bool"""
-        base = torch.arange(self.first, self.first + bases, device=device)[:, None]
-        at = torch.arange(length, device=device)[None]
-        seen = at <= base
-        age = torch.arange(passes - 1, -1, -1, device=device).expand(bases, passes)  # of own keys, in positions
-        mine = torch.ones_like(age, dtype=torch.bool)
-        if window is not None:
-            seen, mine = seen & (at > base + passes - window), age < window
-        return torch.cat([seen, mine], dim=1)
-
-
-def unroll_mtp(
-    head: MtpHead, tokens: Tensor, features: Tensor, scored: Tensor, depth: int, taught: Tensor | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """Training-time test. Per draft position: what teaches it, the policy's last hidden states, and the head's, [M, H].
-
-    Args:
-        tokens: [N, L]. features: [N, L, H]. scored: [N, L], entry r: token r + 1 belongs to the completion.
-        taught: [N, L, D], rows that teach in the place of `features`.
-    """
-    taught = features if taught is None else taught
-    length, layers = tokens.shape[1], len(head.layers)
-    positions = torch.arange(length, device=tokens.device)[None]
-    hidden, slots, begin, results = features, UnrollPass(), 0, []
-    for j in range(depth):
-        last = length - 2 - j  # bases beyond it have no next token
-        if j >= layers and begin == 0:  # guesses stand on bases that rounds can start from
-            begin = max(0, int(scored.any(0).float().argmax()) - 1)
-            hidden, slots.first = hidden[:, begin:], begin
-        if last < begin:
-            break
-        if j < layers:
-            slots = UnrollPass()
-        shift = max(0, j - layers + 1)
-        bases = last + 1 - begin
-        hidden = head.step(
-            min(j, layers - 1),
-            tokens[:, begin + 1 + j : last + 2 + j],
-            hidden[:, :bases],
-            positions[:, begin + shift : last + 1 + shift],
-            slots,
-        )
-        rows = scored[:, begin + 1 : last + 2] & scored[:, begin + 1 + j : last + 2 + j]
-        results.append((taught[:, begin + 1 + j : last + 2 + j][rows], hidden[rows]))
-    return results
-
-
-class MtpDrafter:
+class MtpDrafter(Drafter):
     """The head at work in an engine: its own cache rows, and a window of what its layers read next.
 
     The window holds, per row, the newest pairs (x_{p+1}, h_p): those that the last round emitted, and n - 1 older ones,
     because layer j had to guess the tokens j places on and reads them again now that they are known.
     """
 
-    method = "mtp"
+    name = "mtp"
+    trains = samples = cotrains = True
+    vllm_refusal = (
+        "vLLM runs prediction heads only inside checkpoints of the architectures that were published with them, and "
+        "these heads stand beside the policy"
+    )
 
-    def __init__(self, head: MtpHead, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> None:
-        """`proposal` "argmax" drafts deterministically; `heat` is the drafts' temperature over the rollouts'."""
+    def __init__(
+        self,
+        head: MtpHead,
+        policy: Policy,
+        *,
+        proposal: str = "sampled",
+        draft_temperature: TemperatureSetting = 1.0,
+    ) -> None:
+        """Arguments as for `Eagle3Drafter`."""
         self.head = head.to(policy.device).eval()
         self.aux_layers = head.config.layers
-        self.proposal, self.heat = proposal, make_heat(heat, proposal)
+        self.proposal = proposal
+        self.draft_temperature = draft_temperature_of(draft_temperature, proposal)
+
+    @classmethod
+    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> MtpDrafter:
+        """See `Drafter.from_config`."""
+        if speculation.draft is None:
+            raise UserError(
+                "speculation.method=mtp needs speculation.draft, the folder of the heads or of a policy that carries "
+                "them"
+            )
+        return cls.load(
+            artifact(speculation.draft),
+            policy,
+            proposal=speculation.proposal,
+            draft_temperature=speculation.draft_temperature,
+        )
+
+    @classmethod
+    def train(cls, policy: Policy, setup: TrainingSetup) -> Training[tuple[Drafter, Validation]]:
+        """See `Drafter.train`."""
+        from forerun.drafters.training.heads import frequent_tokens, train_head
+
+        tokens = frequent_tokens(setup.pairs, setup.config.vocab)
+        head = MtpHead(policy, setup.config.mtp_layers, tokens)
+        result = yield from train_head(head, policy, setup)
+        return cls(head.to(policy.dtype), policy), result
+
+    def trainable_head(self) -> MtpHead:
+        """See `Drafter.trainable_head`."""
+        return self.head
 
     def open(self, rows: int, positions: int, k: int) -> None:
         weight, layers = self.head.layers[0].eh_proj.weight, len(self.head.layers)
@@ -326,7 +302,7 @@ class MtpDrafter:
         k, width, layers = int(lengths.max()), int(count.max()), len(self.head.layers)
         if k == 0:
             return Draft(torch.zeros(rows.count, 0, dtype=torch.int64, device=rows.last.device), lengths)
-        heat = heat_of_round(self.proposal, rows, self.heat.value)
+        temperature = round_temperature(self.proposal, rows, self.draft_temperature.value)
         batch = torch.arange(rows.count, device=count.device)
         text = torch.cat([self._tokens[: rows.count, :width], count.new_zeros(rows.count, k)], dim=1)
         starts = (rows.lengths - count).clamp(min=0)
@@ -334,18 +310,18 @@ class MtpDrafter:
         window, newest = self._features[: rows.count, :width], torch.empty(0)
         tokens: list[Tensor] = []
         log_q: list[Tensor] = []
-        for slot in range(k):
-            if slot < layers:
-                window = self.head.step(slot, text[:, slot : slot + width], window, slots.positions, slots)
+        for j in range(k):
+            if j < layers:
+                window = self.head.step(j, text[:, j : j + width], window, slots.positions, slots)
                 newest = window[batch, (count - 1).clamp(min=0)]
             else:
-                newest = self._again(rows, tokens[-1], newest, slot - layers)
-            column, row = sample_draft(self.head.logits(newest), rows, slot, heat)
+                newest = self._again(rows, tokens[-1], newest, j - layers)
+            column, row = sample_draft(self.head.logits(newest), rows, j, temperature)
             token = column if self.head.draft_ids is None else self.head.draft_ids[column]
-            text[batch, count + slot] = token
+            text[batch, count + j] = token
             tokens.append(token)
             log_q.append(row)
-        if heat is None:
+        if temperature is None:
             return Draft(torch.stack(tokens, dim=1), lengths)
         return Draft(torch.stack(tokens, dim=1), lengths, torch.stack(log_q, dim=1), self.head.draft_ids)
 
@@ -364,11 +340,11 @@ class MtpDrafter:
         self._count[: rows.count] = kept + new
 
     def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        """See `Learning.learn`: the heat, where it is learnt."""
-        self.heat.learn(rows, draft, logits, verdict)
+        """Tune the draft temperature, where it is "auto"."""
+        self.draft_temperature.learn(rows, draft, logits, verdict)
 
     def metrics(self) -> dict[str, float]:
-        return self.heat.metrics()
+        return self.draft_temperature.metrics()
 
     def _again(self, rows: Rows, token: Tensor, hidden: Tensor, step: int) -> Tensor:  # [B, H]
         """The last layer on its own output [B, H], `step` places behind the newest token."""
@@ -403,7 +379,14 @@ class MtpDrafter:
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
 
     @classmethod
-    def load(cls, folder: Path, policy: Policy, *, proposal: str = "sampled", heat: HeatSetting = 1.0) -> MtpDrafter:
+    def load(
+        cls,
+        folder: Path,
+        policy: Policy,
+        *,
+        proposal: str = "sampled",
+        draft_temperature: TemperatureSetting = 1.0,
+    ) -> MtpDrafter:
         """Read heads saved by `save`, or those that a checkpoint of the policy carries; see `read_heads`.
 
         Raises:
@@ -423,7 +406,7 @@ class MtpDrafter:
         depth = 1 + max(int(name.split(".")[1]) for name in state if name != IDS)
         head = MtpHead(policy, depth, state.get(IDS)).to(policy.dtype)
         load_exactly(head, state, f"the drafter in {folder}")
-        return cls(head, policy, proposal=proposal, heat=heat)
+        return cls(head, policy, proposal=proposal, draft_temperature=draft_temperature)
 
 
 def _source_layer(policy: Policy) -> int:

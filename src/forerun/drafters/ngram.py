@@ -13,15 +13,17 @@ The honest baseline: it costs no forward, and at temperature 1 its long drafts c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from forerun.config import NgramConfig
-from forerun.drafters.base import Rows, deterministic_draft, emitted, no_weights
+from forerun.config import NgramConfig, SpeculationConfig
+from forerun.drafters.base import Drafter, Rows, deterministic_draft, emitted
+from forerun.drafters.temperature import refuse_draft_temperature
+from forerun.models import Policy
 from forerun.types import Draft, VerifyResult
 
 Ends = dict[tuple[int, ...], int]  # n-gram -> index after its first occurrence
@@ -72,19 +74,32 @@ def reference_lookup(tokens: Sequence[int], k: int, shortest: int, longest: int)
     return []
 
 
-class NgramDrafter:
+class NgramDrafter(Drafter):
     """`LookupText` per cache row. It has no weights and forgets everything with the rows."""
 
-    method = "ngram"
-    aux_layers: tuple[int, ...] = ()
+    name = "ngram"
+    Config = NgramConfig
+    vllm_refusal = ""
 
     def __init__(self, settings: NgramConfig) -> None:
         self.settings = settings
         self._rows: dict[int, LookupText] = {}
         self._prompts: set[int] = set()  # rows that hold a prompt, not a sample
 
+    @classmethod
+    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> NgramDrafter:
+        """See `Drafter.from_config`."""
+        refuse_draft_temperature(speculation)
+        return cls(speculation.ngram)
+
+    @classmethod
+    def vllm_config(cls, speculation: SpeculationConfig, folder: Path | None) -> dict[str, Any]:
+        """vLLM's own prompt lookup."""
+        return {"method": "ngram", **speculation.ngram.model_dump()}
+
     def open(self, rows: int, positions: int, k: int) -> None:
-        self._rows, self._prompts = {}, set()
+        self._rows = {}
+        self._prompts = set()
 
     def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
         for row, (prompt, length) in enumerate(zip(tokens.tolist(), lengths.tolist(), strict=True), first_row):
@@ -107,15 +122,8 @@ class NgramDrafter:
         for row, tokens in enumerate(emitted(verdict)):
             self._rows[row].extend(tokens)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises UserError unless `state` is empty."""
-        no_weights(state, self.method)
-
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write its settings to config.json; there is nothing else to keep."""
         folder.mkdir(parents=True, exist_ok=True)
-        data = {"method": self.method, **self.settings.model_dump(), "forerun": about}
+        data = {"method": self.name, **self.settings.model_dump(), "forerun": about}
         (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")

@@ -1,26 +1,28 @@
-"""The drafts' temperature over the rollouts', learnt while drafting (`speculation.draft_temperature: auto`).
+"""The draft temperature, relative to that of the rollouts: fixed, or tuned online (`draft_temperature: auto`).
 
-A drafted token stands with probability sum_v min(p_v, q_v) (2211.17192, corollary 3.6), and that sum is known exactly
-for every temperature of q wherever the policy has judged a draft. So no temperature is tried out: on a grid of them the
-overlap is computed on a few of a round's reached slots, averaged exponentially, and the best one drafts the next round.
-Slot j is reached when the j drafts before it were accepted; the rows behind a rejection belong to a text that is not.
+A drafted token is accepted with probability sum_v min(p_v, q_v) (2211.17192, corollary 3.6), and that sum is known
+exactly for every temperature of q wherever the policy has verified a draft. So no temperature is tried out: on a grid
+of them the overlap is computed on a few of a round's reached draft positions, averaged exponentially, and the best one
+drafts the next round. Position j is reached when the j drafts before it were accepted; what stands behind a rejection
+belongs to another text.
 
-Losslessness. The heat of a round is a function of earlier rounds alone. Given all that happened in them, accepted or
-rejected, in this row or another, a round draws its drafts, coins and last token from uniforms of its own (`round_keys`:
-a new root, new keys) and from the q that it hands over, and then its tokens, continued by the policy, have the policy's
-law for *whatever* heat it runs at; by induction over rounds so has the text. That holds for block verification too,
-which looks at drafts behind a rejection: their text is drawn anew in the next round, from fresh uniforms, so that what
-the heat has learnt of the rejected ones says nothing about it. A heat that reads the drafts of its own round would be
-another matter: its q is not the one that they were sampled from.
+Losslessness. The temperature of a round is a function of earlier rounds alone. Given all that happened in them,
+accepted or rejected, in this row or another, a round draws its drafts, acceptance uniforms and last token from uniforms
+of its own (`round_keys`: a new root, new keys) and from the q that it hands over, and then its tokens, continued by the
+policy, have the policy's law for *whatever* temperature it runs at; by induction over rounds so has the text. That
+holds for block verification too, which looks at drafts behind a rejection: their text is drawn anew in the next round,
+from fresh uniforms, so what was learnt from the rejected ones says nothing about it. A temperature that reads the
+drafts of its own round would not be safe: its q is not the one that they were sampled from.
 
-Left out: a heat per position or per entropy (worth at most 0.8 points of acceptance on synthetic rows), trees.
-Axes: B rows, k slots, n judged slots, G grid, V vocabulary, D draft vocabulary.
+Not supported: a temperature per position or per entropy (worth at most 0.8 points of acceptance on synthetic rows),
+trees.
+Axes: B rows, k draft positions, n verified positions, G grid, V vocabulary, D draft vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -29,107 +31,126 @@ from forerun.drafters.base import Rows
 from forerun.errors import UserError
 from forerun.types import Draft, VerifyResult
 
+if TYPE_CHECKING:
+    from forerun.config import SpeculationConfig
+
 GRID = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 ELEMENTS = 1 << 21  # exponentials per round: a few milliseconds of one core, whatever the vocabulary
 
-HeatSetting = float | Literal["auto"]
+TemperatureSetting = float | Literal["auto"]
 
 
-class FixedHeat:
-    """The same heat in every round; learns nothing and costs nothing."""
+class FixedTemperature:
+    """The same draft temperature in every round."""
 
     def __init__(self, value: float) -> None:
         self.value = value
 
     def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        """See `Learning.learn`."""
+        """See `Drafter.learn`: nothing."""
 
     def metrics(self) -> dict[str, float]:
         return {}
 
 
-class OnlineHeat:
-    """The heat of the grid with the largest mean overlap so far; it outlives the streams of an engine."""
+class OnlineTemperature:
+    """The temperature of the grid with the largest mean overlap so far; it outlives the streams of an engine."""
 
-    def __init__(self, grid: Sequence[float] = GRID, start: float = 1.0, slots: int = 16, memory: float = 64.0) -> None:
-        """`start` drafts the first round; at most `slots` are looked at per round, and `memory` rounds remembered."""
+    def __init__(
+        self, grid: Sequence[float] = GRID, start: float = 1.0, positions: int = 16, memory: float = 64.0
+    ) -> None:
+        """`start` drafts the first round; at most `positions` are looked at per round, `memory` rounds remembered."""
         self.grid, self.value = tuple(grid), start
-        self._slots, self._decay = slots, 1.0 - 1.0 / memory
+        self._positions, self._decay = positions, 1.0 - 1.0 / memory
         self._sums = torch.zeros(len(self.grid), dtype=torch.float64)
         self._weight = 0.0
         self._rounds = self._seen = 0
 
     @property
     def means(self) -> list[float]:
-        """Exponentially averaged overlap per heat of the grid; zeros before the first judged slot."""
+        """Exponentially averaged overlap per temperature of the grid; zeros before the first verified position."""
         return (self._sums / max(self._weight, 1e-12)).tolist()
 
     @torch.no_grad()
     def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        """Take in a judged round; see `Learning.learn`. Deterministic drafts, trees and greedy rows teach nothing."""
+        """Use a verified round; see `Drafter.learn`. Deterministic drafts, trees and greedy rows are skipped."""
         if draft.log_q is None or draft.parents is not None:
             return
-        limit = max(1, min(self._slots, ELEMENTS // (len(self.grid) * max(draft.log_q.shape[2], 1))))
-        row, slot = self._some(*reached(rows, draft, verdict), limit)
+        limit = max(1, min(self._positions, ELEMENTS // (len(self.grid) * max(draft.log_q.shape[2], 1))))
+        row, position = self._some(*reached(rows, draft, verdict), limit)
         if not len(row):
             return
-        log_p = torch.log_softmax(logits[row, slot].float() / rows.temperature[row, None], dim=-1)
+        log_p = torch.log_softmax(logits[row, position].float() / rows.temperature[row, None], dim=-1)
         if draft.vocabulary is not None:
             log_p = log_p[:, draft.vocabulary]
-        found = overlaps(log_p, draft.log_q[row, slot].float(), self.value, self.grid)
+        found = overlaps(log_p, draft.log_q[row, position].float(), self.value, self.grid)
         self._sums = self._sums * self._decay + found.sum(1).double().cpu()
         self._weight = self._weight * self._decay + len(row)
         self._seen += len(row)
         self.value = self.grid[int(self._sums.argmax())]
 
     def metrics(self) -> dict[str, float]:
-        """The heat in force, and how many slots have taught it."""
+        """The temperature in force, and how many draft positions it was tuned on."""
         return {"draft_temperature": self.value, "draft_temperature_slots": self._seen}
 
-    def _some(self, row: Tensor, slot: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-        """At most `limit` of the reached slots, spread over the rows, others in every round."""
+    def _some(self, row: Tensor, position: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        """At most `limit` of the reached positions, spread over the rows, others in every round."""
         self._rounds += 1
         if len(row) <= limit:
-            return row, slot
+            return row, position
         spread = torch.arange(limit, device=row.device) * len(row) // limit
         chosen = (spread + self._rounds) % len(row)
-        return row[chosen], slot[chosen]
+        return row[chosen], position[chosen]
 
 
-Heat = FixedHeat | OnlineHeat
+DraftTemperature = FixedTemperature | OnlineTemperature
 
 
-def make_heat(setting: HeatSetting, proposal: str) -> Heat:
-    """The heat of a recipe's `draft_temperature`.
+def draft_temperature_of(setting: TemperatureSetting, proposal: str) -> DraftTemperature:
+    """The draft temperature that a recipe asks for.
 
     Raises:
-        UserError: it shall be learnt, and nothing is sampled.
+        UserError: it is "auto", and nothing is sampled.
     """
     if setting != "auto":
-        return FixedHeat(setting)
+        return FixedTemperature(setting)
     if proposal != "sampled":
         raise UserError(
             f"speculation.draft_temperature=auto learns the temperature of sampled drafts, but "
             f"speculation.proposal={proposal} samples none; set proposal=sampled or a number"
         )
-    return OnlineHeat()
+    return OnlineTemperature()
+
+
+def refuse_draft_temperature(speculation: SpeculationConfig) -> None:
+    """For drafters that look their drafts up. Raises UserError when the recipe sets a draft temperature."""
+    if speculation.draft_temperature != 1.0:
+        raise UserError(
+            f"speculation.draft_temperature={speculation.draft_temperature} asks for sampled drafts, but "
+            f"method={speculation.method} looks its drafts up; leave it at 1"
+        )
+
+
+def tempered_head(head: Tensor, temperature: float) -> Tensor:
+    """An output head [D, H] whose logits, sampled at T, are those of `head` sampled at T · temperature."""
+    return head if temperature == 1.0 else (head.float() / temperature).to(head.dtype)
 
 
 def reached(rows: Rows, draft: Draft, verdict: VerifyResult) -> tuple[Tensor, Tensor]:
-    """Rows [n] and slots [n] of a chain draft that were drafted warm and whose earlier drafts were all accepted."""
-    slots = torch.arange(draft.tokens.shape[1], device=draft.tokens.device)
-    mask = (slots < draft.lengths[:, None]) & (slots <= verdict.accepted[:, None]) & (rows.temperature > 0)[:, None]
-    row, slot = mask.nonzero(as_tuple=True)
-    return row, slot
+    """Rows [n] and positions [n] of a chain that were drafted at a temperature above 0, all drafts before accepted."""
+    positions = torch.arange(draft.tokens.shape[1], device=draft.tokens.device)
+    mask = (positions < draft.lengths[:, None]) & (positions <= verdict.accepted[:, None])
+    row, position = (mask & (rows.temperature > 0)[:, None]).nonzero(as_tuple=True)
+    return row, position
 
 
-def overlaps(log_p: Tensor, log_q: Tensor, heat: float, grid: Sequence[float]) -> Tensor:  # [G, n]
-    """sum_v min(p_v, q_v) at every heat of `grid`.
+def overlaps(log_p: Tensor, log_q: Tensor, temperature: float, grid: Sequence[float]) -> Tensor:  # [G, n]
+    """sum_v min(p_v, q_v) at every draft temperature of `grid`.
 
     Args:
         log_p: [n, D] log-probabilities of the policy, over the draft vocabulary (they need not sum to one there).
-        log_q: [n, D] log-probabilities of the drafter at `heat`; at another heat h, q is the softmax of
-            log_q · heat / h.
+        log_q: [n, D] log-probabilities of the drafter at `temperature`; at another one t, q is the softmax of
+            log_q · temperature / t.
     """
     p = log_p.exp()
-    return torch.stack([torch.minimum(p, (log_q * (heat / other)).softmax(-1)).sum(-1) for other in grid])
+    return torch.stack([torch.minimum(p, (log_q * (temperature / other)).softmax(-1)).sum(-1) for other in grid])

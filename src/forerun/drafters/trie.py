@@ -30,11 +30,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from forerun.config import TrieConfig
-from forerun.drafters.base import Rows, deterministic_draft, emitted, no_weights
+from forerun.config import SpeculationConfig, TrieConfig
+from forerun.drafters.base import Drafter, Rows, deterministic_draft, emitted
+from forerun.drafters.temperature import refuse_draft_temperature
 from forerun.errors import UserError
+from forerun.models import Policy
 from forerun.types import Draft, VerifyResult
 
+VLLM_PROPOSER = "forerun.engine.vllm.proposer.TrieProposer"
+VLLM_SETTINGS = "forerun_trie"  # key of vLLM's additional_config
 _GAP = -1  # stands before and behind every text in the store: no token matches it
 _OFFSET_BITS = 32  # an occurrence is one integer: number of its text, offset of the token that follows
 
@@ -311,21 +315,40 @@ class _Row:
     text: Text | None = None
 
 
-class TrieDrafter:
+class TrieDrafter(Drafter):
     """A `Corpus` that lives as long as the drafter, and which row is which text.
 
     It has no weights: a weight version says nothing about the corpus, and no learner holds one. A checkpoint keeps it
     through `save`, and `load` gives a drafter that drafts exactly as this one would have gone on.
     """
 
-    method = "trie"
-    aux_layers: tuple[int, ...] = ()
+    name = "trie"
+    Config = TrieConfig
+    vllm_refusal = ""
 
     def __init__(self, settings: TrieConfig) -> None:
         self.settings = settings
         self.corpus = Corpus(settings)
         self._rows: dict[int, _Row] = {}
         self._opened = 0
+
+    @classmethod
+    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> TrieDrafter:
+        """See `Drafter.from_config`; with the corpus of `speculation.draft`, or an empty one."""
+        refuse_draft_temperature(speculation)
+        if speculation.draft is None:
+            return cls(speculation.trie)
+        return cls.load(Path(speculation.draft), speculation.trie)
+
+    @classmethod
+    def vllm_config(cls, speculation: SpeculationConfig, folder: Path | None) -> dict[str, Any]:
+        """A proposer class of ours: the drafts of vLLM's own suffix decoding come from all prompts."""
+        return {"method": "custom_class", "model": VLLM_PROPOSER}
+
+    @classmethod
+    def vllm_additional_config(cls, speculation: SpeculationConfig) -> dict[str, Any]:
+        """The proposer's settings, and the corpus that it begins with."""
+        return {VLLM_SETTINGS: {**speculation.trie.model_dump(), "folder": speculation.draft}}
 
     def open(self, rows: int, positions: int, k: int) -> None:
         """Forget the rows, keep the corpus; a prompt's next appearance is a new epoch of it."""
@@ -363,19 +386,12 @@ class TrieDrafter:
         """Texts and tokens held, expired (older than the window) and evicted (the corpus was full)."""
         return asdict(self.corpus.counts)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises UserError unless `state` is empty."""
-        no_weights(state, self.method)
-
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write corpus.safetensors (see `Corpus.tensors`) and config.json: settings, counts and `about`."""
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        data = {"method": self.method, "trie": self.settings.model_dump(), "counts": self.metrics(), "forerun": about}
+        data = {"method": self.name, "trie": self.settings.model_dump(), "counts": self.metrics(), "forerun": about}
         (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
         save_file(self.corpus.tensors(), folder / "corpus.safetensors")
 

@@ -1,14 +1,16 @@
-"""What a rollout engine is: it holds one version of policy and drafter, and turns prompts into samples of the policy.
+"""The contract of rollout engines: one version of policy and drafter, which turns prompts into samples of the policy.
 
-Both engines keep this contract and one test suite holds them to it. Left out: rewards, and who trains the weights.
+A new engine is one file with a subclass of `RolloutEngine` and one line in `ENGINES` (`forerun/registry.py`).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -17,6 +19,10 @@ from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.types import Rollout
 from forerun.workers.shared_memory import Segment
+
+if TYPE_CHECKING:
+    from forerun.config import SpeculationConfig
+    from forerun.drafters.base import Drafter
 
 Requests = Sequence[tuple[int, int]]  # (prompt, sample)
 
@@ -108,17 +114,47 @@ class Counters:
         return self.drafted / self.rounds if self.rounds else None
 
 
+OnState = Callable[[str, str, int], None]  # who ("engine", "replica 0"), its new state, its weight version
+
+
 def nothing() -> None:
-    """Between two rounds, unless somebody has something to do there."""
+    """Default of `RolloutEngine.stream`'s `between`."""
 
 
-class RolloutEngine(Protocol):
-    """The contract."""
+def ignore_state(who: str, state: str, version: int) -> None:
+    """Default of `RolloutEngine.on_state`."""
 
-    counters: Counters  # since the engine was made
-    timeline: list[tuple[float, int]]  # of the latest stream: (seconds, live sequences) per round
-    warnings: list[str]
 
+class RolloutEngine(ABC):
+    """Base class of engines: the contract, and what all engines share."""
+
+    shares_weights: ClassVar[bool] = False  # whether it runs the live modules, so that `load` needs no tensors
+
+    def __init__(self, policy: Policy, k: int) -> None:
+        """`k`: draft tokens per round, of a tree its nodes; 0: plain."""
+        self.policy = policy
+        self.counters = Counters(accepted_at=[0] * k, drafted_at=[0] * k)  # since the engine was made
+        self.timeline: list[tuple[float, int]] = []  # of the latest stream: (seconds, unfinished samples) per round
+        self.warnings: list[str] = []
+        self.on_state: OnState = ignore_state  # called as "load", "generate" or "idle" begins, and when one is "lost"
+        self._running = False  # whether a stream is open
+
+    @classmethod
+    def from_live(cls, policy: Policy, drafter: Drafter | None, speculation: SpeculationConfig, slots: int) -> Self:
+        """An engine for a live policy and drafter; plain without a drafter. Every engine of `ENGINES` has it."""
+        raise NotImplementedError(f"{cls.__name__}.from_live")
+
+    @classmethod
+    def from_folder(cls, policy: str, dtype: str, speculation: SpeculationConfig, slots: int) -> Self:
+        """An engine for a policy by name or folder, and the speculation block's drafter. See `from_live`."""
+        raise NotImplementedError(f"{cls.__name__}.from_folder")
+
+    @property
+    @abstractmethod
+    def rule(self) -> str:
+        """The acceptance rule in force: "token", "block", "walk" (trees), or "plain" where nothing is drafted."""
+
+    @abstractmethod
     def stream(
         self,
         prompts: Sequence[list[int]],
@@ -130,7 +166,7 @@ class RolloutEngine(Protocol):
         """Yield n samples of every prompt as they finish.
 
         Args:
-            only: the samples that are wanted of these, prompt by prompt; each gets the seed that it has among all.
+            only: the wanted (prompt, sample) pairs; each keeps the seed that it has among all.
             between: called before every round, and may `load` or raise: the place to change weights in flight.
 
         Raises:
@@ -148,39 +184,48 @@ class RolloutEngine(Protocol):
         stop: Sequence[str] = (),
     ) -> list[Rollout]:
         """Samples in the order of the prompts, n each. Prompts are token ids or texts (taken as they are)."""
+        tokenizer = self.policy.tokenizer
+        ids = [tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+        sampling = Sampling(max_new_tokens, temperature, seed, tuple(stop))
+        return sorted(self.stream(ids, sampling, n), key=lambda r: (r.prompt_index, r.sample_index))
 
+    @abstractmethod
     def load(self, weights: Weights) -> Weights:
-        """Take a version of policy and drafter; answers with version and checksums as held afterwards.
+        """Take a version of policy and drafter; returns version and checksums as held afterwards.
 
         Raises:
-            UserError: a group is missing or partial, or its bytes are not those that the checksum names.
+            UserError: a group is missing or partial, or its bytes do not match its checksum.
         """
 
+    @abstractmethod
     def pause(self) -> None:
-        """Stop between two rounds; sequences in flight stay as they are."""
+        """Stop between two rounds; sequences in flight are kept."""
 
+    @abstractmethod
     def resume(self) -> None:
         """Go on after `pause`."""
 
+    @abstractmethod
     def metrics(self) -> dict[str, Any]:
-        """Version, checksums, counters and acceptance since the engine was made."""
+        """Version, checksums, rule, counters and acceptance since the engine was made."""
 
-    def close(self) -> None:
-        """Give back what the engine holds outside Python. It cannot be used afterwards."""
+    def close(self) -> None:  # noqa: B027 (optional)
+        """Free what the engine holds outside Python. It cannot be used afterwards."""
 
-
-def generate_all(
-    engine: RolloutEngine, policy: Policy, prompts: Sequence[list[int] | str], sampling: Sampling, n: int
-) -> list[Rollout]:
-    """`RolloutEngine.generate` by means of `stream`: texts become token ids, samples stand in the order of prompts."""
-    ids = [policy.tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
-    return sorted(engine.stream(ids, sampling, n), key=lambda r: (r.prompt_index, r.sample_index))
+    @contextmanager
+    def _loading(self, version: int) -> Iterator[None]:
+        """Report state "load" meanwhile, and the state before it afterwards."""
+        self.on_state("engine", "load", version)
+        try:
+            yield
+        finally:
+            self.on_state("engine", "generate" if self._running else "idle", version)
 
 
 def engine_metrics(
     held: Weights, counters: Counters, warnings: Sequence[str], drafter: Mapping[str, float]
 ) -> dict[str, Any]:
-    """`RolloutEngine.metrics` of an engine that holds `held`; `drafter`: what the drafter counts by itself."""
+    """`RolloutEngine.metrics` of an engine that holds `held`, without the rule; `drafter`: `Drafter.metrics`."""
     return {
         "version": held.version,
         "checksums": dict(held.checksums),

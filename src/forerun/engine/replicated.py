@@ -24,13 +24,12 @@ import torch
 from forerun.config import SpeculationConfig
 from forerun.drafters import Drafter
 from forerun.engine.base import (
-    Counters,
     Requests,
+    RolloutEngine,
     Sampling,
     Weights,
     check_request,
     engine_metrics,
-    generate_all,
     nothing,
     requested,
 )
@@ -79,8 +78,8 @@ class Job:
     versions: set[int]  # that may have emitted its tokens
 
 
-class ReplicatedEngine:
-    """A `RolloutEngine` over processes."""
+class ReplicatedEngine(RolloutEngine):
+    """An engine over processes."""
 
     def __init__(
         self,
@@ -105,11 +104,8 @@ class ReplicatedEngine:
         Raises:
             UserError: a replica cannot make its engine.
         """
-        self.policy, self.patience = policy, patience or Patience()
-        k = speculation.tokens if drafter is not None else 0
-        self.counters = Counters(accepted_at=[0] * k, drafted_at=[0] * k)
-        self.timeline: list[tuple[float, int]] = []  # of the latest stream: (seconds, samples not delivered yet)
-        self.warnings: list[str] = []
+        super().__init__(policy, speculation.tokens if drafter is not None else 0)
+        self.patience = patience or Patience()
         self.lost = self.rerun = 0  # replicas replaced, and samples asked for again
         self._losses = [0] * replicas  # of them in this stream or load, per place, since its last sample
         self._paces = Paces()
@@ -141,19 +137,10 @@ class ReplicatedEngine:
 
     # ---- the contract ----
 
-    def generate(
-        self,
-        prompts: Sequence[list[int] | str],
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        n: int = 1,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> list[Rollout]:
-        """See `RolloutEngine.generate`."""
-        sampling = Sampling(max_new_tokens, temperature, seed, tuple(stop))
-        return generate_all(self, self.policy, prompts, sampling, n)
+    @property
+    def rule(self) -> str:
+        """See `RolloutEngine.rule`: the replicas'."""
+        return next((r.metrics["rule"] for r in self._replicas if "rule" in r.metrics), "plain")
 
     def stream(
         self,
@@ -223,12 +210,14 @@ class ReplicatedEngine:
         for replica in self._replicas:
             for name, value in replica.metrics.get("drafter", {}).items():
                 drafter[name] = drafter.get(name, 0.0) + value
-        rule = {k: v for r in self._replicas for k, v in r.metrics.items() if k == "rule"}
         replicas = {
             "count": len(self._replicas), "lost": self.lost, "samples_rerun": self.rerun,
             "slowest_ratio": self._paces.slowest_ratio,
         }  # fmt: skip
-        return engine_metrics(self._held, self.counters, self.warnings, drafter) | rule | {"replicas": replicas}
+        return engine_metrics(self._held, self.counters, self.warnings, drafter) | {
+            "rule": self.rule,
+            "replicas": replicas,
+        }
 
     @property
     def pids(self) -> list[int]:

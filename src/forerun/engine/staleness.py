@@ -15,7 +15,7 @@ COLLAPSE = 0.5  # share of the known accepted drafts per round below which the d
 
 
 @dataclass(slots=True)
-class AcceptanceProbe:
+class StaleDrafterDetector:
     """Compares accepted drafts per round (acceptance length minus one) in the opening rounds of successive loads."""
 
     known: float | None = None

@@ -21,11 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forerun.config import COTRAINED, DraftConfig, TrainConfig
-from forerun.drafters import Drafter
-from forerun.drafters.eagle3 import Eagle3Drafter
-from forerun.drafters.mtp import MtpDrafter
-from forerun.drafters.training.heads import Head, Pass, TeacherBatch, judge, lesson, summarise, weighted_loss
+from forerun.config import DraftConfig, TrainConfig
+from forerun.drafters import DRAFTERS, Drafter
+from forerun.drafters.trainable import TeacherBatch, TrainableHead
+from forerun.drafters.training.heads import (
+    PositionLoss,
+    mean_acceptance,
+    teacher_batch,
+    unrolled_losses,
+    weighted_loss,
+)
 from forerun.errors import UserError
 from forerun.learner.optimizer import MasterOptimizer
 from forerun.models import Policy
@@ -126,24 +131,23 @@ class CoTrainer:
         self.temperature, self.seed = temperature, seed
         self.schedule = Schedule(train, config)
         self.optimizer = draft_optimizer(self.head, config)
-        self._lessons: list[TeacherBatch] = []
+        self._teachers: list[TeacherBatch] = []
         self._room_bytes = self._left_out = 0
         self._due = False
 
     def begin(self, step: int) -> None:
         """A step (0-based) begins; whether it ends with an update is settled here."""
-        self._lessons, self._left_out, self._room_bytes = [], 0, int(self.config.cache_gib * 2**30)
+        self._teachers, self._left_out, self._room_bytes = [], 0, int(self.config.cache_gib * 2**30)
         self._due = self.schedule.due(step)
 
     def forward(self, model: Any, batch: TokenBatch) -> Tensor:
         """`completion_logits`, keeping what it teaches when an update is due and memory allows."""
         if not self._due:
             return completion_logits(model, batch)
-        taught, logits = lesson(self.head, model, batch, self.temperature)
-        size = sum(t.numel() * t.element_size() for t in (taught.tokens, taught.features, taught.log_p, taught.scored))
-        if size <= self._room_bytes or not self._lessons:
-            self._room_bytes -= size
-            self._lessons.append(taught)
+        teacher, logits = teacher_batch(self.head, model, batch, self.temperature)
+        if teacher.size_bytes <= self._room_bytes or not self._teachers:
+            self._room_bytes -= teacher.size_bytes
+            self._teachers.append(teacher)
         else:
             self._left_out += len(batch.targets)
         return logits
@@ -155,24 +159,24 @@ class CoTrainer:
             UserError: the drafter's gradient is not finite; this update was not made.
         """
         metrics = self._update(step) if self._due else {}
-        self._lessons = []
+        self._teachers = []
         return metrics | self.schedule.look(rollouts, entropies)
 
     def _update(self, step: int) -> dict[str, float]:
         """One optimizer step per batch of the logprob stage."""
         started = time.perf_counter()
-        losses, norms, judged = [], [], []
-        for index in order_of_batches(self.seed, step, len(self._lessons)):
-            passes = judge(self.head, self.policy, self._lessons[index], self.config, self.temperature)
-            if not passes:
+        losses, norms, batches = [], [], []
+        for index in order_of_batches(self.seed, step, len(self._teachers)):
+            positions = unrolled_losses(self.head, self.policy, self._teachers[index], self.config, self.temperature)
+            if not positions:
                 continue
-            loss = weighted_loss(passes, self.config.decay)
+            loss = weighted_loss(positions, self.config.decay)
             loss.backward()
             norms.append(draft_step(self.optimizer, self.config.online_learning_rate))
             losses.append(float(loss.detach()))
-            judged.append([Pass(p.loss.detach(), p.accepted, p.rows) for p in passes])
-        tokens = sum(int(x.scored.sum()) for x in self._lessons)
-        return draft_metrics(losses, norms, judged, tokens, self._left_out, started)
+            batches.append([p.detached() for p in positions])
+        tokens = sum(int(x.scored.sum()) for x in self._teachers)
+        return draft_metrics(losses, norms, batches, tokens, self._left_out, started)
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer and drift; the drafter's weights are saved as a drafter."""
@@ -184,17 +188,17 @@ class CoTrainer:
         self.schedule.meter.load_state_dict(state["drift"])
 
 
-def trained_head(drafter: Drafter, train: str) -> Head:
+def trained_head(drafter: Drafter, train: str) -> TrainableHead:
     """What trains of a drafter. Raises UserError when nothing does beside a policy."""
-    if not isinstance(drafter, Eagle3Drafter | MtpDrafter):
+    if not drafter.cotrains:
         raise UserError(
-            f"speculation.train={train} needs one of {', '.join(COTRAINED)}, but the drafter is "
-            f"'{drafter.method}'; set speculation.train=off"
+            f"speculation.train={train} needs one of {', '.join(DRAFTERS.with_trait('cotrains'))}, but the drafter is "
+            f"'{drafter.name}'; set speculation.train=off"
         )
-    return drafter.head
+    return drafter.trainable_head()
 
 
-def draft_optimizer(head: Head, config: DraftConfig) -> MasterOptimizer:
+def draft_optimizer(head: TrainableHead, config: DraftConfig) -> MasterOptimizer:
     """Of a head that trains beside the policy."""
     settings = TrainConfig(betas=(0.9, 0.95), max_grad_norm=config.online_max_grad_norm)
     return MasterOptimizer(head.parameters(), settings)
@@ -217,13 +221,17 @@ def draft_step(optimizer: MasterOptimizer, rate: float) -> float:
 
 
 def draft_metrics(
-    losses: Sequence[float], norms: Sequence[float], judged: Sequence[Sequence[Pass]], tokens: int, left_out: int,
+    losses: Sequence[float],
+    norms: Sequence[float],
+    batches: Sequence[Sequence[PositionLoss]],
+    tokens: int,
+    left_out: int,
     started: float,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Of an update. `losses`, `norms`: of each optimizer step. `started`: by time.perf_counter."""
     return {
         "draft/loss": sum(losses) / max(1, len(losses)),
-        "draft/acceptance_simulated": summarise(judged).length,
+        "draft/acceptance_simulated": mean_acceptance(batches).length,
         "draft/grad_norm": sum(norms) / max(1, len(norms)),
         "draft/tokens": float(tokens),
         "draft/tokens_left_out": float(left_out),

@@ -18,8 +18,8 @@ import torch
 
 from forerun.config import DraftConfig, Recipe
 from forerun.drafters import Drafter
-from forerun.drafters.mtp import MtpHead
-from forerun.drafters.training.heads import Head, place_bytes
+from forerun.drafters.trainable import TrainableHead
+from forerun.drafters.training.heads import place_bytes
 from forerun.events import Counting
 from forerun.learner.cotrain import CoTrainer, Schedule, draft_metrics, order_of_batches, trained_head
 from forerun.learner.distributed import LearnerGroup
@@ -43,7 +43,12 @@ class Course:
 
 
 def plan_course(
-    head: Head, dtype: torch.dtype, rollouts: Sequence[Rollout], microbatch_tokens: int, gib: float, order: Order
+    head: TrainableHead,
+    dtype: torch.dtype,
+    rollouts: Sequence[Rollout],
+    microbatch_tokens: int,
+    gib: float,
+    order: Order,
 ) -> Course:
     """The batches that `CoTrainer` keeps when one process scores these rollouts, in the order of its update.
 
@@ -76,7 +81,7 @@ class GroupCoTrainer:
         self.head, self.group, self.config, self.seed = trained_head(drafter, train), group, config, seed
         self.schedule, self.course = Schedule(train, config), Course([])
         self._step: int | None = None  # that ends with an update
-        group.enrol(self.head.apart() if isinstance(self.head, MtpHead) else self.head, config)
+        group.enrol(self.head.detached(), config)
 
     def begin(self, step: int) -> None:
         """A step (0-based) begins; whether it ends with an update is settled here."""

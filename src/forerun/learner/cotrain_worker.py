@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +21,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from forerun.config import DraftConfig, TrainConfig
-from forerun.drafters.mtp import MtpHead
-from forerun.drafters.training.heads import Head, Pass, TeacherBatch, judge, lesson, rows_by_position, weighted_loss
+from forerun.drafters.trainable import TeacherBatch, TrainableHead
+from forerun.drafters.training.heads import (
+    PositionLoss,
+    rows_by_position,
+    teacher_batch,
+    unrolled_losses,
+    weighted_loss,
+)
 from forerun.learner.cotrain import draft_optimizer, draft_step
 from forerun.learner.parallel import whole
 from forerun.models import Policy
@@ -40,7 +45,7 @@ class Taught:
 
     losses: list[float] = field(default_factory=list)  # its part of each optimizer step's
     norms: list[float] = field(default_factory=list)  # the same on every rank
-    judged: list[list[Pass]] = field(default_factory=list)  # of its own rows
+    judged: list[list[PositionLoss]] = field(default_factory=list)  # of its own rows
     checksum: str = ""  # of the drafter
 
 
@@ -48,14 +53,19 @@ class Pupil:
     """The drafter on one rank."""
 
     def __init__(
-        self, head: Head, policy: Policy, dtype: torch.dtype, config: DraftConfig, train: TrainConfig, heat: float
+        self,
+        head: TrainableHead,
+        policy: Policy,
+        dtype: torch.dtype,
+        config: DraftConfig,
+        train: TrainConfig,
+        heat: float,
     ) -> None:
         """Holds `head`, which may come `apart`; `policy` is this rank's part, run in `dtype`; `heat` the rollouts'."""
         self.policy, self.dtype, self.config, self.heat = policy, dtype, config, heat
         self.microbatch_tokens, self.copies = train.microbatch_tokens, train.tensor_parallel
         self.head = head
-        if isinstance(head, MtpHead):
-            head.share(policy)
+        head.attach(policy)
         self.optimizer = draft_optimizer(self.head, config)
         self.batches: Sequence[Sequence[int]] = []
         self.rows: dict[int, Row] = {}  # by number of the rollout
@@ -77,7 +87,7 @@ class Pupil:
             here = next(passes, [])
             if wanted.isdisjoint(here):
                 return completion_logits(model, batch)
-            taught, logits = lesson(self.head, model, batch, self.heat)
+            taught, logits = teacher_batch(self.head, model, batch, self.heat)
             self.rows |= {i: _row(taught, n, lengths[i]) for n, i in enumerate(here) if i in wanted}
             return logits
 
@@ -108,15 +118,11 @@ class Pupil:
         model, head = self.policy.model, self.head
         model.unshard()
         try:
-            if isinstance(head, MtpHead) and self.copies > 1:  # it reads the output head's matrix itself
-                output = head.shared.head
-                parts = {"weight": output.weight, "bias": getattr(output, "bias", None)}
-                plain = SimpleNamespace(**{k: None if p is None else whole(p.detach()) for k, p in parts.items()})
-                head.use(replace(head.shared, head=plain))
+            if self.copies > 1:
+                head.gather_shared(whole)
             yield
         finally:
-            if isinstance(head, MtpHead):
-                head.share(self.policy)
+            head.attach(self.policy)
             model.reshard()
 
     def _rows_of_batches(self) -> list[list[int]]:
@@ -130,17 +136,17 @@ class Pupil:
 
     def _train_on(self, batch: Sequence[int], rows: Sequence[int], taught: Taught) -> None:
         """One optimizer step on this rank's rollouts of a batch, possibly none, and the other ranks' of it."""
-        passes: list[Pass] = []
+        positions: list[PositionLoss] = []
         if batch:
             lessons = zip(*(self.rows[i] for i in batch), strict=True)
             teacher = TeacherBatch(*(pad_sequence(list(parts), batch_first=True) for parts in lessons))
-            passes = judge(self.head, self.policy, teacher, self.config, self.heat)
+            positions = unrolled_losses(self.head, self.policy, teacher, self.config, self.heat)
         loss = 0.0
-        if passes:
-            part = weighted_loss(passes, self.config.decay, rows)
+        if positions:
+            part = weighted_loss(positions, self.config.decay, rows)
             part.backward()
             loss = float(part.detach())
-            taught.judged.append([Pass(p.loss.detach().cpu(), p.accepted, p.rows) for p in passes])
+            taught.judged.append([PositionLoss(p.loss.detach().cpu(), p.accepted, p.rows) for p in positions])
         sum_gradients(self.optimizer.masters, self.copies)
         taught.norms.append(draft_step(self.optimizer, self.config.online_learning_rate))
         taught.losses.append(loss)

@@ -6,7 +6,6 @@ The result is an ordinary peft adapter, merged into the policy and loadable late
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Generator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from forerun.config import ColdStartConfig
+from forerun.drafters.training.trainer import learning_rate_factor
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.logprobs import completion_logits, microbatches, token_batch, token_logprobs
@@ -79,14 +79,6 @@ def merge(policy: Policy, adapter: Any, folder: Path) -> None:
     for parameter, dtype in zip(weights, formats, strict=True):
         parameter.data = parameter.data.to(dtype)
     adapter.merge_and_unload().requires_grad_(True)  # peft froze what it wrapped
-
-
-def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then cosine decay from 1 to 0.1."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.55 + 0.45 * math.cos(math.pi * progress)
 
 
 def solved_examples(

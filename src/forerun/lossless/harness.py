@@ -19,7 +19,7 @@ import torch
 
 from forerun.config import Recipe
 from forerun.drafters import Drafter, load_drafter
-from forerun.engine import RolloutEngine, Sampling, around, rule_in_force, shares_weights
+from forerun.engine import RolloutEngine, Sampling, build_engine
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.events import Began, Ended, Work, finish
@@ -139,10 +139,10 @@ def _speculative(
     recipe: Recipe, policy: Policy, drafter: Drafter, inject: str | None, crowd: bool = False
 ) -> RolloutEngine:
     """The engine under test. One with a server of its own is started once, with room for a crowd."""
-    speculation, local = recipe.speculation, shares_weights(recipe.rollout)
+    speculation, local = recipe.speculation, recipe.rollout.engine == "local" and not recipe.rollout.replicas
     slots = max(recipe.rollout.slots, CROWD if crowd or not local else 1)
     if not local:
-        return around(recipe.rollout.model_copy(update={"slots": slots}), policy, drafter, speculation)
+        return build_engine(recipe.rollout.model_copy(update={"slots": slots}), policy, drafter, speculation)
     return LocalEngine(
         policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots, verifier=verifier_of(inject),
         tree_verifier=tree_verifier_of(inject if speculation.method == "graft" else None),
@@ -214,14 +214,14 @@ def _parity(subject: Subject, effort: Effort, speculative: RolloutBatch) -> list
 
 def _contract(subject: Subject) -> list[Check]:
     def weights(version: int) -> Any:
-        return publish(version, subject.policy, subject.drafter, shared=shares_weights(subject.recipe.rollout))
+        return publish(version, subject.policy, subject.drafter, shared=subject.engine.shares_weights)
 
     return contract_checks(subject.engine, subject.drafter, weights, subject.prompts(4))
 
 
 def _about(subject: Subject, effort: Effort) -> dict[str, Any]:
     recipe, speculation = subject.recipe, subject.recipe.speculation
-    rule = rule_in_force(subject.engine, speculation)
+    rule = subject.engine.rule
     return {
         "recipe": recipe.name,
         "engine": recipe.rollout.engine,

@@ -68,7 +68,7 @@ def _alarm(
     sampling = Sampling(ALARM_TOKENS, 1.0, 5, ignore_eos=True)
     good = {name: tensor.clone() for name, tensor in drafter.state_dict().items()}
     if not good:
-        return Check("alarm", True, f"'{drafter.method}' has no weights that could go stale", {})
+        return Check("alarm", True, f"'{drafter.name}' has no weights that could go stale", {})
     engine.load(weights(4))
     before = _accepted(engine, chosen, sampling)
     known = len(engine.metrics()["warnings"])

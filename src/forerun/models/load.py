@@ -1,6 +1,6 @@
 """A policy is a Hugging Face causal language model with its tokenizer, loaded by folder, hub name or alias.
 
-Left out: how it generates (`engine/`) and how it learns (`learner/`).
+It neither generates (`engine/`) nor learns (`learner/`) here.
 """
 
 from __future__ import annotations
@@ -97,6 +97,52 @@ def load_policy(model: str, dtype: str = "auto", device: str = "auto", adapter: 
         merge_adapter(loaded, artifact(adapter))
     loaded.to(place)  # type: ignore[arg-type]
     return Policy(loaded.eval(), tokenizer, model)
+
+
+def describe_policy(folder: Path) -> Policy:
+    """A policy's configuration, tokenizer, end tokens and tensor shapes, without its weights.
+
+    Raises:
+        UserError: the folder holds no model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"The model '{folder}' cannot be loaded: {_first_line(error)}") from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return Policy(model, tokenizer, str(folder))
+
+
+def policy_folder(name: str) -> Path:
+    """Folder of a model: an alias, a shipped artifact or a folder.
+
+    Raises:
+        UserError: it is none of these (hub names must be downloaded first: the engine checks what it loads).
+    """
+    return ALIASES[name]() if name in ALIASES else artifact(name)
+
+
+def saved_embedding(policy: Policy, source: Path) -> Tensor:
+    """The policy's input embedding [V, H], read from the files in the folder `source`.
+
+    Raises:
+        UserError: no file holds it.
+    """
+    from safetensors import safe_open
+
+    wanted = policy.model.get_input_embeddings().weight
+    names = [name for name, parameter in policy.model.named_parameters() if parameter is wanted]
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            if found := [name for name in names if name in file.keys()]:  # noqa: SIM118 (it is no mapping)
+                return file.get_tensor(found[0])
+    raise UserError(f"No safetensors file in {source} holds the policy's embedding, {' or '.join(names)}")
 
 
 def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = None) -> None:

@@ -11,22 +11,17 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from forerun.config import Recipe
-from forerun.drafters import TRAINED, Drafter, load_drafter
-from forerun.drafters.draft_model import ModelDrafter
-from forerun.drafters.eagle3 import Eagle3Drafter
-from forerun.drafters.mtp import MtpDrafter, MtpHead
-from forerun.drafters.training.distill import distill, pruned_copy
-from forerun.drafters.training.heads import frequent_tokens, new_head, train_head
-from forerun.drafters.training.trainer import Report, StateFile, Validated, Validation
+from forerun.drafters import DRAFTERS, Drafter, load_drafter
+from forerun.drafters.training.trainer import EpochDone, StateFile, Training, TrainingSetup
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
-from forerun.events import Began, Ended, Note, Progress, Warned, Work, during
+from forerun.events import Note, Progress, Warned, Work, during
 from forerun.models import Policy, load_policy
 from forerun.models.checksum import checksum
 from forerun.tasks import Problem, Task, load_task
@@ -34,6 +29,7 @@ from forerun.tasks.jsonl import read_jsonl
 from forerun.tracking.files import disk_errors, write_atomically
 from forerun.training.prompts import encode, prepare_policy
 
+T = TypeVar("T")
 Pairs = list[tuple[list[int], list[int]]]  # (prompt ids, completion ids)
 
 
@@ -42,7 +38,7 @@ def prepare_drafter(recipe: Recipe, policy: Policy, task: Task, folder: Path) ->
     speculation = recipe.speculation
     if speculation.tokens == 0:
         return None
-    if speculation.draft is None and speculation.method in TRAINED:
+    if speculation.draft is None and DRAFTERS.load(speculation.method).trains:
         yield from train_drafter(recipe, policy, task, folder)
         speculation = speculation.model_copy(update={"draft": str(folder)})
     return load_drafter(policy, speculation)
@@ -187,14 +183,15 @@ def _policy_again(recipe: Recipe, folder: Path) -> Work[Policy]:
 
 
 def _check_trained(recipe: Recipe) -> None:
-    if recipe.speculation.method not in TRAINED:
+    method = recipe.speculation.method
+    if method == "none" or not DRAFTERS.load(method).trains:
         raise UserError("The recipe has no drafter to train: set speculation.method, e.g. speculation.method=eagle3")
 
 
 def train_drafter(
     recipe: Recipe, policy: Policy, task: Task, folder: Path, scratch: Scratch | None = None
 ) -> Work[dict[str, object]]:
-    """Train a drafter on what the policy says, to the recipe's prompts or after `draft.texts`; save it to `folder`.
+    """Train a drafter on samples of the policy, or on `draft.texts`; save it to `folder`.
 
     Args:
         scratch: where samples and state are kept until the drafter is saved, and gone on from; None: nowhere.
@@ -204,20 +201,11 @@ def train_drafter(
     """
     _check_trained(recipe)
     pairs = yield from _training_pairs(recipe, policy, task, scratch)
-    events: list[Note] = []
-
-    def report(step: int, steps: int, loss: float) -> None:
-        pass
-
-    def validated(epoch: int, result: Validation) -> None:
-        events.append(Note(f"drafter: epoch {epoch}/{recipe.draft.epochs}: {result}"))
-
+    file = None if scratch is None else scratch.state
+    setup = TrainingSetup(pairs, recipe.draft, recipe.rollout.temperature, recipe.seed, file)
     torch.manual_seed(recipe.seed)  # what a new head begins with; a resumed training must make the same
-    train = {"model": _distilled, "mtp": _mtp_head}.get(recipe.speculation.method, _eagle3_head)
-    yield Began("training the drafter")
-    drafter, best = train(recipe, policy, pairs, report, validated, None if scratch is None else scratch.state)
-    yield from events
-    yield Ended("training the drafter")
+    training = DRAFTERS.load(recipe.speculation.method).train(policy, setup)
+    drafter, best = yield from during("training the drafter", _shown(training, recipe.draft.epochs))
     about: dict[str, object] = {
         "policy": policy.name,
         "adapter": recipe.policy.adapter,
@@ -233,6 +221,19 @@ def train_drafter(
     if scratch is not None:
         scratch.remove()
     return about
+
+
+def _shown(training: Training[T], epochs: int) -> Work[T]:
+    """A training as events of the run."""
+    while True:
+        try:
+            event = next(training)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        if isinstance(event, EpochDone):
+            yield Note(f"drafter: epoch {event.epoch}/{epochs}: {event.result}")
+        else:
+            yield Progress(event.step, event.steps, "steps", event.rate)
 
 
 def _training_pairs(
@@ -254,34 +255,6 @@ def _training_pairs(
     if scratch is not None:
         scratch.save_pairs(pairs)
     return pairs
-
-
-def _eagle3_head(
-    recipe: Recipe, policy: Policy, pairs: Pairs, report: Report, validated: Validated, file: StateFile | None
-) -> tuple[Drafter, Validation]:
-    head, heat = new_head(policy, pairs, recipe.draft), recipe.rollout.temperature
-    best = train_head(head, policy, pairs, recipe.draft, heat, recipe.seed, report, validated, file)
-    return Eagle3Drafter(head.to(policy.dtype), policy), best
-
-
-def _mtp_head(
-    recipe: Recipe, policy: Policy, pairs: Pairs, report: Report, validated: Validated, file: StateFile | None
-) -> tuple[Drafter, Validation]:
-    tokens = frequent_tokens(pairs, recipe.draft.vocab)
-    head, heat = MtpHead(policy, recipe.draft.mtp_layers, tokens), recipe.rollout.temperature
-    best = train_head(head, policy, pairs, recipe.draft, heat, recipe.seed, report, validated, file)
-    return MtpDrafter(head.to(policy.dtype), policy), best
-
-
-def _distilled(
-    recipe: Recipe, policy: Policy, pairs: Pairs, report: Report, validated: Validated, file: StateFile | None
-) -> tuple[Drafter, Validation]:
-    """A copy of the policy with fewer layers: those that the recipe names, else the first two and the last two."""
-    count = policy.model.config.get_text_config().num_hidden_layers
-    layers = recipe.draft.layers or sorted({0, 1, count - 2, count - 1} & set(range(count)))
-    model, heat = pruned_copy(policy, layers), recipe.rollout.temperature
-    best = distill(model, policy, pairs, recipe.draft, heat, recipe.seed, report, validated, file)
-    return ModelDrafter(Policy(model.to(policy.dtype), policy.tokenizer, f"{policy.name}, pruned"), policy), best
 
 
 def read_texts(path: str) -> list[tuple[str | None, str]]:

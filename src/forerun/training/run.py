@@ -16,7 +16,7 @@ import torch
 
 from forerun.config import Recipe, load_recipe
 from forerun.drafters import Drafter, load_drafter
-from forerun.engine import RolloutEngine, around, rule_in_force, shares_weights
+from forerun.engine import RolloutEngine, build_engine
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
 from forerun.events import Finished, Note, Warned, Work, during, finish
@@ -114,8 +114,8 @@ class Run:
         self.problems = self.task.problems("train")
         self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
         self.timeline = Timeline(folder.timeline, history.wall_s, history.step)
-        self.shares_weights = shares_weights(recipe.rollout)
-        engine = around(recipe.rollout, policy, drafter, recipe.speculation, starter(recipe))
+        engine = build_engine(recipe.rollout, policy, drafter, recipe.speculation, starter(recipe))
+        self.shares_weights = engine.shares_weights
         self.engine_states = WatchedEngine(engine, self.timeline)
         self.engine = self.engine_states.engine
         self.evaluator = self._evaluator()
@@ -171,7 +171,7 @@ class Run:
     @cached_property
     def plain(self) -> RolloutEngine:
         """The same engine without speculation."""
-        return around(self.recipe.rollout, self.policy, None, self.recipe.speculation)
+        return build_engine(self.recipe.rollout, self.policy, None, self.recipe.speculation)
 
     def close(self) -> None:
         """Give the engines and the learner back."""
@@ -352,7 +352,7 @@ def run_facts(current: Run) -> dict[str, Any]:
         "seed": recipe.seed,
         "k": recipe.speculation.tokens,
         "speculation": recipe.speculation.model_dump(),
-        "in_force": {"engine": recipe.rollout.engine, "rule": rule_in_force(current.engine, recipe.speculation)},
+        "in_force": {"engine": recipe.rollout.engine, "rule": current.engine.rule},
         "weights": {"version": step, **{f"{group}_checksum": value for group, value in sums.items()}},
         "warnings": current.warnings,
     }

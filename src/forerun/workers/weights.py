@@ -34,11 +34,6 @@ def shapes(state: Mapping[str, Tensor]) -> Shapes:
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
 
 
-def heated(head: Tensor, heat: float) -> Tensor:
-    """An output head [D, H] whose logits at temperature T are those of `head` at T · heat."""
-    return head if heat == 1.0 else (head.float() / heat).to(head.dtype)
-
-
 def chunks(groups: Mapping[str, Mapping[str, Tensor]], size_bytes: int) -> Iterator[list[Piece]]:
     """Lists of pieces of at most `size_bytes` together (and at least one element)."""
     chunk: list[Piece] = []

@@ -1,11 +1,10 @@
-"""A draft model out of the policy itself: some of its layers, taught on its own rollouts to say what it says.
+"""A draft model distilled from the policy: some of its layers, trained on its own rollouts.
 
 The copy has the policy's embeddings, final norm and output head and the layers that were chosen, so it begins as a
 rough policy and shares the vocabulary. Teacher and student read the same text; at every completion token the student's
-q is pulled towards the policy's p by a loss of `losses.py`. As long as its drafts stand, a chain of drafts meets what
-training meets, the policy's own tokens: no unroll is needed. To put it to work, wrap it as a `Policy`, in the policy's
-number format and with its tokenizer, in a `ModelDrafter`.
-Left out: keeping the teacher's rows between epochs (at full vocabulary they rarely fit).
+q is pulled towards the policy's p by a loss of `losses.py`. As long as its drafts are accepted, a chain of drafts
+reads what training reads, the policy's own tokens: no unroll is needed. `ModelDrafter.train` makes a drafter of it.
+The teacher's rows are not kept between epochs: at full vocabulary they rarely fit.
 Axes: M completion tokens, V vocabulary.
 """
 
@@ -21,9 +20,9 @@ import torch
 from torch import Tensor
 
 from forerun.config import DraftConfig
-from forerun.drafters.training.heads import Pair, autocast_of, split_pairs
+from forerun.drafters.training.heads import autocast_of, split_pairs
 from forerun.drafters.training.losses import acceptance, row_loss
-from forerun.drafters.training.trainer import Report, StateFile, Validated, Validation, fit
+from forerun.drafters.training.trainer import Pair, Training, TrainingSetup, Validation, fit
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.auxiliary import decoder_layers
@@ -56,44 +55,29 @@ def pruned_copy(policy: Policy, layers: Sequence[int]) -> Any:
     return model.eval()
 
 
-def distill(
-    model: Any,
-    policy: Policy,
-    pairs: Sequence[Pair],
-    config: DraftConfig,
-    temperature: float,
-    seed: int,
-    report: Report,
-    validated: Validated,
-    file: StateFile | None = None,
-) -> Validation:
+def distill(model: Any, policy: Policy, setup: TrainingSetup) -> Training[Validation]:
     """Train `model` in place; keeps the weights of the epoch that validates best, stops when `patience` ones did not.
 
     Args:
         model: a causal language model with the policy's vocabulary, e.g. from `pruned_copy`.
-        pairs: prompts and completions that the policy sampled.
-        config: epochs, patience, learning_rate, batch_tokens, loss, validation and depth (positions that are reported
-            and that loss e2e counts) are read.
-        temperature: at which the policy will be sampled; 0 counts as 1.
-        report: called after every optimizer step. validated: called with (epoch, result); epoch 0 is before training.
-        file: see `fit`.
+        setup: of its config, `depth` is how many positions are reported, and counted by loss e2e.
     """
-    rng = random.Random(seed)
-    held, training = split_pairs(pairs, config.validation, rng)
+    config, temperature, rng = setup.config, setup.temperature, random.Random(setup.seed)
+    held, training = split_pairs(setup.pairs, config.validation, rng)
     batches = microbatches([len(p) + len(c) for p, c in training], config.batch_tokens)
 
     def backward(rows: list[int]) -> float:
         return _backward(model, policy, [training[i] for i in rows], config, temperature)
 
     validation = partial(validate, model, policy, held, config, temperature)
-    return fit(model, batches, config, rng, backward, validation, report, validated, file)
+    return (yield from fit(model, batches, setup, rng, backward, validation))
 
 
 @torch.no_grad()
 def validate(model: Any, policy: Policy, pairs: Sequence[Pair], config: DraftConfig, temperature: float) -> Validation:
     """Acceptance Σ min(p, q) on rollouts that were not trained on, by draft position.
 
-    Draft j of a round stands j or more tokens after the prompt; a token later in its completion counts for all j that
+    Draft j of a round is j or more tokens after the prompt; a token later in its completion counts for all j that
     can reach it, as in the training of an EAGLE-3 head.
     """
     sums, counts = [0.0] * config.depth, [0] * config.depth

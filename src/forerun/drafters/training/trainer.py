@@ -1,9 +1,8 @@
 """The training loop of every drafter: AdamW, warm-up, shuffled batches, clipping; validate, keep the best, stop early.
 
-What differs between drafters comes in as two functions: one adds a batch's gradient, one validates.
-With a `StateFile` the state of every finished epoch is on the disk, whole or not at all, and a training that was killed
-goes on from there to the weights that it would have had, bit for bit.
-Left out: batches and losses (`training.py`, `distill.py`), and training beside the policy (`learner/cotrain.py`).
+What differs between drafters comes in as two functions: one adds a batch's gradient, one validates (`heads.py`,
+`distill.py`). With a `StateFile` the state of every finished epoch is saved, and a training that was killed goes on
+from there to the weights that it would have had, bit for bit.
 """
 
 from __future__ import annotations
@@ -12,26 +11,28 @@ import math
 import os
 import pickle
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from forerun.config import DraftConfig
 from forerun.errors import UserError
-from forerun.learner.sft import learning_rate_factor
 from forerun.tracking.files import disk_errors
 
 MAX_GRAD_NORM = 0.5
 WARMUP = 20  # steps, at most; a tenth of all when that is less
+Pair = tuple[list[int], list[int]]  # prompt ids, completion ids
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """Acceptance on held-out rollouts, exact in p and q (no coins): per draft position, given the ones before."""
+    """Acceptance on held-out rollouts, exact in p and q: per draft position, given the ones before."""
 
     per_position: list[float]
     length: float  # expected tokens per round with J drafts
@@ -41,8 +42,25 @@ class Validation:
         return f"acceptance by position {rates}, {self.length:.2f} tokens per round"
 
 
-Report = Callable[[int, int, float], None]  # step, steps, loss
-Validated = Callable[[int, Validation], None]  # epoch, result
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """An optimizer step was made, the `step`-th of at most `steps`."""
+
+    step: int
+    steps: int
+    loss: float
+    rate: float  # steps per second
+
+
+@dataclass(frozen=True, slots=True)
+class EpochDone:
+    """An epoch was validated; epoch 0 is before training."""
+
+    epoch: int
+    result: Validation
+
+
+Training = Generator[StepDone | EpochDone, None, T]  # yields events, returns its result
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +88,8 @@ class StateFile:
             finally:
                 draft.unlink(missing_ok=True)
 
-    def restore(self, run: Fitting) -> bool:
-        """Put the saved state into `run`; false: no epoch was finished, and `run` is as it was.
+    def restore(self, trainer: Trainer) -> bool:
+        """Put the saved state into `trainer`; false: no epoch was finished, and it is as it was.
 
         Raises:
             UserError: the file cannot be read, or is of another drafter.
@@ -79,7 +97,7 @@ class StateFile:
         if not self.path.exists():
             return False
         try:  # read to the CPU, where the optimizer keeps its step counts; the rest is copied to where the module is
-            run.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
+            trainer.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
@@ -88,7 +106,18 @@ class StateFile:
         return True
 
 
-class Fitting:
+@dataclass(frozen=True, slots=True)
+class TrainingSetup:
+    """What a drafter is trained on, and how."""
+
+    pairs: Sequence[Pair]  # prompts and completions that the policy sampled, or other texts
+    config: DraftConfig
+    temperature: float  # at which the policy will be sampled; 0 counts as 1
+    seed: int  # of the split and of the order of batches
+    file: StateFile | None = None  # where the state of every epoch is kept; one that holds a state is resumed
+
+
+class Trainer:
     """A training between two epochs: everything that decides how it goes on."""
 
     def __init__(self, module: nn.Module, config: DraftConfig, rng: random.Random) -> None:
@@ -97,6 +126,7 @@ class Fitting:
             module.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
         self.epoch = self.step = self.best_epoch = 0
+        self._started, self._first = time.perf_counter(), 0  # of this process
         self.best = Validation([], 0.0)
         self.best_weights: dict[str, Tensor] = {}
 
@@ -105,8 +135,8 @@ class Fitting:
         """All epochs are done, or `patience` of them in a row did not help."""
         return self.epoch >= self.config.epochs or self.epoch - self.best_epoch >= self.config.patience
 
-    def train(self, batches: Sequence[list[int]], backward: Callable[[list[int]], float], report: Report) -> None:
-        """One epoch.
+    def train(self, batches: Sequence[list[int]], backward: Callable[[list[int]], float]) -> Training[None]:
+        """One epoch; yields after every optimizer step.
 
         Raises:
             UserError: a loss is not finite.
@@ -117,18 +147,19 @@ class Fitting:
             self.optimizer.param_groups[0]["lr"] = self.config.learning_rate * factor
             loss = backward(rows)
             if not math.isfinite(loss):
-                rate = self.config.learning_rate
                 raise UserError(
-                    f"The drafter's loss is {loss} at step {self.step + 1}; lower draft.learning_rate={rate}"
+                    f"The drafter's loss is {loss} at step {self.step + 1}; lower "
+                    f"draft.learning_rate={self.config.learning_rate}"
                 )
             torch.nn.utils.clip_grad_norm_(self.module.parameters(), MAX_GRAD_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
-            report(self.step, steps, loss)
+            rate = (self.step - self._first) / (time.perf_counter() - self._started)
+            yield StepDone(self.step, steps, loss, rate)
         self.epoch += 1
 
-    def note(self, result: Validation) -> None:
+    def keep_best(self, result: Validation) -> None:
         """Keep the present weights if none before validated as well."""
         if not self.best_weights or result.length > self.best.length:
             self.best, self.best_epoch = result, self.epoch
@@ -153,45 +184,49 @@ class Fitting:
         version, internal, gauss = state["order"]
         self.rng.setstate((version, tuple(internal), gauss))
         self.epoch, self.step, self.best_epoch = state["counts"]
+        self._first = self.step
         self.best = Validation(**state["best"])
 
 
 def fit(
     module: nn.Module,
     batches: Sequence[list[int]],
-    config: DraftConfig,
+    setup: TrainingSetup,
     rng: random.Random,
     backward: Callable[[list[int]], float],
     validation: Callable[[], Validation],
-    report: Report,
-    validated: Validated,
-    file: StateFile | None = None,
-) -> Validation:
+) -> Training[Validation]:
     """Train `module` in place; it ends with the weights of the epoch that validates best, and that result is returned.
 
     Args:
         batches: the batches of an epoch, as whatever `backward` takes for one.
-        config: epochs, learning_rate and patience are read.
+        setup: epochs, learning_rate, patience and the state file are read.
         rng: orders the batches anew in every epoch.
         backward: adds the gradient of one batch to the module's and returns its loss.
-        validation: judges the module as it is.
-        report: called after every optimizer step. validated: called with (epoch, result); epoch 0 is before training.
-        file: where the state of every epoch is kept; one that holds a state already is gone on from.
+        validation: validates the module as it is.
 
     Raises:
         UserError: a loss is not finite, or the state cannot be written, read, or put into this module.
     """
-    run = Fitting(module, config, rng)
-    if file is None or not file.restore(run):
+    trainer, file = Trainer(module, setup.config, rng), setup.file
+    if file is None or not file.restore(trainer):
         result = validation()
-        validated(0, result)
-        run.note(result)
-    while not run.finished:
-        run.train(batches, backward, report)
+        yield EpochDone(0, result)
+        trainer.keep_best(result)
+    while not trainer.finished:
+        yield from trainer.train(batches, backward)
         result = validation()
-        validated(run.epoch, result)
-        run.note(result)
+        yield EpochDone(trainer.epoch, result)
+        trainer.keep_best(result)
         if file is not None:
-            file.save(run.state_dict())
-    module.load_state_dict(run.best_weights)
-    return run.best
+            file.save(trainer.state_dict())
+    module.load_state_dict(trainer.best_weights)
+    return trainer.best
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then cosine decay from 1 to 0.1."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.55 + 0.45 * math.cos(math.pi * progress)

@@ -22,24 +22,24 @@ from forerun.acceptance.chain import verify
 from forerun.acceptance.random import Purpose, round_keys, uniforms
 from forerun.acceptance.tree import TREE_RULES, TreeResult, verify_tree
 from forerun.acceptance.truncate import truncate
-from forerun.drafters.base import Counting, Drafter, Learning, Rows
+from forerun.config import SpeculationConfig
+from forerun.drafters import Drafter, Rows, load_drafter
 from forerun.engine.base import (
-    Counters,
     Requests,
+    RolloutEngine,
     Sampling,
     Weights,
     check_request,
     engine_metrics,
-    generate_all,
     nothing,
     requested,
 )
 from forerun.engine.local.scheduler import Schedule
 from forerun.engine.local.scheduler import Sequence as Live
 from forerun.engine.local.tree import along_path, depths, keep_path, tree_places
-from forerun.engine.staleness import AcceptanceProbe
+from forerun.engine.staleness import StaleDrafterDetector
 from forerun.errors import UserError
-from forerun.models import Policy
+from forerun.models import Policy, load_policy
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.checksum import checksum
 from forerun.models.forward import PolicyForward, check_trees
@@ -50,8 +50,10 @@ Verify = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], VerifyResult]
 VerifyTree = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], TreeResult]
 
 
-class LocalEngine:
-    """A `RolloutEngine` in this process, around the live policy module."""
+class LocalEngine(RolloutEngine):
+    """An engine in this process that runs the live policy module."""
+
+    shares_weights = True
 
     def __init__(
         self,
@@ -75,31 +77,37 @@ class LocalEngine:
         """
         if (k > 0) != (drafter is not None):
             raise UserError(f"k = {k} and {'no' if drafter is None else 'a'} drafter: give both, or neither")
-        self.policy, self.drafter, self.k, self.rule, self.slots = policy, drafter, k, rule, slots
-        self.warnings: list[str] = []
-        self.timeline: list[tuple[float, int]] = []  # of the latest stream: (seconds, live sequences) per round
-        self.counters = Counters(accepted_at=[0] * k, drafted_at=[0] * k)
+        super().__init__(policy, k)
+        self.drafter, self.k, self.slots = drafter, k, slots
         self._eos_ids = policy.eos_ids
         self._forward = PolicyForward(policy, drafter.aux_layers if drafter else (), fused)
         self._verify, self._verify_tree = verifier, tree_verifier
+        self._chain_rule = rule
         self._tree_rule = rule if rule in TREE_RULES else "walk"
-        self._probe = AcceptanceProbe()
+        self._detector = StaleDrafterDetector()
         self._held = Weights(0, {})
-        self._running = self._paused = False
+        self._paused = False
 
-    def generate(
-        self,
-        prompts: Sequence[list[int] | str],
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        n: int = 1,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> list[Rollout]:
-        """See `RolloutEngine.generate`."""
-        sampling = Sampling(max_new_tokens, temperature, seed, tuple(stop))
-        return generate_all(self, self.policy, prompts, sampling, n)
+    @classmethod
+    def from_live(
+        cls, policy: Policy, drafter: Drafter | None, speculation: SpeculationConfig, slots: int
+    ) -> LocalEngine:
+        """See `RolloutEngine.from_live`."""
+        k = speculation.tokens if drafter is not None else 0
+        return cls(policy, drafter, k=k, rule=speculation.verify, slots=slots)
+
+    @classmethod
+    def from_folder(cls, policy: str, dtype: str, speculation: SpeculationConfig, slots: int) -> LocalEngine:
+        """See `RolloutEngine.from_folder`."""
+        loaded = load_policy(policy, dtype)
+        return cls.from_live(loaded, load_drafter(loaded, speculation), speculation, slots)
+
+    @property
+    def rule(self) -> str:
+        """See `RolloutEngine.rule`."""
+        if self.drafter is None:
+            return "plain"
+        return self._tree_rule if self.drafter.trees else self._chain_rule
 
     def stream(
         self,
@@ -116,6 +124,7 @@ class LocalEngine:
         self._running = True
         started = time.perf_counter()
         self.timeline = []
+        self.on_state("engine", "generate", self._held.version)
         try:
             self._forward.refresh()
             schedule = Schedule(self.slots, prompts, requested(len(prompts), n, only), sampling.seed)
@@ -130,12 +139,17 @@ class LocalEngine:
         finally:
             self._running = False
             self.counters.seconds += time.perf_counter() - started
+            self.on_state("engine", "idle", self._held.version)
 
     def load(self, weights: Weights) -> Weights:
         """Take a version. The policy is the live module: its bytes are checked, not copied, unless they are brought.
 
         Samples in flight go on with the new weights over the cache of the old ones.
         """
+        with self._loading(weights.version):
+            return self._load(weights)
+
+    def _load(self, weights: Weights) -> Weights:
         if weights.policy is not None:
             load_exactly(self.policy.model, weights.policy, "the policy")
             self._forward.refresh()
@@ -152,7 +166,7 @@ class LocalEngine:
                     f"{held.checksums[group]}: the transfer was partial or stale"
                 )
         self._held = held
-        self._probe.restart(self.counters)
+        self._detector.restart(self.counters)
         return held
 
     def pause(self) -> None:
@@ -162,15 +176,12 @@ class LocalEngine:
     def resume(self) -> None:
         """Go on; acceptance is probed as after a load."""
         self._paused = False
-        self._probe.restart(self.counters)
+        self._detector.restart(self.counters)
 
     def metrics(self) -> dict[str, Any]:
         """See `RolloutEngine.metrics`."""
-        counted: dict[str, float] = self.drafter.metrics() if isinstance(self.drafter, Counting) else {}
-        return engine_metrics(self._held, self.counters, self.warnings, counted)
-
-    def close(self) -> None:
-        """Nothing to give back: weights and cache are the process's own."""
+        counted = self.drafter.metrics() if self.drafter is not None else {}
+        return engine_metrics(self._held, self.counters, self.warnings, counted) | {"rule": self.rule}
 
     # ---- one stream ----
 
@@ -245,15 +256,14 @@ class LocalEngine:
         coins = uniforms(rows.seeds, keys[:, :-1], Purpose.COIN)
         picks = uniforms(rows.seeds, keys[:, :1], Purpose.PICK)[:, 0]
         if draft.parents is None:
-            rule = self.rule if draft.tokens.shape[1] > 0 else "token"  # without drafts all rules are one
+            rule = self._chain_rule if draft.tokens.shape[1] > 0 else "token"  # without drafts all rules are one
             return self._verify(rule, logits, draft, rows.temperature, coins, picks), features
         judged = self._verify_tree(self._tree_rule, logits, draft, rows.temperature, coins, picks)
         keep_path(self._cache, rows.lengths, judged.path)
         return judged.verdict, None if features is None else along_path(features, judged.path)
 
     def _teach(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        """Show what was judged to a drafter that learns from it."""
-        if isinstance(self.drafter, Learning):
+        if self.drafter is not None:
             self.drafter.learn(rows, draft, logits, verdict)
 
     def _rows(self, live: list[Live], temperature: float) -> Rows:
@@ -295,7 +305,7 @@ class LocalEngine:
                     finished.append((row, sequence))
                     break
             self._count(sizes[row], deepest[row], len(sequence.tokens) - before, accepted[row])
-        warning = self._probe.look(self.counters)
+        warning = self._detector.look(self.counters)
         if warning:
             self.warnings.append(warning)
         return finished

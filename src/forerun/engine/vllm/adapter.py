@@ -25,39 +25,28 @@ import torch
 from forerun.config import SpeculationConfig
 from forerun.drafters import Drafter
 from forerun.engine.base import (
-    Counters,
     Requests,
+    RolloutEngine,
     Sampling,
     Weights,
     check_request,
     engine_metrics,
-    generate_all,
     nothing,
     requested,
 )
 from forerun.engine.local.scheduler import Sequence as Sample
 from forerun.engine.local.scheduler import request_seed
-from forerun.engine.staleness import AcceptanceProbe
+from forerun.engine.staleness import StaleDrafterDetector
 from forerun.engine.vllm.in_process import device, own_process, random_state
-from forerun.engine.vllm.metrics import Ledger, Live
+from forerun.engine.vllm.metrics import Live, SpecDecodeMetrics
 from forerun.engine.vllm.patches import ensure_exact, let_scan_pass
-from forerun.engine.vllm.settings import (
-    WEIGHTED,
-    Translated,
-    additional,
-    check,
-    describe_policy,
-    draft_files,
-    heat_of,
-    policy_folder,
-    translate,
-)
+from forerun.engine.vllm.settings import CUSTOM, Translated, check, translate
 from forerun.engine.vllm.sleep import LEVELS
-from forerun.engine.vllm.state import Given, Holding
+from forerun.engine.vllm.state import Given, WeightVersionState
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.checksum import checksum
-from forerun.models.load import resolve_dtype, save_policy
+from forerun.models.load import describe_policy, policy_folder, resolve_dtype, save_policy
 from forerun.types import Rollout
 from forerun.workers.weights import chunks, shapes
 
@@ -77,8 +66,8 @@ class Limits:
     sleep: bool = False  # whether it may sleep; on a GPU vLLM then allocates in another way, for one engine a process
 
 
-class VllmEngine:
-    """A `RolloutEngine` that keeps its own copy of the weights, in vLLM."""
+class VllmEngine(RolloutEngine):
+    """An engine that keeps its own copy of the weights, in vLLM."""
 
     def __init__(
         self,
@@ -98,77 +87,76 @@ class VllmEngine:
             UserError: vLLM is not installed, or cannot run this policy or this speculation block.
         """
         self.speculation, self.limits = speculation or SpeculationConfig(), limits or Limits()
-        if self.speculation.tokens:
-            check(self.speculation)
         self.k = self.speculation.tokens
-        self.policy = describe_policy(policy_folder(policy))
-        self.counters = Counters(accepted_at=[0] * self.k, drafted_at=[0] * self.k)
-        self.timeline: list[tuple[float, int]] = []  # of the latest stream: (seconds, unfinished samples) per step
-        self.warnings: list[str] = []
+        drafter = check(self.speculation) if self.k else None
+        super().__init__(describe_policy(policy_folder(policy)), self.k)
         self.context = min(self.limits.context or self.policy.context, self.policy.context)
         self.mends = True  # whether vLLM's faults are mended; for the verification, which has to find them
-        self._ledger = Ledger(self.counters)
-        self._probe = AcceptanceProbe()
-        self._running = self._paused = False
+        self._stats = SpecDecodeMetrics(self.counters)
+        self._detector = StaleDrafterDetector()
+        self._paused = False
         self._asleep: dict[str, str] | None = None  # fingerprints of the weights that it keeps asleep
-        self._looks_up = self.k > 0 and self.speculation.method == "trie"
+        self._custom_proposer = False  # whether a class of ours drafts, in vLLM's worker
         self._counted: dict[str, int] = {}  # by the drafter, when the engine was closed
         self._random = torch.Generator().get_state()
         self._requests = 0
         with tempfile.TemporaryDirectory() as scratch:
             source = policy_folder(policy)
-            draft = draft_files(self.speculation, self.policy, source, Path(scratch))
-            self._holding = Holding({"policy": shapes(self.policy.model.state_dict())})
+            draft = None
+            if drafter is not None:
+                draft = drafter.vllm_files(self.speculation, self.policy, source, Path(scratch))
+            self._state = WeightVersionState({"policy": shapes(self.policy.model.state_dict())})
             if self.k:
-                self._holding.groups["draft"] = draft.shapes if draft is not None else {}  # none: nothing to be stale
+                self._state.groups["draft"] = shapes(draft[1] if draft is not None else {})  # none: nothing is stale
             number_format = str(resolve_dtype(dtype, device()))[6:]
-            self.rule = self._start(source, draft.folder if draft is not None else None, number_format)
+            self._rule = self._start(source, draft[0] if draft is not None else None, number_format)
 
     @classmethod
-    def around(
+    def from_live(
         cls,
         policy: Policy,
         drafter: Drafter | None = None,
         speculation: SpeculationConfig | None = None,
+        slots: int = 32,
         *,
         limits: Limits | None = None,
     ) -> VllmEngine:
         """An engine that starts with the weights of a live policy and drafter, through a temporary folder.
 
+        Args:
+            limits: all sizes, in place of `slots`.
+
         Raises:
-            UserError: the block speculates and there is no drafter, or the other way round; else as the constructor.
+            UserError: there is a drafter and no block that speculates; else as the constructor.
         """
-        if (drafter is not None) != bool(speculation and speculation.tokens):
-            method = speculation.method if speculation else "none"
-            raise UserError(f"speculation.method={method} and {'no' if drafter is None else 'a'} drafter: give both")
+        block = speculation if speculation and drafter is not None else SpeculationConfig()
+        if drafter is not None and not block.tokens:
+            raise UserError(f"speculation.method={block.method} and a drafter: give both, or neither")
         with tempfile.TemporaryDirectory() as scratch:
             save_policy(policy, Path(scratch) / "policy")
-            block = speculation or SpeculationConfig()
-            if drafter is not None and block.method in (*WEIGHTED, "trie"):
+            if drafter is not None:
                 drafter.save(Path(scratch) / "drafter", {})
                 block = block.model_copy(update={"draft": str(Path(scratch) / "drafter")})
-            engine = cls(str(Path(scratch) / "policy"), block, dtype=str(policy.dtype)[6:], limits=limits)
+            engine = cls(
+                str(Path(scratch) / "policy"), block, dtype=str(policy.dtype)[6:], limits=limits or Limits(slots)
+            )
         groups = {"policy": checksum(policy.model.state_dict())}
         if drafter is not None:
             groups["draft"] = checksum(drafter.state_dict())
-        engine._holding.take(Weights(0, groups))
+        engine._state.take(Weights(0, groups))
         return engine
 
-    # ---- the contract ----
+    @classmethod
+    def from_folder(cls, policy: str, dtype: str, speculation: SpeculationConfig, slots: int) -> VllmEngine:
+        """See `RolloutEngine.from_folder`."""
+        return cls(policy, speculation, dtype=dtype, limits=Limits(slots=slots))
 
-    def generate(
-        self,
-        prompts: Sequence[list[int] | str],
-        *,
-        max_new_tokens: int = 256,
-        temperature: float = 1.0,
-        n: int = 1,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-    ) -> list[Rollout]:
-        """See `RolloutEngine.generate`."""
-        sampling = Sampling(max_new_tokens, temperature, seed, tuple(stop))
-        return generate_all(self, self.policy, prompts, sampling, n)
+    @property
+    def rule(self) -> str:
+        """See `RolloutEngine.rule`."""
+        return self._rule
+
+    # ---- the contract ----
 
     def stream(
         self,
@@ -184,11 +172,12 @@ class VllmEngine:
         self._check(prompts, sampling, n)
         if self.k and sampling.temperature > 0 and self.mends:
             ensure_exact(device().type == "cpu")
-        if self._looks_up:
+        if self._custom_proposer:
             self._vllm.collective_rpc("forerun_open")
         self._running = True
         started = time.perf_counter()
         self.timeline = []
+        self.on_state("engine", "generate", self._state.held.version)
         live: dict[str, Live] = {}
         try:
             self._random = torch.Generator().manual_seed(sampling.seed).get_state()
@@ -202,6 +191,7 @@ class VllmEngine:
             self._vllm.abort_request(list(live))
             self._running = False
             self.counters.seconds += time.perf_counter() - started
+            self.on_state("engine", "idle", self._state.held.version)
 
     def load(self, weights: Weights) -> Weights:
         """Take a version: the tensors of policy and drafter, or only checksums where it holds these bytes already.
@@ -211,11 +201,12 @@ class VllmEngine:
         """
         if self._asleep is not None:
             raise UserError(f"The engine is asleep; call wake() before it takes version {weights.version}")
-        given = self._holding.check(weights)
-        if given:
-            self._send(given, weights.checksums)
-        self._probe.restart(self.counters)
-        return self._holding.take(weights)
+        with self._loading(weights.version):
+            given = self._state.check(weights)
+            if given:
+                self._send(given, weights.checksums)
+            self._detector.restart(self.counters)
+            return self._state.take(weights)
 
     def pause(self) -> None:
         """Refuse to start a round until `resume`."""
@@ -224,7 +215,7 @@ class VllmEngine:
     def resume(self) -> None:
         """Go on; acceptance is probed as after a load."""
         self._paused = False
-        self._probe.restart(self.counters)
+        self._detector.restart(self.counters)
 
     def sleep(self, level: int = 1) -> None:
         """Give memory back until `wake`: the KV cache, and at level 2 the weights of policy and drafter.
@@ -243,7 +234,7 @@ class VllmEngine:
         else:
             self._vllm.sleep(level)
         if level == 2:
-            self._holding.discard()
+            self._state.discard()
 
     def wake(self) -> None:
         """Take the memory again; acceptance is probed as after a load. Does nothing to an engine that is awake.
@@ -258,14 +249,14 @@ class VllmEngine:
         else:
             self._vllm.wake_up()
         before, self._asleep = self._asleep, None
-        self._probe.restart(self.counters)
+        self._detector.restart(self.counters)
         if before:
             self._compare(before, self._vllm.collective_rpc("forerun_fingerprints")[0])
 
     def metrics(self) -> dict[str, Any]:
         """See `RolloutEngine.metrics`; the version is None while none is held."""
-        found = engine_metrics(self._holding.held, self.counters, self.warnings, self._drafter_metrics())
-        if self._holding.version is None:
+        found = engine_metrics(self._state.held, self.counters, self.warnings, self._drafter_metrics())
+        if self._state.version is None:
             found |= {"version": None, "checksums": {}}
         return {**found, "rule": self.rule}
 
@@ -298,7 +289,7 @@ class VllmEngine:
                 config = settings.create_engine_config()
                 wanted = self._settle_rule(config, wanted, draft)
                 self._vllm = LLMEngine(
-                    config, Executor.get_class(config), log_stats=True, stat_loggers=[lambda *_: self._ledger]
+                    config, Executor.get_class(config), log_stats=True, stat_loggers=[lambda *_: self._stats]
                 )
         except ImportError as error:
             raise UserError(f"The vLLM engine needs vLLM: {error}; see docs/vllm.md for the install") from error
@@ -306,12 +297,14 @@ class VllmEngine:
             raise UserError(f"vLLM cannot run '{folder}': {str(error).strip().splitlines()[0]}") from error
         self._vllm.engine_core._finalizer.detach()  # it would take the process groups of other engines down
         OPEN.add(self)
-        if self._looks_up:
+        self._custom_proposer = wanted.config is not None and wanted.config["method"] == CUSTOM
+        if self._custom_proposer:
             self._vllm.collective_rpc("forerun_attach")
         self.warnings += wanted.notes
         return wanted.rule
 
     def _arguments(self, folder: Path, dtype: str) -> dict[str, Any]:
+        drafter = check(self.speculation) if self.k else None
         gib = self.limits.cache_gib
         if gib is None and device().type == "cpu":
             gib = 2.0
@@ -330,7 +323,7 @@ class VllmEngine:
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",  # its sampling defaults are not wanted; its end tokens are set per request
             "worker_extension_cls": "forerun.engine.vllm.worker.WeightReceiver",
-            "additional_config": additional(self.speculation),
+            "additional_config": drafter.vllm_additional_config(self.speculation) if drafter is not None else {},
             "per_request_spec_decode_metrics": "detailed" if self.k else "none",
             "use_tqdm_on_load": False,
             "seed": 0,
@@ -381,7 +374,7 @@ class VllmEngine:
         for output in outputs:
             if self._take(live[output.request_id], output, sampling):
                 finished.append(live.pop(output.request_id))
-        if warning := self._probe.look(self.counters):
+        if warning := self._detector.look(self.counters):
             self.warnings.append(warning)
         return finished
 
@@ -389,7 +382,7 @@ class VllmEngine:
         """Add one request's tokens of this step; whether the sample is done."""
         new, sequence = output.outputs[0], sample.sequence
         before = len(sequence.tokens)
-        sample.add(new.token_ids, new.logprobs, self._holding.held.version)
+        sample.add(new.token_ids, new.logprobs, self._state.held.version)
         reason = self._stopped(sample, before, sampling) or _reason(sequence, new.finish_reason, sampling)
         if reason:
             sequence.finish_reason = reason
@@ -422,22 +415,22 @@ class VllmEngine:
         for pieces in chunks(given, self.limits.chunk_bytes):
             call("forerun_receive", args=(pieces,))
         try:
-            agreed = call("forerun_commit", args=(dict(expected), heat_of(self.speculation)))[0]
+            agreed = call("forerun_commit", args=(dict(expected), self.speculation.fixed_draft_temperature))[0]
         except UserError:
             raise
         except Exception as error:
-            self._holding.lose(BROKEN)
+            self._state.lose(BROKEN)
             raise UserError(f"vLLM failed while it took the weights over: {error}; load a version again") from error
         if idle := [group for group, state in given.items() if state and not agreed.get(group)]:
-            self._holding.lose(BROKEN)
+            self._state.lose(BROKEN)
             raise UserError(f"vLLM took no parameter of the {' and the '.join(idle)} over; load a version again")
         if not self._vllm.reset_prefix_cache(reset_running_requests=True):
-            self._holding.lose(BROKEN)
+            self._state.lose(BROKEN)
             raise UserError("vLLM kept key-value entries of the old weights; close its streams before a load")
 
     def _drafter_metrics(self) -> dict[str, int]:
         """What the drafter counts by itself, also after the engine was closed."""
-        if not self._looks_up or self not in OPEN:
+        if not self._custom_proposer or self not in OPEN:
             return self._counted
         return self._vllm.collective_rpc("forerun_drafter_metrics")[0]
 
@@ -456,13 +449,13 @@ class VllmEngine:
     def _compare(self, before: Mapping[str, str], after: Mapping[str, str]) -> None:
         """Refuse weights that changed in a sleep."""
         if changed := [group for group in before if before[group] != after.get(group)]:
-            self._holding.lose(f"The engine woke with other weights of the {' and the '.join(changed)}")
-            self._holding.require()
+            self._state.lose(f"The engine woke with other weights of the {' and the '.join(changed)}")
+            self._state.require()
 
     def _check(self, prompts: Sequence[list[int]], sampling: Sampling, n: int) -> None:
         if self._asleep is not None:
             raise UserError("The engine is asleep; call wake() before it generates")
-        self._holding.require()
+        self._state.require()
         if 0 < sampling.temperature < COOLEST:
             raise UserError(
                 f"Temperature {sampling.temperature}: vLLM samples at 0 or at {COOLEST} and above, not between"

@@ -15,7 +15,7 @@ from forerun.engine.local.scheduler import Sequence
 
 
 @dataclass(slots=True)
-class Ledger:
+class SpecDecodeMetrics:
     """A stat logger of vLLM's that adds into `counters`."""
 
     counters: Counters = field(default_factory=Counters)

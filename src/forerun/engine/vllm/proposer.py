@@ -20,9 +20,7 @@ from typing import Any
 import numpy as np
 
 from forerun.config import TrieConfig
-from forerun.drafters.trie import Corpus, Text, TrieDrafter
-
-SETTINGS = "forerun_trie"  # key of vLLM's additional_config
+from forerun.drafters.trie import VLLM_SETTINGS, Corpus, Text, TrieDrafter
 
 
 @dataclass(slots=True)
@@ -82,7 +80,7 @@ class TrieProposer:
         Raises:
             UserError: the corpus cannot be read.
         """
-        given = dict(vllm_config.additional_config[SETTINGS])
+        given = dict(vllm_config.additional_config[VLLM_SETTINGS])
         folder, settings = given.pop("folder"), TrieConfig(**given)
         drafter = TrieDrafter(settings) if folder is None else TrieDrafter.load(Path(folder), settings)
         self.siblings = Siblings(drafter.corpus)
@@ -94,6 +92,10 @@ class TrieProposer:
     def attach(self, runner: Any) -> None:
         """The runner whose batch is drafted for."""
         self._runner = runner
+
+    def open(self) -> None:
+        """A stream begins: an epoch of its prompts."""
+        self.siblings.open()
 
     def load_model(self, target: Any) -> None:
         """Nothing: the CPU's runner asks every drafter to load its model."""

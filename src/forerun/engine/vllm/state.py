@@ -20,7 +20,7 @@ Given = dict[str, Mapping[str, Tensor]]  # tensors by group
 
 
 @dataclass(slots=True)
-class Holding:
+class WeightVersionState:
     """The version that is held, among groups of known shapes. A group without tensors has nothing to be stale."""
 
     groups: dict[str, Shapes]

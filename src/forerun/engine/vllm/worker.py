@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forerun.drafters.temperature import tempered_head
 from forerun.engine.vllm.sleep import Freed, fingerprints, free
 from forerun.errors import UserError
-from forerun.workers.weights import Piece, Shapes, Staging, heated
+from forerun.workers.weights import Piece, Shapes, Staging
 
 DRAFT_NAMES = (("midlayer.", "model.layers.0."), ("fc.", "model.fc."), ("norm.", "model.norm."))
 
@@ -29,15 +30,15 @@ class WeightReceiver:
     forerun_staging: Staging | None = None
     forerun_freed: Freed | None = None
 
-    # ---- the trie ----
+    # ---- a proposer class of ours ----
 
     def forerun_attach(self) -> None:
-        """Tell the proposer whose batch it drafts for."""
+        """Give the proposer the runner whose batch it drafts for."""
         self.model_runner.drafter.attach(self.model_runner)
 
     def forerun_open(self) -> None:
         """A stream begins: an epoch of its prompts."""
-        self.model_runner.drafter.siblings.open()
+        self.model_runner.drafter.open()
 
     def forerun_drafter_metrics(self) -> dict[str, int]:
         """What the drafter counts by itself."""
@@ -70,11 +71,11 @@ class WeightReceiver:
         assert self.forerun_staging is not None
         self.forerun_staging.add(pieces)
 
-    def forerun_commit(self, expected: dict[str, str], heat: float) -> dict[str, int]:
+    def forerun_commit(self, expected: dict[str, str], draft_temperature: float) -> dict[str, int]:
         """Check the version and put it in use; per group, how many parameters were read back and agreed.
 
         Args:
-            expected: checksums per group. heat: the drafter's temperature over that of the rollouts.
+            expected: checksums per group. draft_temperature: relative to that of the rollouts.
 
         Raises:
             UserError: it is partial or damaged, or may not be loaded; the old weights stay.
@@ -91,10 +92,10 @@ class WeightReceiver:
             self.reload_weights(weights_iterator=iter(policy.items()))
             agreed["policy"] = _read_back(self.model_runner.get_model(), policy, "policy")
         if "draft" in agreed:
-            agreed["draft"] = self._forerun_drafter(staging.tensors["draft"], heat)
+            agreed["draft"] = self._forerun_drafter(staging.tensors["draft"], draft_temperature)
         return agreed
 
-    def _forerun_drafter(self, state: dict[str, Tensor], heat: float) -> int:
+    def _forerun_drafter(self, state: dict[str, Tensor], draft_temperature: float) -> int:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload.layerwise import (
             finalize_layerwise_reload,
@@ -103,8 +104,8 @@ class WeightReceiver:
 
         model = self.model_runner.drafter.model
         taken = {n: t for n, t in state.items() if n != "t2d" and (n != "d2t" or _has_map(model))}
-        if heat != 1.0:
-            taken["lm_head.weight"] = heated(taken["lm_head.weight"], heat)
+        if draft_temperature != 1.0:
+            taken["lm_head.weight"] = tempered_head(taken["lm_head.weight"], draft_temperature)
         with set_current_vllm_config(self.vllm_config), torch.no_grad():
             initialize_layerwise_reload(model)
             model.load_weights(iter(taken.items()))
