@@ -84,7 +84,7 @@ def test_training_and_serving_compute_the_same_draft_distribution(
     plain = LocalEngine(policy, slots=2).generate(prompts, max_new_tokens=20, temperature=0.0)
     drafter = Eagle3Drafter(random_head(policy), policy)
     forced = Forced({request_seed(0, r.prompt_index, 0): r.prompt_ids + r.tokens for r in plain})
-    monkeypatch.setattr("forerun.drafters.eagle3.sample_draft", forced)
+    monkeypatch.setattr("forerun.drafters.sampled.sample_draft", forced)
     again = LocalEngine(policy, drafter, k=3, slots=2).generate(prompts, max_new_tokens=20, temperature=0.0)
     assert [r.tokens for r in again] == [r.tokens for r in plain]
     compared = 0

@@ -133,7 +133,7 @@ def test_training_and_serving_compute_the_same_draft_distribution(
     truth = {request_seed(0, r.prompt_index, 0): r.prompt_ids + r.tokens for r in plain}
     # a wrong draft in the middle now and then: what it left in the window must be read again
     forced = Forced(truth, lambda root, slot: slot == 1 and root % 3 == 0)
-    monkeypatch.setattr("forerun.drafters.mtp.sample_draft", forced)
+    monkeypatch.setattr("forerun.drafters.sampled.sample_draft", forced)
     again = LocalEngine(policy, drafter, k=4, slots=2).generate(prompts, max_new_tokens=20, temperature=0.0)
     assert [r.tokens for r in again] == [r.tokens for r in plain]
     compared = [0] * 4

@@ -16,10 +16,11 @@ import forerun
 from forerun.config import NgramConfig, SpeculationConfig
 from forerun.drafters import load_drafter
 from forerun.drafters.base import Rows
-from forerun.drafters.ngram import LookupText, NgramDrafter, reference_lookup
+from forerun.drafters.ngram import LookupText, NgramDrafter
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy
+from proofs.lookups import reference_lookup
 
 SHORT = NgramConfig(prompt_lookup_min=1, prompt_lookup_max=3)
 make = partial(NgramDrafter, SHORT)

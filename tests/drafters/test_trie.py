@@ -14,12 +14,13 @@ import drafter_contract as contract
 from forerun.config import SpeculationConfig, TrieConfig
 from forerun.drafters import load_drafter
 from forerun.drafters.base import Rows
-from forerun.drafters.trie import Corpus, TrieDrafter, reference_continuation
+from forerun.drafters.trie import Corpus, TrieDrafter
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.training.weights import publish
 from forerun.types import Draft, VerifyResult
+from proofs.lookups import reference_continuation
 
 SHORT = TrieConfig(match_min=1, match_max=6)
 make = partial(TrieDrafter, SHORT)

@@ -6,6 +6,7 @@ sampled. The `log_q` that a draft carries is the very tensor that its tokens wer
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from forerun.acceptance.random import Purpose, inverse_cdf_log, round_keys, uniforms
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.types import Draft, VerifyResult
@@ -168,34 +168,18 @@ class Drafter(ABC):
         if state:
             raise UserError(f"The drafter '{self.name}' has no weights, but the state holds {sorted(state)}")
 
-    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """What `save` writes to config.json beside the drafter's name."""
+        return {}
+
     def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write it, memory included, to a folder from which it can be loaded; `about` records how it was made."""
+        """Write it, memory included, to a folder from which it can be loaded; `about` records how it was made.
 
-
-def round_temperature(proposal: str, rows: Rows, draft_temperature: float) -> float | None:
-    """The draft temperature of a round; None: one-hot drafts of the likeliest tokens, as `proposal` or all rows ask."""
-    return None if proposal == "argmax" or bool((rows.temperature == 0).all()) else draft_temperature
-
-
-def sample_draft(logits: Tensor, rows: Rows, position: int, draft_temperature: float | None) -> tuple[Tensor, Tensor]:
-    """Draw draft position `position` of every row from the drafter's logits [B, D]; greedy rows take their argmax.
-
-    Args:
-        draft_temperature: relative to that of the rollouts; None: every row takes its argmax.
-
-    Returns:
-        Tokens [B] as indices into D, and the log-probabilities [B, D] that they were drawn from (with None, where q is
-        one-hot, the logits).
-    """
-    if draft_temperature is None:
-        return logits.argmax(-1), logits
-    warm = rows.temperature > 0
-    temperature = torch.where(warm, rows.temperature, 1.0) * draft_temperature
-    log_q = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
-    keys = round_keys(rows.lengths, position + 1)[:, position:]
-    drawn = inverse_cdf_log(log_q, uniforms(rows.seeds, keys, Purpose.DRAFT)[:, 0])
-    return torch.where(warm, drawn, logits.argmax(-1)), log_q
+        Default: config.json alone.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        data = {"method": self.name, **self.description(), "forerun": about}
+        (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
 
 
 def deterministic_draft(proposals: Sequence[Sequence[int]], device: torch.device) -> Draft:

@@ -13,14 +13,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from forerun.config import SpeculationConfig
-from forerun.drafters.base import Drafter, Rows, round_temperature, sample_draft
-from forerun.drafters.temperature import TemperatureSetting, draft_temperature_of
+from forerun.drafters.base import Drafter, Rows
+from forerun.drafters.sampled import SampledChain, SampledDrafter
+from forerun.drafters.temperature import TemperatureSetting
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy, save_policy
 from forerun.models.cache import SlotCache, SlotPass
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
     from forerun.drafters.training.trainer import Training, TrainingSetup, Validation
 
 
-class ModelDrafter(Drafter):
+class ModelDrafter(SampledDrafter):
     """The draft model at work: its cache, the rows' tokens, and how many of them the cache holds."""
 
     name = "model"
-    trains = samples = True
+    needs = "a folder or hub name of a smaller model"
     vllm_refusal = ""
 
     def __init__(
@@ -57,23 +58,19 @@ class ModelDrafter(Drafter):
         Raises:
             UserError: their vocabularies differ.
         """
+        super().__init__(proposal, draft_temperature)
         _check_vocabulary(model, policy)
         model.model.eval()
-        self.model, self.proposal = model, proposal
-        self.draft_temperature = draft_temperature_of(draft_temperature, proposal)
+        self.model = model
         self._forward = PolicyForward(model, ())
 
     @classmethod
-    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> ModelDrafter:
-        """See `Drafter.from_config`."""
-        if speculation.draft is None:
-            raise UserError("speculation.method=model needs speculation.draft, a folder or hub name of a smaller model")
-        return cls.load(
-            speculation.draft,
-            policy,
-            proposal=speculation.proposal,
-            draft_temperature=speculation.draft_temperature,
-        )
+    def locate(cls, draft: str) -> str:
+        """A folder or shipped artifact where `draft` is one, else `draft` as a hub name or alias."""
+        try:
+            return str(artifact(draft))
+        except (UserError, OSError):  # a name with a slash sends it into a folder that need not exist
+            return draft
 
     @classmethod
     def train(cls, policy: Policy, setup: TrainingSetup) -> Training[tuple[Drafter, Validation]]:
@@ -126,20 +123,15 @@ class ModelDrafter(Drafter):
         """Read what is new, then draft token by token; a row beyond the model's own context drafts nothing."""
         lengths = torch.minimum(budget, (self.model.context - rows.lengths).clamp(min=0))
         k = int(lengths.max())
-        temperature = round_temperature(self.proposal, rows, self.draft_temperature.value)
+        chain = SampledChain(rows, self.round_temperature(rows), None)
         logits = self._read(rows) if k > 0 else rows.temperature.new_zeros(rows.count, 0)
-        tokens, log_q = [], []
         for j in range(k):
-            token, row = sample_draft(logits, rows, j, temperature)
-            tokens.append(token)
-            log_q.append(row)
+            token = chain.extend(logits)
             if j < k - 1:
                 at = (rows.lengths + j + 1).clamp(max=self.model.context - 1)  # beyond it nothing is read again
                 logits = self._run(token[:, None], at, int(at.max()) + 1, torch.zeros_like(at))
         self._fed = max(k - 1, 0) if k > 0 else None
-        if k == 0:
-            return Draft(rows.last.new_zeros(rows.count, 0), lengths)
-        return Draft(torch.stack(tokens, dim=1), lengths, None if temperature is None else torch.stack(log_q, dim=1))
+        return chain.draft(lengths)
 
     def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         """Take the emitted tokens down; the cache now holds the newest token and the accepted ones of those it ran."""
@@ -149,13 +141,6 @@ class ModelDrafter(Drafter):
         if self._fed is not None:
             self._known[:count] = rows.lengths + 1 + verdict.accepted.clamp(max=self._fed)
         self._fed = None
-
-    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        """Tune the draft temperature, where it is "auto"."""
-        self.draft_temperature.learn(rows, draft, logits, verdict)
-
-    def metrics(self) -> dict[str, float]:
-        return self.draft_temperature.metrics()
 
     def _read(self, rows: Rows) -> Tensor:
         """Run each row's tokens from the oldest that any row lacks to its newest; logits [B, V] after that one.
@@ -194,12 +179,12 @@ class ModelDrafter(Drafter):
     @classmethod
     def load(
         cls,
-        source: str,
+        source: str | Path,
         policy: Policy,
         *,
         proposal: str = "sampled",
         draft_temperature: TemperatureSetting = 1.0,
-    ) -> ModelDrafter:
+    ) -> Self:
         """Load a draft model in the policy's number format and on its device.
 
         Args:
@@ -209,21 +194,13 @@ class ModelDrafter(Drafter):
             UserError: it cannot be found, has no tokenizer, or another vocabulary than the policy.
         """
         try:
-            model = load_policy(_place(source), str(policy.dtype).removeprefix("torch."), str(policy.device))
+            model = load_policy(cls.locate(str(source)), str(policy.dtype).removeprefix("torch."), str(policy.device))
         except UserError as error:
             raise UserError(
                 f"speculation.draft={source} is no draft model: {error}; give a folder or a hub name of a smaller "
                 "causal language model with the policy's tokenizer"
             ) from error
         return cls(model, policy, proposal=proposal, draft_temperature=draft_temperature)
-
-
-def _place(source: str) -> str:
-    """A folder or shipped artifact where `source` is one, else `source` as a hub name or alias."""
-    try:
-        return str(artifact(source))
-    except (UserError, OSError):  # a name with a slash sends it into a folder that need not exist
-        return source
 
 
 def _check_vocabulary(model: Policy, policy: Policy) -> None:

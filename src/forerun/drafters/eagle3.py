@@ -12,17 +12,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forerun.config import SpeculationConfig
-from forerun.drafters.base import Drafter, Rows, round_temperature, sample_draft
+from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.eagle3_checkpoints import Eagle3Config as Eagle3Config
 from forerun.drafters.eagle3_checkpoints import head_files, read_head
-from forerun.drafters.temperature import TemperatureSetting, draft_temperature_of, tempered_head
+from forerun.drafters.sampled import SampledChain, SampledDrafter
+from forerun.drafters.temperature import TemperatureSetting, tempered_head
 from forerun.drafters.trainable import TeacherBatch, TrainableHead
 from forerun.errors import UserError
 from forerun.models import Policy
@@ -230,7 +231,7 @@ def rotary(config: Eagle3Config) -> tuple[Tensor, float]:
     return inverse.float(), float(scale)
 
 
-class Eagle3Drafter(Drafter):
+class Eagle3Drafter(SampledDrafter):
     """The head at work in an engine: its own cache rows, and what the last verification left to be read in.
 
     Pending are, per row, the emitted tokens with the policy's hidden states *before* them: the pairs (x_{t+1}, g_t)
@@ -238,7 +239,8 @@ class Eagle3Drafter(Drafter):
     """
 
     name = "eagle3"
-    trains = samples = cotrains = True
+    cotrains = True
+    needs = "a folder or a shipped artifact"
     vllm_refusal = ""
     vllm_scales_drafts = True
 
@@ -259,29 +261,16 @@ class Eagle3Drafter(Drafter):
         Raises:
             UserError: the head was made for another policy.
         """
+        super().__init__(proposal, draft_temperature)
         check_aux_layers(head.config.layers, len(decoder_layers(policy.model)))
         _check_fit(head.config, policy)
         self.head = head.to(policy.device).eval()
         self.aux_layers = head.config.layers
-        self.proposal = proposal
-        self.draft_temperature = draft_temperature_of(draft_temperature, proposal)
         self.dialect = "forerun"
         self.vocabulary = head.vocabulary
         self._embed = head.embedding(policy)
         self._verifier = {"name_or_path": policy.name, "architectures": [type(policy.model).__name__]}
         self._beyond, self._outgrown = 0, False
-
-    @classmethod
-    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> Eagle3Drafter:
-        """See `Drafter.from_config`."""
-        if speculation.draft is None:
-            raise UserError("speculation.method=eagle3 needs speculation.draft, a folder or a shipped artifact")
-        return cls.load(
-            artifact(speculation.draft),
-            policy,
-            proposal=speculation.proposal,
-            draft_temperature=speculation.draft_temperature,
-        )
 
     @classmethod
     def train(cls, policy: Policy, setup: TrainingSetup) -> Training[tuple[Drafter, Validation]]:
@@ -361,21 +350,16 @@ class Eagle3Drafter(Drafter):
         count = self.pending[: rows.count]
         lengths = torch.where(count > 0, self.within(rows, budget), 0)
         k, n = int(lengths.max()), int(count.max())
+        chain = SampledChain(rows, self.round_temperature(rows), self.vocabulary)
         if k == 0:
-            return Draft(torch.zeros(rows.count, 0, dtype=torch.int64, device=rows.last.device), lengths)
+            return chain.draft(lengths)
         hidden = self.read(rows, count, n)
-        temperature = round_temperature(self.proposal, rows, self.draft_temperature.value)
-        tokens, log_q = [], []
         for j in range(k):
-            token, row = sample_draft(self.head.logits(hidden), rows, j, temperature)
-            tokens.append(self.vocabulary[token])
-            log_q.append(row)
+            token = chain.extend(self.head.logits(hidden))
             if j < k - 1:
                 slots = SlotPass(self.cache, 0, rows.lengths + j, 1, int(rows.lengths.max()) + j + 1)
-                hidden = self.run(tokens[-1][:, None], hidden[:, None], slots)[:, 0]
-        if temperature is None:
-            return Draft(torch.stack(tokens, dim=1), lengths)
-        return Draft(torch.stack(tokens, dim=1), lengths, torch.stack(log_q, dim=1), self.vocabulary)
+                hidden = self.run(token[:, None], hidden[:, None], slots)[:, 0]
+        return chain.draft(lengths)
 
     def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         assert features is not None
@@ -395,14 +379,10 @@ class Eagle3Drafter(Drafter):
         self._beyond += int((reach < budget).sum())
         return torch.minimum(budget, reach)
 
-    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        """Tune the draft temperature, where it is "auto"."""
-        self.draft_temperature.learn(rows, draft, logits, verdict)
-
     def metrics(self) -> dict[str, float]:
         """Rounds of a row that the head's own context cut short, where there were any; the draft temperature."""
         beyond = {"rows_beyond_drafter_context": self._beyond} if self._beyond else {}
-        return {**beyond, **self.draft_temperature.metrics()}
+        return {**beyond, **super().metrics()}
 
     def read(self, rows: Rows, count: Tensor, n: int) -> Tensor:
         """Read what is pending, count [B] pairs of at most n per row; the states [B, H] after the newest tokens."""
@@ -447,24 +427,17 @@ class Eagle3Drafter(Drafter):
 
     @classmethod
     def load(
-        cls,
-        folder: Path,
-        policy: Policy,
-        *,
-        proposal: str = "sampled",
-        draft_temperature: TemperatureSetting = 1.0,
-    ) -> Eagle3Drafter:
+        cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: TemperatureSetting = 1.0
+    ) -> Self:
         """Read a head in any published layout (`dialect` says which it was) and check that it fits the policy.
-
-        Keywords as for the constructor.
 
         Raises:
             UserError: files are missing or broken, or the head was made for another policy.
         """
         layers, embedding = len(decoder_layers(policy.model)), policy.model.get_input_embeddings().weight
-        found = read_head(folder, layers, embedding)
+        found = read_head(source, layers, embedding)
         head = Eagle3Head(found.config).to(policy.dtype)
-        load_exactly(head, found.state, f"the drafter in {folder}")
+        load_exactly(head, found.state, f"the drafter in {source}")
         drafter = cls(head, policy, proposal=proposal, draft_temperature=draft_temperature)
         drafter.dialect = found.dialect
         return drafter

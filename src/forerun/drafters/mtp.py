@@ -21,24 +21,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forerun.config import SpeculationConfig
-from forerun.drafters.base import Drafter, Rows, round_temperature, sample_draft
+from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.mtp_checkpoints import IDS, published_name, read_heads
 from forerun.drafters.mtp_unroll import unroll_mtp
-from forerun.drafters.temperature import TemperatureSetting, draft_temperature_of
+from forerun.drafters.sampled import SampledChain, SampledDrafter
+from forerun.drafters.temperature import TemperatureSetting
 from forerun.drafters.trainable import TeacherBatch, TrainableHead
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.auxiliary import decoder_layers
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import ATTENTION
-from forerun.models.load import artifact, load_exactly
+from forerun.models.load import load_exactly
 from forerun.types import Draft, VerifyResult
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class MtpHead(TrainableHead):
         return layer(embedded, hidden, positions, self.shared.rotation(hidden, positions), slots)
 
 
-class MtpDrafter(Drafter):
+class MtpDrafter(SampledDrafter):
     """The head at work in an engine: its own cache rows, and a window of what its layers read next.
 
     The window holds, per row, the newest pairs (x_{p+1}, h_p): those that the last round emitted, and n - 1 older ones,
@@ -211,7 +211,8 @@ class MtpDrafter(Drafter):
     """
 
     name = "mtp"
-    trains = samples = cotrains = True
+    cotrains = True
+    needs = "the folder of the heads or of a policy that carries them"
     vllm_refusal = (
         "vLLM runs prediction heads only inside checkpoints of the architectures that were published with them, and "
         "these heads stand beside the policy"
@@ -226,25 +227,9 @@ class MtpDrafter(Drafter):
         draft_temperature: TemperatureSetting = 1.0,
     ) -> None:
         """Arguments as for `Eagle3Drafter`."""
+        super().__init__(proposal, draft_temperature)
         self.head = head.to(policy.device).eval()
         self.aux_layers = head.config.layers
-        self.proposal = proposal
-        self.draft_temperature = draft_temperature_of(draft_temperature, proposal)
-
-    @classmethod
-    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> MtpDrafter:
-        """See `Drafter.from_config`."""
-        if speculation.draft is None:
-            raise UserError(
-                "speculation.method=mtp needs speculation.draft, the folder of the heads or of a policy that carries "
-                "them"
-            )
-        return cls.load(
-            artifact(speculation.draft),
-            policy,
-            proposal=speculation.proposal,
-            draft_temperature=speculation.draft_temperature,
-        )
 
     @classmethod
     def train(cls, policy: Policy, setup: TrainingSetup) -> Training[tuple[Drafter, Validation]]:
@@ -300,30 +285,24 @@ class MtpDrafter(Drafter):
         count = self._count[: rows.count]
         lengths = torch.where(count > 0, budget, 0)
         k, width, layers = int(lengths.max()), int(count.max()), len(self.head.layers)
+        chain = SampledChain(rows, self.round_temperature(rows), self.head.draft_ids)
         if k == 0:
-            return Draft(torch.zeros(rows.count, 0, dtype=torch.int64, device=rows.last.device), lengths)
-        temperature = round_temperature(self.proposal, rows, self.draft_temperature.value)
+            return chain.draft(lengths)
         batch = torch.arange(rows.count, device=count.device)
         text = torch.cat([self._tokens[: rows.count, :width], count.new_zeros(rows.count, k)], dim=1)
         starts = (rows.lengths - count).clamp(min=0)
         slots = SlotPass(self._cache, 0, starts, width, int(starts.max()) + width)
         window, newest = self._features[: rows.count, :width], torch.empty(0)
-        tokens: list[Tensor] = []
-        log_q: list[Tensor] = []
+        token = rows.last
         for j in range(k):
             if j < layers:
                 window = self.head.step(j, text[:, j : j + width], window, slots.positions, slots)
                 newest = window[batch, (count - 1).clamp(min=0)]
             else:
-                newest = self._again(rows, tokens[-1], newest, j - layers)
-            column, row = sample_draft(self.head.logits(newest), rows, j, temperature)
-            token = column if self.head.draft_ids is None else self.head.draft_ids[column]
+                newest = self._again(rows, token, newest, j - layers)
+            token = chain.extend(self.head.logits(newest))
             text[batch, count + j] = token
-            tokens.append(token)
-            log_q.append(row)
-        if temperature is None:
-            return Draft(torch.stack(tokens, dim=1), lengths)
-        return Draft(torch.stack(tokens, dim=1), lengths, torch.stack(log_q, dim=1), self.head.draft_ids)
+        return chain.draft(lengths)
 
     def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         assert features is not None
@@ -338,13 +317,6 @@ class MtpDrafter(Drafter):
         states = torch.cat([self._features[: rows.count], features.to(self._features.dtype)], dim=1)
         self._tokens[: rows.count], self._features[: rows.count] = tokens[batch, take], states[batch, take]
         self._count[: rows.count] = kept + new
-
-    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        """Tune the draft temperature, where it is "auto"."""
-        self.draft_temperature.learn(rows, draft, logits, verdict)
-
-    def metrics(self) -> dict[str, float]:
-        return self.draft_temperature.metrics()
 
     def _again(self, rows: Rows, token: Tensor, hidden: Tensor, step: int) -> Tensor:  # [B, H]
         """The last layer on its own output [B, H], `step` places behind the newest token."""
@@ -380,13 +352,8 @@ class MtpDrafter(Drafter):
 
     @classmethod
     def load(
-        cls,
-        folder: Path,
-        policy: Policy,
-        *,
-        proposal: str = "sampled",
-        draft_temperature: TemperatureSetting = 1.0,
-    ) -> MtpDrafter:
+        cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: TemperatureSetting = 1.0
+    ) -> Self:
         """Read heads saved by `save`, or those that a checkpoint of the policy carries; see `read_heads`.
 
         Raises:
@@ -395,17 +362,17 @@ class MtpDrafter(Drafter):
         from safetensors import SafetensorError
 
         try:
-            data = json.loads((folder / "config.json").read_text())
+            data = json.loads((source / "config.json").read_text())
             data = data.get("text_config", data)
-            state = read_heads(folder, int(data["num_hidden_layers"]))
+            state = read_heads(source, int(data["num_hidden_layers"]))
         except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
-            raise UserError(f"The drafter in {folder} cannot be read: {type(error).__name__}: {error}") from error
+            raise UserError(f"The drafter in {source} cannot be read: {type(error).__name__}: {error}") from error
         _check_fit(data, policy)
         if not state:
-            raise UserError(f"{folder} holds no tensors of multi-token-prediction heads; train one: forerun draft")
+            raise UserError(f"{source} holds no tensors of multi-token-prediction heads; train one: forerun draft")
         depth = 1 + max(int(name.split(".")[1]) for name in state if name != IDS)
         head = MtpHead(policy, depth, state.get(IDS)).to(policy.dtype)
-        load_exactly(head, state, f"the drafter in {folder}")
+        load_exactly(head, state, f"the drafter in {source}")
         return cls(head, policy, proposal=proposal, draft_temperature=draft_temperature)
 
 

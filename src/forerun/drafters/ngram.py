@@ -12,7 +12,6 @@ The honest baseline: it costs no forward, and at temperature 1 its long drafts c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,16 +63,6 @@ class LookupText:
         return []
 
 
-def reference_lookup(tokens: Sequence[int], k: int, shortest: int, longest: int) -> list[int]:
-    """The definition, slow and obvious: every n from the longest, every place from the left."""
-    text = list(tokens)
-    for n in range(longest, shortest - 1, -1):
-        for end in range(n, len(text)):
-            if len(text) > n and text[end - n : end] == text[-n:]:
-                return text[end : end + k]
-    return []
-
-
 class NgramDrafter(Drafter):
     """`LookupText` per cache row. It has no weights and forgets everything with the rows."""
 
@@ -122,8 +111,6 @@ class NgramDrafter(Drafter):
         for row, tokens in enumerate(emitted(verdict)):
             self._rows[row].extend(tokens)
 
-    def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write its settings to config.json; there is nothing else to keep."""
-        folder.mkdir(parents=True, exist_ok=True)
-        data = {"method": self.name, **self.settings.model_dump(), "forerun": about}
-        (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
+    def description(self) -> dict[str, Any]:
+        """Its settings."""
+        return self.settings.model_dump()

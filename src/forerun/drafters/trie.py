@@ -130,7 +130,7 @@ class Corpus:
             self._evict(next(iter(self.texts.values())))
 
     def continuation(self, scope: bytes, context: Sequence[int], k: int) -> list[int]:
-        """At most k tokens after `context`; `reference_continuation` says which."""
+        """At most k tokens after `context`; `tests/proofs/lookups.py` says which."""
         following = self._occurrences(scope, context) if k > 0 else np.zeros(0, dtype=np.int64)
         chosen: list[int] = []
         while len(chosen) < k:
@@ -280,32 +280,6 @@ class Corpus:
         self._starts[place] = text.start
 
 
-def reference_continuation(
-    texts: Sequence[tuple[int, Sequence[int]]], context: Sequence[int], k: int, settings: TrieConfig
-) -> list[int]:
-    """What `Corpus.continuation` computes, slow and obvious: every length from the longest, every place of every text.
-
-    Args:
-        texts: (tokens without a vote at the beginning, tokens) of the scope, oldest first.
-    """
-    context, found = list(context), []
-    for n in range(min(settings.match_max, len(context)), settings.match_min - 1, -1):
-        for head, text in reversed(texts):  # the newest first, and of one text the latest place
-            places = range(len(text) - 1, max(head, n) - 1, -1)
-            found += [text[o:] for o in places if list(text[o - n : o]) == context[-n:]]
-        if found:
-            break
-    chosen: list[int] = []
-    while len(chosen) < k and (found := [rest for rest in found if len(rest) > len(chosen)]):
-        votes = Counter(rest[len(chosen)] for rest in found)
-        best = max(votes, key=lambda token: votes[token])  # of equals the first seen
-        if votes[best] / len(found) < settings.floor:
-            break
-        chosen.append(best)
-        found = [rest for rest in found if rest[: len(chosen)] == chosen]
-    return chosen
-
-
 @dataclass(slots=True)
 class _Row:
     """A cache row's place in the corpus; a prompt's row has no text of its own yet."""
@@ -386,13 +360,15 @@ class TrieDrafter(Drafter):
         """Texts and tokens held, expired (older than the window) and evicted (the corpus was full)."""
         return asdict(self.corpus.counts)
 
+    def description(self) -> dict[str, Any]:
+        """Settings and counts."""
+        return {"trie": self.settings.model_dump(), "counts": self.metrics()}
+
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write corpus.safetensors (see `Corpus.tensors`) and config.json: settings, counts and `about`."""
         from safetensors.torch import save_file
 
-        folder.mkdir(parents=True, exist_ok=True)
-        data = {"method": self.name, "trie": self.settings.model_dump(), "counts": self.metrics(), "forerun": about}
-        (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
+        super().save(folder, about)
         save_file(self.corpus.tensors(), folder / "corpus.safetensors")
 
     @classmethod

@@ -5,7 +5,6 @@ It runs inside vLLM. The class here represents it in a run, without weights, and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,11 +54,9 @@ class VllmNativeDrafter(Drafter):
     def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         self._refuse()
 
-    def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write its settings to config.json; its corpus stays in vLLM."""
-        folder.mkdir(parents=True, exist_ok=True)
-        data = {"method": self.name, "vllm": self.settings, "forerun": about}
-        (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
+    def description(self) -> dict[str, Any]:
+        """Its settings; its corpus stays in vLLM."""
+        return {"vllm": self.settings}
 
     def _refuse(self) -> NoReturn:
         raise UserError(

@@ -1,0 +1,115 @@
+"""What drafters of sampled chains share: the draft, drawn token by token, and its temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from forerun.acceptance.random import Purpose, inverse_cdf_log, round_keys, uniforms
+from forerun.config import SpeculationConfig
+from forerun.drafters.base import Drafter, Rows
+from forerun.drafters.temperature import TemperatureSetting, draft_temperature_of
+from forerun.errors import UserError
+from forerun.models import Policy
+from forerun.models.load import artifact
+from forerun.types import Draft, VerifyResult
+
+
+class SampledDrafter(Drafter):
+    """Base class of drafters with weights that sample their chains."""
+
+    trains = samples = True
+    needs: ClassVar[str]  # what `speculation.draft` names, for the error without one
+
+    def __init__(self, proposal: str, draft_temperature: TemperatureSetting) -> None:
+        """`proposal`: "sampled", or "argmax" with a one-hot q. `draft_temperature`: see temperature.py."""
+        self.proposal = proposal
+        self.draft_temperature = draft_temperature_of(draft_temperature, proposal)
+
+    @classmethod
+    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> Self:
+        """See `Drafter.from_config`."""
+        if speculation.draft is None:
+            raise UserError(f"speculation.method={cls.name} needs speculation.draft, {cls.needs}")
+        return cls.load(
+            cls.locate(speculation.draft),
+            policy,
+            proposal=speculation.proposal,
+            draft_temperature=speculation.draft_temperature,
+        )
+
+    @classmethod
+    def locate(cls, draft: str) -> Any:
+        """`speculation.draft` as `load` takes it: a folder or shipped artifact."""
+        return artifact(draft)
+
+    @classmethod
+    def load(
+        cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: TemperatureSetting = 1.0
+    ) -> Self:
+        """Read a saved drafter. Keywords as for the constructor. Raises UserError when it does not fit the policy."""
+        raise NotImplementedError(f"{cls.__name__}.load")
+
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
+        """Tune the draft temperature, where it is "auto"."""
+        self.draft_temperature.learn(rows, draft, logits, verdict)
+
+    def metrics(self) -> Mapping[str, float]:
+        """The draft temperature, where it is tuned."""
+        return self.draft_temperature.metrics()
+
+    def round_temperature(self, rows: Rows) -> float | None:
+        """The draft temperature of a round; None: one-hot drafts, as `proposal` or greedy rows ask."""
+        greedy = self.proposal == "argmax" or bool((rows.temperature == 0).all())
+        return None if greedy else self.draft_temperature.value
+
+
+class SampledChain:
+    """A chain draft that grows position by position."""
+
+    def __init__(self, rows: Rows, draft_temperature: float | None, vocabulary: Tensor | None) -> None:
+        """`vocabulary` [D]: target ids of the drafter's logits; None: all of the target's."""
+        self._rows, self._temperature, self._vocabulary = rows, draft_temperature, vocabulary
+        self._tokens: list[Tensor] = []
+        self._log_q: list[Tensor] = []
+
+    def extend(self, logits: Tensor) -> Tensor:
+        """Draw the next position from logits [B, D]; its target ids [B]."""
+        column, log_q = sample_draft(logits, self._rows, len(self._tokens), self._temperature)
+        token = column if self._vocabulary is None else self._vocabulary[column]
+        self._tokens.append(token)
+        self._log_q.append(log_q)
+        return token
+
+    def draft(self, lengths: Tensor) -> Draft:
+        """What was drawn, of which `lengths` [B] count."""
+        if not self._tokens:
+            return Draft(self._rows.last.new_zeros(self._rows.count, 0), lengths)
+        tokens = torch.stack(self._tokens, dim=1)
+        if self._temperature is None:
+            return Draft(tokens, lengths)
+        return Draft(tokens, lengths, torch.stack(self._log_q, dim=1), self._vocabulary)
+
+
+def sample_draft(logits: Tensor, rows: Rows, position: int, draft_temperature: float | None) -> tuple[Tensor, Tensor]:
+    """Draw draft position `position` of every row from the drafter's logits [B, D]; greedy rows take their argmax.
+
+    Args:
+        draft_temperature: relative to that of the rollouts; None: every row takes its argmax.
+
+    Returns:
+        Tokens [B] as indices into D, and the log-probabilities [B, D] that they were drawn from (with None, where q is
+        one-hot, the logits).
+    """
+    if draft_temperature is None:
+        return logits.argmax(-1), logits
+    warm = rows.temperature > 0
+    temperature = torch.where(warm, rows.temperature, 1.0) * draft_temperature
+    log_q = torch.log_softmax(logits.float() / temperature[:, None], dim=-1)
+    keys = round_keys(rows.lengths, position + 1)[:, position:]
+    drawn = inverse_cdf_log(log_q, uniforms(rows.seeds, keys, Purpose.DRAFT)[:, 0])
+    return torch.where(warm, drawn, logits.argmax(-1)), log_q
