@@ -1,10 +1,9 @@
 """A smaller causal language model as drafter (Leviathan et al. 2211.17192): same vocabulary, cache rows of its own.
 
-Each round it first reads what was emitted since it last ran, usually one token, two where the whole draft was accepted
-(the last draft was never fed), more where rounds passed without it. Then it samples k tokens one after the other, and
-hands over the very rows that it sampled from. A rejected draft's keys and values are overwritten before anything sees
-them, as in the policy's own cache.
-Left out: vocabularies that overlap in part; a draft model is refused unless its tokenizer is the policy's.
+Each round it first reads what was emitted since it last ran: usually one token, two where the whole draft was accepted
+(the last draft was never fed), more where rounds passed without it. Then it samples k tokens one after the other. A
+rejected draft's keys and values are overwritten before anything reads them, as in the policy's own cache.
+The draft model must have the policy's tokenizer.
 Axes: R rows, B live rows, P positions, n tokens, V vocabulary.
 """
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class ModelDrafter(SampledDrafter):
-    """The draft model at work: its cache, the rows' tokens, and how many of them the cache holds."""
+    """The draft model in an engine: its KV cache, the rows' tokens, and how many of them the cache holds."""
 
     name = "model"
     needs = "a folder or hub name of a smaller model"
@@ -120,7 +119,7 @@ class ModelDrafter(SampledDrafter):
 
     @torch.no_grad()
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
-        """Read what is new, then draft token by token; a row beyond the model's own context drafts nothing."""
+        """Read what is new, then draft token by token; a row longer than the model's own context drafts nothing."""
         lengths = torch.minimum(budget, (self.model.context - rows.lengths).clamp(min=0))
         k = int(lengths.max())
         chain = SampledChain(rows, self.round_temperature(rows), None)
@@ -134,7 +133,7 @@ class ModelDrafter(SampledDrafter):
         return chain.draft(lengths)
 
     def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
-        """Take the emitted tokens down; the cache now holds the newest token and the accepted ones of those it ran."""
+        """Store the emitted tokens; the cache now holds the newest token and the accepted ones of those it ran."""
         n, count = verdict.tokens.shape[1], rows.count
         at = rows.lengths[:, None] + 1 + torch.arange(n, device=rows.lengths.device)  # zeros behind are written over
         self._text[torch.arange(count, device=at.device)[:, None], at] = verdict.tokens

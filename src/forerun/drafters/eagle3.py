@@ -1,10 +1,10 @@
 """EAGLE-3 (Li et al. 2503.01840): one decoder layer that continues the policy's own hidden states.
 
 At position t it reads the fused hidden states g_t of three policy layers and the embedding of the *next* token x_{t+1},
-and predicts x_{t+2}. Where no g exists yet, because the policy has not run there, its own output takes g's place.
-The head knows a reduced vocabulary of D tokens (d2t); outside of it q is 0, which rejection sampling repairs.
-A row whose text has outgrown the head's own context drafts nothing. Files are read and written by eagle3_files.py.
-Axes: R rows, B live rows, n tokens, H hidden size.
+and predicts x_{t+2}. Where no g exists yet, because the policy has not run there, its own output replaces g.
+The head drafts a reduced vocabulary of D tokens (d2t); outside of it q is 0, which rejection sampling repairs.
+A row longer than the head's own context drafts nothing. Checkpoint formats: eagle3_checkpoints.py.
+Axes: R rows, B live rows, n tokens, T auxiliary layers, H hidden size, N sequences, J depth.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class RMSNorm(nn.RMSNorm):
-    """In the number format of its input, as the engine runs it, also while float32 weights train under autocast."""
+    """Computes in the dtype of its input, as in the engine, also while float32 weights train under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]"""
@@ -68,7 +68,7 @@ class Eagle3Head(TrainableHead):
             self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
-        # no buffer: frequencies stay float32 in a head of bfloat16, or far positions turn by other angles
+        # no buffer: frequencies stay float32 in a bfloat16 head, or far positions would get other angles
         self._frequencies, self._rotary_scale = rotary(config)
 
     @property
@@ -82,7 +82,7 @@ class Eagle3Head(TrainableHead):
         self.t2d.zero_()[target_ids] = True
 
     def fuse(self, features: Tensor) -> Tensor:
-        """Hidden states at the taps [..., T·H] -> the head's hidden state [..., H]."""
+        """Auxiliary hidden states [..., T·H] -> the head's hidden state [..., H]."""
         features = features.to(self.fc.weight.dtype)
         if self.config.norm_before_fc:
             features = self.input_norm(features)
@@ -113,8 +113,8 @@ class Eagle3Head(TrainableHead):
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Rest of the layer: hidden [B, n, H] before it, attended [B, n, heads, D] -> hidden [B, n, H] after it."""
         layer, mlp = self.midlayer, self.midlayer["mlp"]
-        around = layer["hidden_norm"](hidden) if self.config.norm_before_residual else hidden
-        hidden = around + layer["self_attn"]["o_proj"](attended.reshape(*hidden.shape[:2], -1))
+        residual = layer["hidden_norm"](hidden) if self.config.norm_before_residual else hidden
+        hidden = residual + layer["self_attn"]["o_proj"](attended.reshape(*hidden.shape[:2], -1))
         x = layer["post_attention_layernorm"](hidden)
         hidden = hidden + mlp["down_proj"](F.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
         return self.norm(hidden) if self.config.norm_output else hidden
@@ -232,10 +232,10 @@ def rotary(config: Eagle3Config) -> tuple[Tensor, float]:
 
 
 class Eagle3Drafter(SampledDrafter):
-    """The head at work in an engine: its own cache rows, and what the last verification left to be read in.
+    """The head in an engine: its own KV cache, and the pairs (x_{t+1}, g_t) that it has not read yet.
 
-    Pending are, per row, the emitted tokens with the policy's hidden states *before* them: the pairs (x_{t+1}, g_t)
-    that the head has not read yet. Reading them replaces the entries that it guessed while drafting.
+    Pending per row: the emitted tokens with the policy's hidden states *before* them. Reading them replaces the cache
+    entries that were guessed while drafting.
     """
 
     name = "eagle3"
@@ -346,7 +346,7 @@ class Eagle3Drafter(SampledDrafter):
 
     @torch.no_grad()
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
-        """Read what is pending, then draft token by token; a row with nothing to read from drafts nothing."""
+        """Read what is pending, then draft token by token; a row without pending pairs drafts nothing."""
         count = self.pending[: rows.count]
         lengths = torch.where(count > 0, self.within(rows, budget), 0)
         k, n = int(lengths.max()), int(count.max())
@@ -369,7 +369,7 @@ class Eagle3Drafter(SampledDrafter):
         self.pending[: rows.count] = verdict.accepted + 1
 
     def within(self, rows: Rows, budget: Tensor) -> Tensor:
-        """`budget` [B] as far as the head's positions reach; the rows that are cut are counted.
+        """`budget` [B] cut at the head's last position; counts the rows that are cut.
 
         The newest token is read at the position before its own, and every further draft needs one position more.
         """
@@ -380,7 +380,7 @@ class Eagle3Drafter(SampledDrafter):
         return torch.minimum(budget, reach)
 
     def metrics(self) -> dict[str, float]:
-        """Rounds of a row that the head's own context cut short, where there were any; the draft temperature."""
+        """Rounds of a row that the head's own context cut short, if any; the draft temperature."""
         beyond = {"rows_beyond_drafter_context": self._beyond} if self._beyond else {}
         return {**beyond, **super().metrics()}
 

@@ -1,12 +1,12 @@
-"""Files of EAGLE-3 heads: what others publish is read, ours is written for them.
+"""Checkpoint formats of EAGLE-3 heads: published ones are read, ours are written so that others can read them.
 
 Dialects, told apart by config.json and stated in `HeadFile.dialect`:
 - "specforge": a flat Llama config (SpecForge, SafeAILab/EAGLE, AngelSlim, ModelOpt).
 - "speculators": the layer's config nested in `transformer_layer_config`; what is missing there has that class's default
   (vllm-project/speculators, models/eagle3/config.py).
-- "forerun": flat, with what made it under "forerun".
+- "forerun": flat, with a description of its training under "forerun".
 
-Conventions, and where they were read
+Conventions and their sources
 - Tensors: `midlayer.*` (EAGLE cnets.py, SpecForge draft/llama3_eagle.py) or `layers.0.*` (speculators), with `model.`
   in front or without; vLLM renames the former (llama_eagle3.py, load_weights).
 - Layers: `eagle_aux_hidden_state_layer_ids` at the top is vLLM's and speculators' and numbers layer *inputs*, as
@@ -20,7 +20,7 @@ Conventions, and where they were read
   `norm_output` (vLLM llama_eagle3.py), at the top or in `eagle_config` (ModelOpt, TensorRT-LLM
   modeling_speculative.py: `return_hidden_post_norm`). q_norm and k_norm come with Qwen3 layers (speculators).
 - `embed_tokens` is the head's own where it differs from the policy's (vLLM shares it where it does not).
-Left out, and refused with a sentence: more than one layer, P-EAGLE, MLA, sliding windows, quantised heads, heads
+Not supported, and refused: more than one layer, P-EAGLE, MLA, sliding windows, quantised heads, heads
 without an output head of their own, rotary scaling that depends on the length of the text.
 """
 

@@ -6,14 +6,14 @@ below the threshold stops; fewer drafts are kept there, and the slots that this 
 M[V, s], the s likeliest successors of every token as the policy's last verified row after it had them.
 
 Conventions
-- Nodes stand in one list per row, a parent before its children, and the index -1 is the root. "Best first" is by
+- Nodes are one list per row, a parent before its children, and the index -1 is the root. "Best first" is by
   log-probability of the path under the head for candidates, and by rank path for retrieved nodes.
 - Non-anticipation: nothing is sampled here. Candidates, stops and retrieval are functions of committed text, weights
-  and of what earlier rounds verified; so the tree is known before any token of its round is, and q is one-hot.
-- The table is shared by all rows, so what a request drafts, and with it its text, depends on what ran before and beside
-  it. Its law does not.
-Left out: the paper's calibration of thresholds and its templates for 36 and 20 nodes, neither of which is published: a
-smaller template here is the best part of the largest one. Prefetch beside the drafting: there is one stream.
+  and earlier rounds; so the tree is known before any token of its round is, and q is one-hot.
+- The table is shared by all rows, so a request's drafts, and with them its text, depend on the other requests. Its
+  distribution does not.
+The paper publishes neither its calibration of thresholds nor its templates for 36 and 20 nodes: a smaller template here
+is the best part of the largest one.
 Axes: B live rows, K width, C candidates, m template nodes, s successors, H hidden size, D draft vocabulary.
 """
 
@@ -81,9 +81,9 @@ class Template:
 
 
 class Adjacency:
-    """The table M[V, s]: the likeliest successors of every token, best first; -1 where nothing is known yet.
+    """The table M[V, s]: the likeliest successors of every token, best first; -1: not known yet.
 
-    Source: 2605.20104, equations 9, 12 and 14; in the spirit of Token Recycling (2408.08696).
+    Source: 2605.20104, equations 9, 12 and 14; see also Token Recycling (2408.08696).
     """
 
     def __init__(self, vocabulary: int, successors: int, device: torch.device) -> None:
@@ -143,7 +143,7 @@ def rank_template(widths: Sequence[int], successors: int, device: torch.device) 
 
 
 def graft(kept: Nodes, template: Template, retrieved: Tensor, below: Tensor, free: Tensor, room: Tensor) -> Nodes:
-    """Hang a retrieved subtree below one node of every tree, as far as slots are free.
+    """Attach a retrieved subtree below one node of every tree, as far as its budget of nodes allows.
 
     Args:
         kept: the drafted nodes, [B, c].
@@ -152,11 +152,11 @@ def graft(kept: Nodes, template: Template, retrieved: Tensor, below: Tensor, fre
         free: [B] nodes that may be added, the best ones first. room: [B] deepest depth that may be reached.
 
     Returns:
-        [B, c + m]; a retrieved node that its parent already has as a child costs no slot, and its children go there.
+        [B, c + m]; a retrieved node that its parent already has as a child costs nothing, and its children go there.
     """
     count = kept.tokens.shape[1]
-    under = torch.full_like(retrieved, -2)  # parent of every template node, -2: it hangs from nothing
-    place = torch.full_like(retrieved, -2)  # the node that stands for it
+    under = torch.full_like(retrieved, -2)  # parent of every template node, -2: it has none
+    place = torch.full_like(retrieved, -2)  # the node that represents it
     for depth in range(1, _deepest(template) + 1):
         at = (template.depth == depth).nonzero()[:, 0]
         above = below[:, None].expand(-1, len(at)) if depth == 1 else place[:, template.parents[at]]
@@ -201,15 +201,17 @@ class Frontier:
 
 @dataclass(slots=True)
 class Candidates:
-    """All that the head proposed for a round, depth by depth, and where its rows stopped."""
+    """The head's candidates of a round, depth by depth, and where its rows stopped."""
 
     tokens: list[Tensor]  # [B, .] each
     scores: list[Tensor]  # -inf: not a candidate
     parents: list[Tensor]
-    stage: Tensor  # [B] int64, number of the checkpoint at which the row stopped, that of checkpoints if it did not
+    stage: (
+        Tensor  # [B] int64, number of the checkpoint at which the row stopped; the number of checkpoints if it did not
+    )
 
     def best(self, quota: Tensor) -> Nodes:
-        """The `quota` [B] best candidates, best first. A child is no better than its parent, and stands behind it."""
+        """The `quota` [B] best candidates, best first. A child is no better than its parent, and comes after it."""
         scores = torch.cat(self.scores, dim=1)
         depth = torch.cat([torch.full_like(t, d) for d, t in enumerate(self.tokens, 1)], dim=1)
         ordered, order = scores.sort(dim=1, descending=True, stable=True)
@@ -307,7 +309,7 @@ class GraftDrafter(Drafter):
     # ---- the head's tree ----
 
     def _drafted(self, rows: Rows, room: Tensor) -> Nodes:
-        """The drafted nodes that stay; a row that the head has nothing to read from has none."""
+        """The drafted nodes that are kept; a row that the head has nothing to read for has none."""
         count = self._reader.pending[: rows.count]
         if int(count.max()) == 0:
             none = rows.last.new_zeros(rows.count, 0)
@@ -321,7 +323,7 @@ class GraftDrafter(Drafter):
         return candidates.best(self._quota()[candidates.stage])
 
     def _quota(self) -> Tensor:
-        """Drafted nodes that stay, by stage: [checkpoints + 1]."""
+        """Drafted nodes that are kept, by stage: [checkpoints + 1]."""
         last = self._nodes
         if self.settings.variant == "root" and self.settings.keep:
             last = min(last, self.settings.keep[-1])
@@ -349,7 +351,7 @@ class GraftDrafter(Drafter):
     def _stop_unsure(self, candidates: Candidates, expanded: int) -> None:
         """At a checkpoint, end the rows whose likeliest path so far is below its threshold (2605.20104, algorithm 2).
 
-        A row without candidates at this depth has no room for them, and has not been asked.
+        A row without candidates at this depth has no room for them, and is skipped.
         """
         if not self._prunes or expanded not in self.settings.checkpoints:
             return

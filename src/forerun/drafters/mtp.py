@@ -1,14 +1,14 @@
-"""Multi-token prediction (DeepSeek-V3, 2412.19437 section 2.2): a layer of the policy's own kind that looks further.
+"""Multi-token prediction (DeepSeek-V3, 2412.19437 section 2.2): decoder layers that predict tokens further ahead.
 
 At position t it reads the policy's last hidden state h_t and the embedding of the next token x_{t+1}, each normalised,
 projects both to one vector (`eh_proj`, embedding first), runs one decoder layer over it and predicts x_{t+2} through
-the policy's own output head. h is taken *after* the final norm, and what is fed on is the layer's output after its own
-norm (`shared_head.norm`), as Transformers, SGLang and vLLM's Qwen3-Next run the published heads.
+the policy's own output head. h is taken *after* the final norm, and the layer's output is fed on after its own norm
+(`shared_head.norm`), as Transformers, SGLang and vLLM's Qwen3-Next run the published heads.
 With n layers, draft j comes from layer j, which reads layer j - 1's outputs and tokens j places further on; drafts
 beyond n apply the last layer to its own output, as all drafts of a head with one layer do (training-time test).
-Embedding, rotary angles and output head are the policy's, read live and never trained. Of the output head a drafter may
-read only the rows of a draft vocabulary, its most frequent tokens (2502.14856): beyond them q is 0.
-Files: mtp_files.py. Left out: layers without plain attention heads (linear attention, MLA), quantised checkpoints.
+Embedding, rotary angles and output head are the policy's, read live and never trained. A drafter may read only the
+output head's rows of a draft vocabulary, its most frequent tokens (2502.14856): beyond them q is 0.
+Checkpoint formats: mtp_checkpoints.py. Not supported: linear attention, MLA, quantised checkpoints.
 Axes: R rows, B live rows, n tokens, W places of a window, L padded length, H hidden size, V vocabulary, D drafted ids.
 """
 
@@ -65,7 +65,7 @@ class MtpConfig:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the head uses of the policy, live; kept out of the head's own parameters."""
+    """Modules of the policy that the head reads; no parameters of the head."""
 
     embed: Any
     rotary: Any
@@ -204,10 +204,10 @@ class MtpHead(TrainableHead):
 
 
 class MtpDrafter(SampledDrafter):
-    """The head at work in an engine: its own cache rows, and a window of what its layers read next.
+    """The head in an engine: its own KV cache, and a window of the pairs (x_{p+1}, h_p) that its layers read next.
 
-    The window holds, per row, the newest pairs (x_{p+1}, h_p): those that the last round emitted, and n - 1 older ones,
-    because layer j had to guess the tokens j places on and reads them again now that they are known.
+    The window holds, per row, the pairs that the last round emitted and n - 1 older ones: layer j had guessed the
+    tokens j places further on, and reads them again now that they are known.
     """
 
     name = "mtp"
@@ -255,7 +255,7 @@ class MtpDrafter(SampledDrafter):
 
     @torch.no_grad()
     def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
-        """Read all pairs of the prompts but the last n, which stay in the window."""
+        """Read all pairs of the prompts but the last n, which go into the window."""
         assert features is not None
         layers, prompts = len(self.head.layers), tokens.shape[0]
         rows = torch.arange(first_row, first_row + prompts, device=tokens.device)
@@ -281,7 +281,7 @@ class MtpDrafter(SampledDrafter):
 
     @torch.no_grad()
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
-        """Read the window, then draft token by token; a row with nothing to read from drafts nothing."""
+        """Read the window, then draft token by token; a row with an empty window drafts nothing."""
         count = self._count[: rows.count]
         lengths = torch.where(count > 0, budget, 0)
         k, width, layers = int(lengths.max()), int(count.max()), len(self.head.layers)

@@ -1,7 +1,6 @@
 """Names of multi-token-prediction heads in files, and ours.
 
-Read are DeepSeek-V3's (one more layer of the policy per head), MiMo's and Qwen3-Next's; written is DeepSeek-V3's.
-Left out: what the tensors mean (mtp.py).
+Reads DeepSeek-V3's (one more layer of the policy per head), MiMo's and Qwen3-Next's; writes DeepSeek-V3's.
 """
 
 from __future__ import annotations

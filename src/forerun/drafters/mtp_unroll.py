@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class UnrollPass:
-    """Attention of training-time test, in the place of a cache: causal over the true text, then over own guesses.
+    """Attention of training-time test, in place of a KV cache: causal over the true text, then over own guesses.
 
     A fresh pass sees the keys of the same pass up to each base. In pass r after it, the query of base t has position
     t + r and sees the fresh pass's keys up to t and its own base's keys of passes 1 .. r.
@@ -91,7 +91,7 @@ def unroll_mtp(
     hidden, slots, begin, results = features, UnrollPass(), 0, []
     for j in range(depth):
         last = length - 2 - j  # bases beyond it have no next token
-        if j >= layers and begin == 0:  # guesses stand on bases that rounds can start from
+        if j >= layers and begin == 0:  # guesses begin at bases that rounds can start from
             begin = max(0, int(scored.any(0).float().argmax()) - 1)
             hidden, slots.first = hidden[:, begin:], begin
         if last < begin:

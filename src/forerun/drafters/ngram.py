@@ -4,10 +4,8 @@ The definition is vLLM's (`NgramProposer`, CPU and GPU): of the lengths n from p
 prompt_lookup_min take the first whose suffix n-gram also ends at an earlier token of prompt + completion, take the
 *earliest* such place (it may overlap the suffix), and propose the at most k tokens after it, fewer where the text ends.
 The draft is one-hot.
-vLLM runs over the whole text every round; here every row keeps a table from n-gram to its first end, so that a round
-costs as much as the tokens it added.
-
-The honest baseline: it costs no forward, and at temperature 1 its long drafts cost more rows than they save.
+vLLM scans the whole text every round; here every row keeps a table from n-gram to its first end, so that a round
+costs as much as the tokens it added. No forward is run; at temperature 1 long drafts cost more rows than they save.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ Ends = dict[tuple[int, ...], int]  # n-gram -> index after its first occurrence
 
 @dataclass(slots=True)
 class LookupText:
-    """A text that grows at its end and knows where each of its n-grams first ended."""
+    """A growing text and a table of where each of its n-grams first ended."""
 
     shortest: int
     longest: int
@@ -39,7 +37,7 @@ class LookupText:
     prompt_ends: Ends = field(default_factory=dict)  # of the prompt: shared by its samples, never written by them
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Append tokens and note the n-grams that end in them."""
+        """Append tokens, and the n-grams that end in them to the table."""
         for token in tokens:
             self.tokens.append(token)
             end = len(self.tokens)

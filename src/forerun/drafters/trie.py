@@ -1,19 +1,18 @@
-"""Drafts out of what the same prompt has already been answered: live siblings, finished samples, earlier epochs.
+"""Drafts from other samples of the same prompt: live siblings, finished samples, earlier epochs.
 
 Samples of one prompt repeat each other, and those of an earlier epoch come from nearly the same policy (SRT 2601.09083,
 DAS 2511.13841, HistoRL 2508.18588). The longest suffix of a sample that occurs in the corpus, between match_min and
-match_max tokens, is continued by the most frequent next token, token by token, as one walks down a suffix trie: the
-occurrences that go on with the chosen token are those that vote for the next one. Ties go to the newest text.
+match_max tokens, is continued by the most frequent next token, token by token, as in a walk down a suffix trie: the
+occurrences that continue with the chosen token vote for the next one. Ties go to the newest text.
 
-The trie itself is never built. A node of a suffix trie is a set of occurrences, and the sets a walk visits follow from
-the places of its first match_min tokens; those are indexed, so memory is linear in the corpus and eviction is exact.
+The trie itself is never built. A node of a suffix trie is a set of occurrences, and the sets that a walk visits follow
+from the places of its first match_min tokens; those are indexed, so memory is linear in the corpus and eviction exact.
 
-What a sample has emitted is in the corpus at once, for its siblings and for itself. Drafts are one-hot, functions of
-committed tokens alone, so that stopping at a frequency floor is legal (non-anticipation) and so is any corpus.
-A seed's text therefore depends on who was decoded beside it; its law does not.
+Emitted tokens enter the corpus at once, for siblings and for the sample itself. Drafts are one-hot functions of
+committed tokens, so stopping at a frequency floor obeys non-anticipation, and so does any corpus. A seed's text depends
+on what was decoded in the same batch; its distribution does not.
 Scope "global" pools all prompts in one first-in-first-out corpus, as the suffix cache of Arctic Inference and vLLM does
-(theirs adds a tree of the request's own and a limit on draft length by match length).
-Left out: weights by age (the window forgets), trees of several continuations.
+(which adds a tree per request and a limit on draft length by match length).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from forerun.types import Draft, VerifyResult
 
 VLLM_PROPOSER = "forerun.engine.vllm.proposer.TrieProposer"
 VLLM_SETTINGS = "forerun_trie"  # key of vLLM's additional_config
-_GAP = -1  # stands before and behind every text in the store: no token matches it
+_GAP = -1  # before and behind every text in the store: no token matches it
 _OFFSET_BITS = 32  # an occurrence is one integer: number of its text, offset of the token that follows
 
 
@@ -60,7 +59,7 @@ class Text:
 
 @dataclass(slots=True)
 class Scope:
-    """What is looked at together: where each n-gram of match_min tokens is followed by something."""
+    """Texts that are searched together: the places that follow each n-gram of match_min tokens."""
 
     epoch: int = 0  # visits so far
     visit: int = -1  # the latest one's mark
@@ -70,7 +69,7 @@ class Scope:
 
 @dataclass(slots=True)
 class CorpusCounts:
-    """What is held, and what was thrown away: by age in epochs, or because the corpus was full."""
+    """Texts and tokens held; expired: by age in epochs; evicted: because the corpus was full."""
 
     texts: int = 0
     tokens: int = 0
@@ -81,7 +80,7 @@ class CorpusCounts:
 
 
 class Corpus:
-    """Texts by scope, oldest out first. All tokens lie in one array: all occurrences are looked at in one operation."""
+    """Texts by scope, evicted oldest first. All tokens are in one array: one operation checks all occurrences."""
 
     def __init__(self, settings: TrieConfig) -> None:
         self.settings = settings
@@ -96,7 +95,7 @@ class Corpus:
         self._oldest = 0
 
     def visit(self, prompt: Sequence[int], mark: int) -> bytes:
-        """A prompt comes up. The first time under this mark is a new epoch of its scope. Returns the scope's key."""
+        """A prompt is sampled; its first visit under a mark starts an epoch of its scope. Returns the scope's key."""
         identity = np.asarray(prompt, dtype=np.int32).tobytes()
         key = identity if self.settings.scope == "prompt" else b""
         scope = self.scopes.setdefault(key, Scope())
@@ -195,7 +194,7 @@ class Corpus:
         return at[np.argsort(-places)]
 
     def _expire(self, scope: Scope) -> None:
-        """Forget the epochs of a prompt that have left its window."""
+        """Drop the epochs of a prompt that have left its window."""
         if self.settings.scope == "prompt":
             for text in [t for t in scope.texts.values() if t.epoch <= scope.epoch - self.settings.window]:
                 self.counts.expired_texts += 1
@@ -203,7 +202,7 @@ class Corpus:
                 self._remove(text)
 
     def _evict(self, text: Text) -> None:
-        """Throw a text out for want of room, and its scope with its last text."""
+        """Drop a text because the corpus is full, and its scope with its last text."""
         self.counts.evicted_texts += 1
         self.counts.evicted_tokens += text.length
         self._remove(text)
@@ -260,7 +259,7 @@ class Corpus:
         self._put(text)
 
     def _compact(self, wanted: int) -> None:
-        """Lay the texts side by side in a new store of twice the size that they and `wanted` tokens need."""
+        """Copy the texts into a new store of twice the size that they and `wanted` tokens need."""
         old, lengths = self._store, [t.length + 1 for t in self.texts.values()]
         self._store = np.full(max(1024, 2 * (sum(lengths) + wanted)), _GAP, dtype=np.int32)
         self._used, self._oldest = 1, next(iter(self.texts), self._next)
@@ -271,7 +270,7 @@ class Corpus:
             self._put(text)
 
     def _put(self, text: Text) -> None:
-        """Note that a text and its room lie at the end of the used part."""
+        """Record that a text and its room are at the end of the used part."""
         text.start = self._used
         self._used += text.room + 1
         place = text.number - self._oldest
@@ -290,10 +289,10 @@ class _Row:
 
 
 class TrieDrafter(Drafter):
-    """A `Corpus` that lives as long as the drafter, and which row is which text.
+    """A `Corpus` that lives as long as the drafter, and the text of every cache row.
 
-    It has no weights: a weight version says nothing about the corpus, and no learner holds one. A checkpoint keeps it
-    through `save`, and `load` gives a drafter that drafts exactly as this one would have gone on.
+    The corpus is no weight: weight versions do not cover it. Checkpoints keep it (`save`, `load`), and a restored one
+    drafts exactly as the original would have.
     """
 
     name = "trie"
@@ -325,7 +324,7 @@ class TrieDrafter(Drafter):
         return {VLLM_SETTINGS: {**speculation.trie.model_dump(), "folder": speculation.draft}}
 
     def open(self, rows: int, positions: int, k: int) -> None:
-        """Forget the rows, keep the corpus; a prompt's next appearance is a new epoch of it."""
+        """Forget the rows, keep the corpus; a prompt's next visit starts an epoch."""
         self._rows = {}
         self._opened += 1
 

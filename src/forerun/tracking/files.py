@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -42,7 +43,14 @@ def _unwritten(path: Path, number: int | None, reason: str | None) -> UserError:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`; a reader, or a crash, sees the old file or the new one, never a part.
+    """Replace `path` by `text`, see `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that replaces `path` when the context ends; a reader, or a crash, sees the old file or the new one.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the old file is kept.
@@ -50,8 +58,8 @@ def write_atomically(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with draft.open("wb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(draft, path)

@@ -1,6 +1,6 @@
-"""The drafter of a run, loaded or trained: on the policy's own rollouts, or on texts of the user's.
+"""The drafter of a run: loaded, or trained on the policy's own rollouts or the user's texts.
 
-`forerun draft` makes one alone; what a killed one had done is kept in a `Scratch` until the drafter is saved.
+`forerun draft` trains one alone. An `UnfinishedTraining` keeps what a killed one needs to resume.
 """
 
 from __future__ import annotations
@@ -45,26 +45,24 @@ def prepare_drafter(recipe: Recipe, policy: Policy, task: Task, folder: Path) ->
 
 
 @dataclass(frozen=True, slots=True)
-class Scratch:
-    """What a killed `forerun draft` goes on from; removed when the drafter is saved.
+class UnfinishedTraining:
+    """What a killed `forerun draft` resumes from; removed when the drafter is saved. A cold start begins again.
 
-        OUT/training/settings.json   what decides the result: settings of the recipe, checksum of the policy
-        OUT/training/pairs.jsonl     {"prompt": [ids], "completion": [ids]}: the policy's samples, or the texts
-        OUT/training/state.pt        `draft.fit.StateFile`
-
-    Every file is written as a whole. Left out: a cold start that was cut off begins again.
+    OUT/training/settings.json   what decides the result: settings of the recipe, checksum of the policy
+    OUT/training/pairs.jsonl     {"prompt": [ids], "completion": [ids]}: the policy's samples, or the texts
+    OUT/training/state.pt        see `StateFile`
     """
 
     folder: Path
 
     @property
     def state(self) -> StateFile:
-        """Where the training keeps its state."""
+        """The state after the last finished epoch."""
         return StateFile(self.folder / "state.pt")
 
     @property
     def exists(self) -> bool:
-        """Whether there is something to go on from."""
+        """Whether there is something to resume."""
         return self._settings.exists()
 
     @property
@@ -72,7 +70,7 @@ class Scratch:
         return self.folder / "settings.json"
 
     def begin(self, recipe: Recipe, policy: Policy) -> None:
-        """Note what the training is of. Raises UserError when the disk is full or cannot be written."""
+        """Write down what the training depends on. Raises UserError when the disk is full or cannot be written."""
         with disk_errors(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
@@ -118,7 +116,7 @@ class Scratch:
         return [(row["prompt"], row["completion"]) for row in read_jsonl(str(path))]
 
     def remove(self) -> None:
-        """The drafter is saved: nothing is left to go on from."""
+        """Call this once the drafter is saved."""
         self._settings.unlink(missing_ok=True)  # first: without it the rest is not looked at
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -151,26 +149,26 @@ def make_drafter(recipe: Recipe, out: Path, resume: bool = False) -> Work[dict[s
         UserError: `out` holds an unfinished training and `resume` is false, or none or another and it is true; or
             something of the user's is wrong. KeyboardInterrupt: Ctrl-C; what was done is kept.
     """
-    scratch = Scratch(out / "training")
-    if scratch.exists and not resume:
-        raise UserError(f"{out} holds an unfinished training: go on with --resume, or remove {scratch.folder}")
-    if resume and not scratch.exists:
+    unfinished = UnfinishedTraining(out / "training")
+    if unfinished.exists and not resume:
+        raise UserError(f"{out} holds an unfinished training: go on with --resume, or remove {unfinished.folder}")
+    if resume and not unfinished.exists:
         raise UserError(f"{out} holds no unfinished training to go on with; leave out --resume to start one")
     _check_trained(recipe)
     if recipe.draft.texts is not None and not resume:
-        read_texts(recipe.draft.texts)  # bad data is told before the model is loaded
+        read_texts(recipe.draft.texts)  # report bad data before the model is loaded
     task = load_task(recipe.task, recipe.seed)
     if resume:
-        scratch.check_recipe(recipe)
+        unfinished.check_recipe(recipe)
         policy = yield from during("loading the policy", _policy_again(recipe, out))
-        scratch.check_policy(policy)
+        unfinished.check_policy(policy)
     else:
         policy = yield from prepare_policy(recipe, task, out)
     try:
-        return (yield from train_drafter(recipe, policy, task, out, scratch))
+        return (yield from train_drafter(recipe, policy, task, out, unfinished))
     except KeyboardInterrupt:
-        if scratch.exists:
-            yield Warned(f"stopped; go on with the same command and --resume (kept in {scratch.folder})")
+        if unfinished.exists:
+            yield Warned(f"stopped; go on with the same command and --resume (kept in {unfinished.folder})")
         raise
 
 
@@ -189,19 +187,19 @@ def _check_trained(recipe: Recipe) -> None:
 
 
 def train_drafter(
-    recipe: Recipe, policy: Policy, task: Task, folder: Path, scratch: Scratch | None = None
+    recipe: Recipe, policy: Policy, task: Task, folder: Path, unfinished: UnfinishedTraining | None = None
 ) -> Work[dict[str, object]]:
     """Train a drafter on samples of the policy, or on `draft.texts`; save it to `folder`.
 
     Args:
-        scratch: where samples and state are kept until the drafter is saved, and gone on from; None: nowhere.
+        unfinished: keeps samples and state until the drafter is saved, and resumes from them; None: nothing is kept.
 
     Returns:
         What is also written into the drafter's config.json under "forerun": data, settings and acceptance.
     """
     _check_trained(recipe)
-    pairs = yield from _training_pairs(recipe, policy, task, scratch)
-    file = None if scratch is None else scratch.state
+    pairs = yield from _training_pairs(recipe, policy, task, unfinished)
+    file = None if unfinished is None else unfinished.state
     setup = TrainingSetup(pairs, recipe.draft, recipe.rollout.temperature, recipe.seed, file)
     torch.manual_seed(recipe.seed)  # what a new head begins with; a resumed training must make the same
     training = DRAFTERS.load(recipe.speculation.method).train(policy, setup)
@@ -218,8 +216,8 @@ def train_drafter(
     }
     with disk_errors(folder):
         drafter.save(folder, about)
-    if scratch is not None:
-        scratch.remove()
+    if unfinished is not None:
+        unfinished.remove()
     return about
 
 
@@ -237,9 +235,9 @@ def _shown(training: Training[T], epochs: int) -> Work[T]:
 
 
 def _training_pairs(
-    recipe: Recipe, policy: Policy, task: Task, scratch: Scratch | None
-) -> Work[Pairs]:  # what is kept in `scratch`, or else the recipe's texts, or else samples
-    kept = None if scratch is None else scratch.pairs()
+    recipe: Recipe, policy: Policy, task: Task, unfinished: UnfinishedTraining | None
+) -> Work[Pairs]:  # what is kept in `unfinished`, or else the recipe's texts, or else samples
+    kept = None if unfinished is None else unfinished.pairs()
     if kept is not None:
         yield Note(f"drafter: going on with {len(kept)} texts of the training that was broken off")
         return kept
@@ -247,13 +245,13 @@ def _training_pairs(
     if recipe.draft.texts is not None:
         pairs, cut = text_pairs(recipe.draft.texts, recipe, policy)
         yield Note(f"drafter: {len(pairs)} texts, {cut} of them cut at the policy's {policy.context} positions")
-    if scratch is not None:
-        scratch.begin(recipe, policy)
+    if unfinished is not None:
+        unfinished.begin(recipe, policy)
     if not pairs:
         work = sample_policy(recipe, policy, task, recipe.draft.rollouts)
         pairs = yield from during("sampling the policy", work)
-    if scratch is not None:
-        scratch.save_pairs(pairs)
+    if unfinished is not None:
+        unfinished.save_pairs(pairs)
     return pairs
 
 

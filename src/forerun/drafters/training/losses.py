@@ -1,9 +1,9 @@
-"""What a drafter learns from: the policy's own distribution, detached. Losses and the acceptance they buy, by position.
+"""Losses between the policy's distribution, detached, and the drafter's, and the acceptance they predict, by position.
 
-Most losses look at one draft position alone. Cross-entropy also reads the token that the policy sampled there, and the
-end-to-end loss how likely the drafts before it all stood.
-Axes: M positions, D draft vocabulary. `log_p` is the policy's log-probability of the draft vocabulary's tokens, *not*
-renormalised: what lies outside the draft vocabulary is lost acceptance, and the numbers here say so.
+Most losses read one draft position alone. Cross-entropy also reads the token that the policy sampled there, and the
+end-to-end loss the probability that all drafts before it are accepted.
+Axes: M rows, D draft vocabulary. `log_p` is the policy's log-probability of the draft vocabulary's tokens, *not*
+renormalised: what is outside the draft vocabulary is lost acceptance.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FADE = 3.0  # η of the LK hybrid
 
 
 def acceptance(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Probability that a sampled draft survives: Σ min(p, q) = 1 - TV(p, q). [M, D], [M, D] -> [M]"""
+    """Probability that a sampled draft is accepted: Σ min(p, q) = 1 - TV(p, q). [M, D], [M, D] -> [M]"""
     return torch.minimum(log_p.exp(), log_q.exp()).sum(-1)
 
 
@@ -41,7 +41,7 @@ def lk_hybrid(log_p: Tensor, log_q: Tensor) -> Tensor:
 def cross_entropy(log_q: Tensor, tokens: Tensor) -> Tensor:
     """-log q of the sampled token; 0 where the draft vocabulary lacks it. [M, D], [M] -> [M]
 
-    Its mean over the policy's samples is -Σ p log q over the draft vocabulary: forward KL's gradient where p lies all
+    Its mean over the policy's samples is -Σ p log q over the draft vocabulary: forward KL's gradient where all of p is
     inside, with the noise of one sample.
 
     Args:
@@ -62,15 +62,15 @@ def row_loss(name: str, log_p: Tensor, log_q: Tensor, tokens: Tensor) -> Tensor:
 def position_loss(
     name: str, log_p: Tensor, log_q: Tensor, tokens: Tensor, reached: Tensor
 ) -> tuple[Tensor, Tensor]:  # [M], [M]
-    """Loss of every row of one draft position, and the probability that the row's draft survives.
+    """Loss of every row of one draft position, and the probability that the row's draft is accepted.
 
     "e2e" is the end-to-end total variation of 2606.12370: 1 - Π_{i <= j} Σ min(p_i, q_i) at position j, so that one
-    minus the loss, summed over a base's positions, is its expected number of accepted drafts, as far as the policy's
-    own tokens are what was drafted. Only there does the survival carry a gradient.
+    minus the loss, summed over a base's positions, is its expected number of accepted drafts, given that the policy's
+    own tokens were drafted. Only there does `reached` carry a gradient.
 
     Args:
         name: lk, kl, tv, ce or e2e. log_p, log_q: [M, D]. tokens: [M], see `cross_entropy`.
-        reached: [M], probability that all earlier drafts of the row's base stood; read by "e2e".
+        reached: [M], probability that all earlier drafts of the row's base are accepted; read by "e2e".
     """
     if name == "e2e":
         overlap = acceptance(log_p, log_q)

@@ -8,7 +8,6 @@ from there to the weights that it would have had, bit for bit.
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import random
 import time
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from forerun.config import DraftConfig
 from forerun.errors import UserError
-from forerun.tracking.files import disk_errors
+from forerun.tracking.files import replacing
 
 MAX_GRAD_NORM = 0.5
 WARMUP = 20  # steps, at most; a tenth of all when that is less
@@ -75,18 +74,11 @@ class StateFile:
         Raises:
             UserError: the disk is full or cannot be written; the earlier state is untouched.
         """
-        draft = self.path.with_name(f".{self.path.name}.tmp")
-        with disk_errors(self.path):
-            try:
-                with draft.open("wb") as file:
-                    torch.save(state, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(draft, self.path)
-            except RuntimeError as error:  # torch.save reports a full disk so
-                raise UserError(f"Cannot write {self.path}: {error}; free space, then resume the training") from error
-            finally:
-                draft.unlink(missing_ok=True)
+        try:
+            with replacing(self.path) as file:
+                torch.save(state, file)
+        except RuntimeError as error:  # how torch.save reports a full disk
+            raise UserError(f"Cannot write {self.path}: {error}; free space, then resume the training") from error
 
     def restore(self, trainer: Trainer) -> bool:
         """Put the saved state into `trainer`; false: no epoch was finished, and it is as it was.
