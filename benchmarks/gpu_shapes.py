@@ -23,8 +23,7 @@ from forerun.acceptance.chain import verify
 from forerun.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3Head
 from forerun.engine.base import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.local.scheduler import Schedule, request_seed
-from forerun.engine.local.scheduler import Sequence as Live
+from forerun.engine.local.scheduler import LiveSequence, Scheduler, request_seed
 from forerun.models import Policy
 from forerun.models.auxiliary import default_aux_layers
 from forerun.models.cache import SlotCache
@@ -215,13 +214,13 @@ class Cell:
 
     def turn(self, case: Case, rounds: int, keep: bool) -> None:
         """Run `rounds` rounds from the case's context."""
-        schedule = _schedule(case)
+        scheduler = _schedule(case)
         sampling = Sampling(max_new_tokens=1 << 20, temperature=1.0, ignore_eos=True)
         synchronize(self.watch.cuda)
         self.watch.take()
         started = time.perf_counter()
         for _ in range(rounds):
-            self.engine._round(schedule, sampling)
+            self.engine._round(scheduler, sampling)
         synchronize(self.watch.cuda)
         seconds = (time.perf_counter() - started) / rounds
         parts = {part: s / rounds for part, s in self.watch.take().items()}
@@ -236,13 +235,13 @@ def synchronize(cuda: bool) -> None:
         torch.cuda.synchronize()
 
 
-def _schedule(case: Case) -> Schedule:
+def _schedule(case: Case) -> Scheduler:
     """Every row live, with `context` tokens in the cache and one newest token."""
     batch, context = case
-    schedule = Schedule(batch, [], [], 0)
+    scheduler = Scheduler(batch, [], [], 0)
     prompt = [1] * (context + 1)
-    schedule.live = [Live(prompt, row, 0, request_seed(0, row, 0)) for row in range(batch)]
-    return schedule
+    scheduler.live = [LiveSequence(prompt, row, 0, request_seed(0, row, 0)) for row in range(batch)]
+    return scheduler
 
 
 def random_cache(rows: int, positions: int, layers: int, like: Tensor) -> SlotCache:

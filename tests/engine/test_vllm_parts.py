@@ -14,8 +14,8 @@ from forerun.config import Recipe, SpeculationConfig
 from forerun.drafters import load_drafter
 from forerun.engine.base import Counters, Weights
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.local.scheduler import Sequence
-from forerun.engine.vllm.metrics import Live
+from forerun.engine.local.scheduler import LiveSequence
+from forerun.engine.vllm.metrics import VllmRequest
 from forerun.engine.vllm.settings import translate
 from forerun.engine.vllm.state import WeightVersionState
 from forerun.errors import UserError
@@ -128,7 +128,7 @@ def test_tokens_behind_the_end_are_taken_back() -> None:
         logprob = -1.0
 
     counters = Counters(rounds=2, round_tokens=4 + 5, drafted=8, accepted_at=[2, 2, 2, 1], drafted_at=[2, 2, 2, 2])
-    live = Live(Sequence([1], 0, 0, 0))
+    live = VllmRequest(LiveSequence([1], 0, 0, 0))
     for tokens in ([5], [6, 7, 8, 9], [10, 11]):
         live.add(tokens, [{t: Entry()} for t in tokens], 3)
     live.settle(Spec(), counters)
@@ -141,7 +141,7 @@ def test_tokens_behind_a_stop_string_are_taken_back() -> None:
         logprob = -1.0
 
     counters = Counters(rounds=1, round_tokens=4, drafted=3, accepted_at=[1, 1, 1], drafted_at=[1, 1, 1])
-    live = Live(Sequence([1], 0, 0, 0))
+    live = VllmRequest(LiveSequence([1], 0, 0, 0))
     live.add([6, 7, 8, 9], [{t: Entry()} for t in (6, 7, 8, 9)], 0)
     live.cut(2)
     live.settle(None, counters)

@@ -44,10 +44,10 @@ class TrieConfig(DrafterConfig):
         "prompt", description="prompt: look only at samples of the same prompt; global: at everything"
     )
     match_min: int = Field(1, ge=1, description="shortest suffix that is looked up, in tokens")
-    match_max: int = Field(16, ge=1, description="longest suffix that is told apart, in tokens")
-    floor: float = Field(0.5, ge=0, le=1, description="least share of the occurrences that must go on with a token")
+    match_max: int = Field(16, ge=1, description="longest suffix that is compared, in tokens")
+    floor: float = Field(0.5, ge=0, le=1, description="least share of the occurrences that must continue with a token")
     window: int = Field(8, ge=1, description="epochs of a prompt whose samples are kept (scope prompt)")
-    max_tokens: int = Field(1_000_000, ge=1, description="tokens kept in all; beyond it the oldest samples go")
+    max_tokens: int = Field(1_000_000, ge=1, description="tokens kept in all; beyond it the oldest samples are evicted")
 
     @model_validator(mode="after")
     def _check(self) -> TrieConfig:
@@ -66,7 +66,7 @@ GRAFT_PRESETS: dict[str, dict[str, Any]] = {
 
 
 class GraftConfig(DrafterConfig):
-    """Hybrid draft trees (`method: graft`): an EAGLE-3 tree, pruned where it is unsure, then filled by retrieval."""
+    """Hybrid draft trees (`method: graft`): an EAGLE-3 tree, pruned where unsure, then filled by retrieval."""
 
     preset: Literal["small", "paper"] = Field(
         "small", description="where values that are not set come from; paper: the 60 nodes of 2605.20104"
@@ -80,7 +80,7 @@ class GraftConfig(DrafterConfig):
     thresholds: tuple[float, ...] = Field(
         (0.35, 0.2), description="per checkpoint: stop where the likeliest path is less likely than this"
     )
-    keep: tuple[int, ...] = Field((3, 6), description="per checkpoint: drafted nodes that stay when it stops there")
+    keep: tuple[int, ...] = Field((3, 6), description="per checkpoint: drafted nodes that are kept when it stops there")
     template: tuple[int, ...] = Field((4, 4, 3, 2), description="retrieved nodes per depth below the root")
     successors: int = Field(8, ge=1, description="likeliest successors that are remembered of every token")
     variant: Literal["graft", "root", "tail", "prune", "eagle"] = Field(

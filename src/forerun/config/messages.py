@@ -1,4 +1,4 @@
-"""A validation that failed, as one sentence for the user: what, where, and the key that was probably meant."""
+"""A failed validation as one sentence for the user: what, where, and the key that was probably meant."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sentence(error: ValidationError, recipe: type[BaseModel]) -> str:
 
 
 def known_keys(block: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted keys of a block and of those within it."""
+    """Dotted keys of a block and its sub-blocks."""
     keys: list[str] = []
     for name, field in block.model_fields.items():
         keys.append(prefix + name)

@@ -1,7 +1,7 @@
-"""The one typed configuration. A recipe is YAML; `dotted.key=value` overrides follow; unknown keys are refused.
+"""The typed configuration. A recipe is YAML; `dotted.key=value` overrides follow; unknown keys are refused.
 
-Every field is written out in `config.resolved.yaml` of a run, defaults included, so that a run folder explains itself.
-Neither data nor models are read here: whether a path exists is checked by the module that opens it.
+Every field, defaults included, is written to `config.resolved.yaml` of a run. Neither data nor models are read here:
+whether a path exists is checked by the module that opens it.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class SpeculationConfig(Block):
         3, description="tokens drafted per round; graft: above 0, the size of the tree is graft.nodes"
     )
     verify: Literal["block", "token"] = Field(
-        "block", description="acceptance rule at temperature > 0; graft: the trees are judged by the target-only walk"
+        "block", description="acceptance rule at temperature > 0; graft: trees are verified by the target-only walk"
     )
     proposal: Literal["sampled", "argmax"] = Field(
         "sampled", description="argmax: the likeliest token with a one-hot q (usual elsewhere, worse at temperature 1)"
@@ -101,12 +101,12 @@ class SpeculationConfig(Block):
     draft_temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         1.0,
         description="temperature of sampled drafts over that of the rollouts: below 1 for an unsure drafter; auto: "
-        "learnt while drafting (eagle3, mtp, model)",
+        "tuned while drafting (eagle3, mtp, model)",
     )
     train: str = Field(
         "off",
-        description="whether the drafter keeps training during the run (eagle3, mtp): off; every-N: after every N "
-        "steps; drift: after a step that shows its acceptance fallen, see draft.drift_share",
+        description="whether the drafter is co-trained with the policy (eagle3, mtp): off; every-N: after every N "
+        "steps; drift: after a step in which its acceptance had fallen, see draft.drift_share",
     )
     ngram: NgramConfig = NgramConfig()
     trie: TrieConfig = TrieConfig()
@@ -193,9 +193,9 @@ class RolloutConfig(Block):
     )
     slots: int = Field(32, ge=1, description="sequences decoded side by side, by every replica")
     replicas: int = Field(
-        0, ge=0, description="engines in processes of their own, watched and replaced; 0: one, in this process"
+        0, ge=0, description="engines in processes of their own, supervised and replaced; 0: one, in this process"
     )
-    silence_s: float = Field(120.0, gt=0, description="without a word after which a replica is replaced")
+    silence_s: float = Field(120.0, gt=0, description="heartbeat timeout of a replica, after which it is replaced")
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, ge=0)
     stop: list[str] = Field(default_factory=list, description="strings that end a completion (kept in it)")
@@ -247,7 +247,7 @@ class TrainConfig(Block):
     kl: float = Field(0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
     normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
     microbatch_tokens: int = Field(4096, ge=1, description="padded tokens per forward and backward pass")
-    packing: bool = Field(False, description="all sequences of a pass in one row, apart from each other: no padding")
+    packing: bool = Field(False, description="all sequences of a pass in one row, each attending to itself: no padding")
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = Field(None, description="train an adapter alone; null: all weights")
     ranks: int = Field(
@@ -256,7 +256,7 @@ class TrainConfig(Block):
     tensor_parallel: int = Field(
         1, ge=1, description="of the ranks, how many share each layer's matrices and run the same rows; divides them"
     )
-    silence_s: float = Field(300.0, gt=0, description="with ranks: without a word after which they are given up")
+    silence_s: float = Field(300.0, gt=0, description="with ranks: heartbeat timeout, after which they are given up")
 
     @property
     def data_parallel(self) -> int:
@@ -295,11 +295,11 @@ class EvalConfig(Block):
 
 class LoopConfig(Block):
     lag: int = Field(0, ge=0, description="weight versions that generation may run ahead; 0: synchronous")
-    in_flight: bool = Field(False, description="with lag: a new version takes over between two rounds of its samples")
+    in_flight: bool = Field(False, description="with lag: weights change between two rounds of a sample")
 
 
 class CompareConfig(Block):
-    """Plain generation of the same prompts beside the speculative one, timed in the same run."""
+    """Plain generation of the same prompts, timed in the same run as the speculative one."""
 
     steps: int = Field(0, ge=0, description="steps, spread over the run, whose prompts are also generated plainly")
 
@@ -308,7 +308,9 @@ class CheckpointConfig(Block):
     every: int = Field(10, ge=0, description="steps between checkpoints; 0: only on Ctrl-C")
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept; with 1 a broken one has none before it")
     restarts: int = Field(
-        3, ge=0, description="times that a run which lost replicas or ranks goes back to the same checkpoint by itself"
+        3,
+        ge=0,
+        description="times that a run which lost replicas or ranks resumes from one checkpoint automatically",
     )
 
 
@@ -358,12 +360,12 @@ class DraftConfig(Block):
     cache_gib: float = Field(
         2.0,
         ge=0,
-        description="memory for the policy's outputs; beyond it the policy runs again every epoch, and beside a policy "
-        "that trains (all ranks together) tokens are left out",
+        description="memory for the policy's outputs; beyond it the policy runs again every epoch, and in co-training "
+        "(all ranks together) tokens are left out",
     )
     validation: float = Field(0.1, gt=0, lt=1, description="share of rollouts kept for validation")
-    online_learning_rate: float = Field(1e-4, gt=0, description="beside the policy (speculation.train)")
-    online_max_grad_norm: float = Field(0.5, gt=0, description="beside the policy")
+    online_learning_rate: float = Field(1e-4, gt=0, description="of co-training (speculation.train)")
+    online_max_grad_norm: float = Field(0.5, gt=0, description="of co-training")
     drift_share: float = Field(
         0.05, gt=0, lt=1, description="train: drift: fall of acceptance, at matched entropy, that starts an update"
     )
@@ -378,7 +380,7 @@ class Recipe(Block):
     runs: str = Field("runs", description="folder in which run folders are made")
     trackers: list[Annotated[str, known_to(TRACKERS)]] = Field(
         default_factory=list,
-        description="experiment trackers beside the run folder: names of entry points, or package.module:Name",
+        description="experiment trackers, in addition to the run folder: names of entry points, or package.module:Name",
     )
     policy: PolicyConfig
     task: TaskConfig

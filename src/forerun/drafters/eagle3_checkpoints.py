@@ -76,20 +76,20 @@ class Eagle3Config:
     mlp_bias: bool = False
     qk_norm: bool = False
     norm_before_residual: bool = False  # the normed state, not the state, goes round the attention
-    norm_before_fc: bool = False  # one norm over the taps side by side
-    fc_norm: bool = False  # a norm per tap
+    norm_before_fc: bool = False  # one norm over the concatenated auxiliary states
+    fc_norm: bool = False  # a norm per auxiliary state
     norm_output: bool = False  # the state that is fed back is normed
     own_embedding: bool = False
 
     @property
     def aux_width(self) -> int:
-        """Width of one tap: the policy's hidden size."""
+        """Width of one auxiliary hidden state: the policy's hidden size."""
         return self.target_hidden_size or self.hidden_size
 
 
 @dataclass(frozen=True, slots=True)
 class HeadFile:
-    """A head as read: its shape, the tensors under the head's own names, and the dialect that they came in."""
+    """A head as read: its shape, the tensors under the head's own names, and the dialect of its files."""
 
     config: Eagle3Config
     state: dict[str, Tensor]
@@ -161,7 +161,7 @@ def head_files(config: Eagle3Config, state: Mapping[str, Tensor], layout: str) -
         about = {"speculators_model_type": "eagle3", "transformer_layer_config": layer, "tie_word_embeddings": False}
         return {"architectures": ["Eagle3DraftModel"], **about, **shared}, tensors
     architecture = "Eagle3Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLMEagle3"
-    outputs = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [tap - 1 for tap in config.layers]}
+    outputs = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": [layer - 1 for layer in config.layers]}
     return {"architectures": [architecture], **layer, **shared, "eagle_config": outputs}, tensors
 
 
@@ -202,7 +202,7 @@ def _dialect(data: Data) -> str:
 
 
 def _config(data: Data, dialect: str, policy_layers: int) -> Eagle3Config:
-    """The head's shape, but for what only the tensors tell (own embedding, norms of q and k)."""
+    """The head's shape, without what only the tensors show (own embedding, norms of q and k)."""
     nested = data.get("eagle_config") or {}
     layer = dict(data["transformer_layer_config"]) if dialect == "speculators" else data
     for part in (data, nested, layer):
@@ -267,7 +267,7 @@ def _refuse(data: Data) -> None:
 
 
 def _layers(data: Data, nested: Data, dialect: str, policy_layers: int) -> tuple[int, ...]:
-    """Taps, as models/auxiliary.py numbers them; the module's docstring says whose numbers stand where."""
+    """Auxiliary layers, numbered as in models/auxiliary.py; for the dialects see the module's docstring."""
     name = "eagle_aux_hidden_state_layer_ids"
     inputs, outputs = data.get(name), nested.get(name)
     if dialect == "forerun":
@@ -287,7 +287,7 @@ def _layers(data: Data, nested: Data, dialect: str, policy_layers: int) -> tuple
 
 
 def _with_vocabulary(found: dict[str, Tensor], config: Eagle3Config) -> dict[str, Tensor]:
-    """d2t as offsets of ascending ids and t2d to match; rows of the output head follow their tokens."""
+    """d2t as offsets of ascending ids and t2d to match; rows of the output head are sorted with them."""
     state = {name: tensor for name, tensor in found.items() if name not in ("d2t", "t2d")}
     size = config.draft_vocab_size
     if "d2t" in found:

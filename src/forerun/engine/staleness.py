@@ -1,7 +1,7 @@
-"""The alarm for the silent failure of every peer: a stale drafter that only makes things slow.
+"""Stale-drafter detection: warns when acceptance drops after a weight update.
 
-After each load or resume the acceptance of the first rounds is held against that of the first rounds after the load
-before: openings against openings, because answers begin at places that are harder to draft than their average.
+The first rounds after each load or resume are compared with the first rounds after the load before, because the
+beginnings of answers are harder to draft than their average.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from dataclasses import dataclass, field
 
 from forerun.engine.base import Counters
 
-ROUNDS = 64  # looked at after a load: enough to tell 2.5 tokens per round from 1.3
-COLLAPSE = 0.5  # share of the known accepted drafts per round below which the drafter is suspected
+ROUNDS = 64  # compared after a load: enough to tell 2.5 tokens per round from 1.3
+COLLAPSE = 0.5  # of the known accepted drafts per round; below it the drafter is suspected
 
 
 @dataclass(slots=True)
 class StaleDrafterDetector:
-    """Compares accepted drafts per round (acceptance length minus one) in the opening rounds of successive loads."""
+    """Compares accepted drafts per round (acceptance length minus one) in the first rounds after successive loads."""
 
     known: float | None = None
     _start: Counters = field(default_factory=Counters)
     _open: bool = True
 
     def restart(self, counters: Counters) -> None:
-        """Weights changed: the rounds from here on are an opening."""
+        """Weights changed: the next rounds are compared."""
         self._start, self._open = counters.copy(), True
 
     def look(self, counters: Counters) -> str | None:
-        """A sentence when this opening has collapsed against the one before, once; else None."""
+        """A warning, once, when acceptance has collapsed since the load before; else None."""
         if not self._open or counters.rounds - self._start.rounds < ROUNDS:
             return None
         self._open = False

@@ -1,4 +1,4 @@
-"""Hugging Face causal language models: loading, saving, hidden-state taps. No speculation, no learning."""
+"""Hugging Face causal language models: loading, saving, KV cache, auxiliary hidden states, log-probabilities."""
 
 from __future__ import annotations
 

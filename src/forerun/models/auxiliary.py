@@ -1,8 +1,8 @@
-"""Hidden states of a policy at declared layers.
+"""Auxiliary hidden states: those of a policy that a drafter reads, by layer.
 
-Tap i is the *input* of decoder layer i, i.e. what layer i - 1 put out (tap 0: the embeddings). This is vLLM's numbering
-of `eagle_aux_hidden_state_layer_ids`; a drafter's config.json is the one place where the numbers are written.
-Tap n of a model of n layers is its last hidden state, *after* the final norm: what its output head reads.
+Auxiliary layer i is the *input* of decoder layer i, i.e. the output of layer i - 1 (0: the embeddings). This is vLLM's
+numbering of `eagle_aux_hidden_state_layer_ids`; a drafter's config.json is the one place where the numbers are written.
+Auxiliary layer n of a model of n layers is its last hidden state, *after* the final norm: what its output head reads.
 """
 
 from __future__ import annotations
@@ -22,18 +22,14 @@ def decoder_layers(model: Any) -> Any:
 
 
 def default_aux_layers(layers: int) -> tuple[int, int, int]:
-    """Early, middle and late: 2, n/2, n - 3 as EAGLE-3 takes them, kept apart for models of few layers."""
+    """Early, middle and late: 2, n/2, n - 3 as in EAGLE-3, distinct for models of few layers."""
     if layers >= 7:
         return 2, layers // 2, layers - 3
     return 0, layers // 2, max(layers - 1, 0)
 
 
 def check_aux_layers(aux_layers: tuple[int, ...], layers: int) -> None:
-    """Refuse taps that the model does not have.
-
-    Raises:
-        UserError: a tap lies outside 0 .. layers - 1.
-    """
+    """Raises UserError when an auxiliary layer is outside 0 .. layers - 1."""
     outside = [t for t in aux_layers if not 0 <= t < layers]
     if outside:
         raise UserError(
@@ -42,7 +38,7 @@ def check_aux_layers(aux_layers: tuple[int, ...], layers: int) -> None:
 
 
 class AuxiliaryStates:
-    """Context in which a model's forward leaves its hidden states at the taps behind."""
+    """Context that keeps the auxiliary hidden states of a model's forward."""
 
     def __init__(self, model: Any, aux_layers: tuple[int, ...]) -> None:
         self._decoder: Any = model.get_decoder() if aux_layers else None
@@ -52,11 +48,11 @@ class AuxiliaryStates:
         self._handles: list[Any] = []
 
     def __enter__(self) -> AuxiliaryStates:
-        for tap in self._aux_layers:
-            if tap == len(self._layers):
-                self._handles.append(self._decoder.register_forward_hook(self._keep_last(tap)))
+        for layer in self._aux_layers:
+            if layer == len(self._layers):
+                self._handles.append(self._decoder.register_forward_hook(self._keep_last(layer)))
                 continue
-            self._handles.append(self._layers[tap].register_forward_pre_hook(self._keep(tap), with_kwargs=True))
+            self._handles.append(self._layers[layer].register_forward_pre_hook(self._keep(layer), with_kwargs=True))
         return self
 
     def __exit__(
@@ -66,17 +62,17 @@ class AuxiliaryStates:
             handle.remove()
 
     def features(self) -> Tensor | None:
-        """What the forward passed through the taps, detached, side by side [B, n, T·H]; None without taps."""
-        return torch.cat([self._seen[tap] for tap in self._aux_layers], dim=-1) if self._aux_layers else None
+        """Those of the latest forward, detached, concatenated [B, n, T·H]; None without auxiliary layers."""
+        return torch.cat([self._seen[layer] for layer in self._aux_layers], dim=-1) if self._aux_layers else None
 
-    def _keep(self, tap: int) -> Any:
+    def _keep(self, layer: int) -> Any:
         def hook(_: Any, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
-            self._seen[tap] = (arguments[0] if arguments else keywords["hidden_states"]).detach()
+            self._seen[layer] = (arguments[0] if arguments else keywords["hidden_states"]).detach()
 
         return hook
 
-    def _keep_last(self, tap: int) -> Any:
+    def _keep_last(self, layer: int) -> Any:
         def hook(_: Any, arguments: Any, out: Any) -> None:
-            self._seen[tap] = (out[0] if isinstance(out, tuple) else out.last_hidden_state).detach()
+            self._seen[layer] = (out[0] if isinstance(out, tuple) else out.last_hidden_state).detach()
 
         return hook

@@ -1,10 +1,10 @@
 """Keys and values of the sequences in flight: one row per sequence, each with its own length.
 
-Rows never move when their neighbours accept different numbers of tokens: a forward writes every row at its own places,
-and what a rejected draft left behind is overwritten by the next round before anything can see it.
-A place is where a token's keys and values lie in its row; its position is what rotary embeddings and windows count. In
-text and in chains they are the same number. Nodes of a draft tree have places of their own, and share positions with
-their cousins, until `SlotCache.move` puts those of the accepted path where plain decoding would have written them.
+Rows do not move when others accept different numbers of tokens: a forward writes every row at its own places, and
+entries of a rejected draft are overwritten by the next round before anything reads them.
+A place is where a token's keys and values are in its row; its position is what rotary embeddings and windows count. In
+text and in chains they are the same number. Nodes of a draft tree have places of their own and share positions with
+nodes of other branches, until `SlotCache.move` puts those of the accepted path where plain decoding would have written.
 Axes: R rows, P places, B rows of one forward, n tokens per row, H query heads, K key-value heads, D head size.
 """
 
@@ -21,7 +21,7 @@ from forerun.errors import UserError
 
 @dataclass(slots=True)
 class SlotCache:
-    """Layers appear when they first write, so that no model's head layout has to be known beforehand."""
+    """Layers are allocated at their first write, when their heads are known."""
 
     rows: int
     positions: int
@@ -51,7 +51,7 @@ class SlotCache:
 
 @dataclass(frozen=True, slots=True)
 class TreePlaces:
-    """What is known of the last w places of a pass, its own n tokens included: everything below them is plain text.
+    """The last w places of a pass, its own n tokens included: everything below them is plain text.
 
     `positions[b, i]` is the position of the i-th of them, and `seen[b, j, i]` whether token j of the pass sees it.
     """

@@ -1,8 +1,8 @@
 """The live policy's forward over cache rows: its own module and its own parameters, no copy of any weight.
 
-Any Transformers model that goes through the attention interface runs as it is; Llama-like ones take the leaner path of
-`models/fused.py` over the same parameters (1.20x, 1.14x, 1.07x as fast at batch 1, 8, 32 on a CPU), with this one as
-its reference.
+Any Transformers model that uses the attention interface runs unchanged; Llama-like ones run the fused forward of
+`models/fused.py` over the same parameters (1.20x, 1.14x, 1.07x as fast at batch 1, 8, 32 on a CPU), whose reference
+this one is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ AttentionInterface.register(ATTENTION, slot_attention)
 
 
 class PolicyForward:
-    """Logits and tapped hidden states of a policy over the rows of a cache."""
+    """Logits and auxiliary hidden states of a policy over the rows of a cache."""
 
     def __init__(self, policy: Policy, aux_layers: tuple[int, ...], fused: bool = True) -> None:
         self.policy = policy
@@ -35,7 +35,7 @@ class PolicyForward:
         self.fused = FusedForward(policy.model) if fused and FusedForward.fits(policy.model) else None
 
     def refresh(self) -> None:
-        """Take the parameters anew if somebody moved or replaced them since."""
+        """Fuse the parameters again if they were moved or replaced."""
         if self.fused is not None and not self.fused.current():
             self.fused = FusedForward(self.policy.model)
 
@@ -44,7 +44,7 @@ class PolicyForward:
         """Run tokens [B, n] at the pass's rows and positions.
 
         Returns:
-            logits [B, n, V] (None without `head`); hidden states at the taps [B, n, T·H] (None without taps).
+            logits [B, n, V] (None without `head`); auxiliary hidden states [B, n, T·H] (None without layers).
         """
         if self.fused is not None:
             return self.fused(tokens, slots, self.aux_layers, head)
@@ -59,7 +59,7 @@ class PolicyForward:
 
 
 def check_trees(policy: Policy) -> None:
-    """Refuse models that cannot run a draft tree: a layer that mixes tokens otherwise than by attention mixes branches.
+    """Refuse models that cannot run a draft tree: layers that mix tokens other than by attention mix branches.
 
     Raises:
         UserError: a layer type other than full and sliding-window attention, or attention in fixed chunks.
@@ -75,7 +75,7 @@ def check_trees(policy: Policy) -> None:
 
 @contextmanager
 def slot_attention_of(model: Any) -> Iterator[None]:
-    """Within, the model attends over cache rows; outside it keeps its own attention (the learner's)."""
+    """Context in which the model attends over cache rows; outside it keeps its own attention (the learner's)."""
     config = model.config.get_text_config()
     before = config._attn_implementation
     config._attn_implementation = ATTENTION

@@ -1,9 +1,9 @@
-"""A leaner forward for Llama-like decoders, over the very parameters of the Transformers module.
+"""A fused forward for Llama-like decoders, over the parameters of the Transformers module.
 
-Same arithmetic, fewer and larger operations: query, key and value are one product, gate and up are one product. To make
-them one, their weights are moved into shared storage of which the module's parameters become views: training goes on
-through the module, generation reads the same bytes. Rotary angles come from the module's own rotary embedding.
-Left out: anything that is not pre-norm RMSNorm, rotary positions, SwiGLU, no bias after attention or MLP.
+Same arithmetic, fewer and larger operations: query, key and value are one product, gate and up are one product. Their
+weights are moved into shared storage of which the module's parameters become views: training updates the module,
+generation reads the same bytes. Rotary angles come from the module's own rotary embedding.
+Only for: pre-norm RMSNorm, rotary positions, SwiGLU, no bias after attention or MLP.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FusedForward:
         return type(model).__name__ in FAMILIES and plain and model.model.layers[0].self_attn.o_proj.bias is None
 
     def current(self) -> bool:
-        """Whether the module's parameters still are the views made here (moving or replacing them breaks that)."""
+        """Whether the module's parameters are still the views made here; moving or replacing them breaks that."""
         first, last = self.model.model.layers[0], self.model.model.layers[-1]
         pairs = ((self.layers[0], first), (self.layers[-1], last))
         return all(
@@ -66,7 +66,7 @@ class FusedForward:
     def __call__(
         self, tokens: Tensor, slots: Any, aux_layers: tuple[int, ...], head: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """tokens [B, n] -> logits [B, n, V] or None, hidden states at the taps [B, n, T·H] or None."""
+        """tokens [B, n] -> logits [B, n, V] or None, auxiliary hidden states [B, n, T·H] or None."""
         trunk = self.model.model
         hidden = trunk.embed_tokens(tokens)
         cos, sin = trunk.rotary_emb(hidden, slots.positions)
@@ -82,7 +82,7 @@ class FusedForward:
         if head or final in aux_layers:
             hidden = seen[final] = rms_norm(trunk.norm, hidden)
         logits = self.model.lm_head(hidden) if head else None
-        return logits, torch.cat([seen[tap] for tap in aux_layers], dim=-1) if aux_layers else None
+        return logits, torch.cat([seen[layer] for layer in aux_layers], dim=-1) if aux_layers else None
 
     def _attention(
         self, index: int, layer: FusedLayer, x: Tensor, rotation: tuple[Tensor, Tensor], slots: Any
@@ -135,7 +135,7 @@ def share_storage(parameters: list[nn.Parameter]) -> Tensor:
 
 
 def _joined(parameters: list[nn.Parameter]) -> Tensor | None:
-    """The tensor of all rows if the parameters lie one after the other in one storage, else None."""
+    """The tensor of all rows if the parameters are adjacent in one storage, else None."""
     first, place = parameters[0].detach(), parameters[0].data_ptr()
     for parameter in parameters:
         if (
@@ -154,7 +154,7 @@ def rms_norm(module: Any, x: Tensor) -> Tensor:
 
 
 def swap_halves(x: Tensor) -> Tensor:
-    """[a, b] -> [b, a] along the last axis; the sign of the rotation sits in `rotate_sign`."""
+    """[a, b] -> [b, a] along the last axis; the sign of the rotation is in `rotate_sign`."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((b, a), dim=-1)
 

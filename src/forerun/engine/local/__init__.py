@@ -1,1 +1,1 @@
-"""The local engine: one process, any Hugging Face causal language model, the live policy module is the verifier."""
+"""The local engine: one process, any Hugging Face causal language model, verified by the live policy module."""

@@ -4,8 +4,8 @@ Plain decoding is the same loop with k = 0, and a draft tree is one pass over al
 sequence enters with its last prompt token as "newest token" and the rest of the prompt in the cache, so that the first
 completion token is drafted and verified like any other.
 
-Randomness: every uniform is keyed by (request seed, position at which its round starts, slot, purpose), so that results
-do not depend on how requests were batched.
+Randomness: every uniform is keyed by (request seed, position at which its round starts, draft position, purpose), so
+results do not depend on how requests were batched.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ from forerun.engine.base import (
     nothing,
     requested,
 )
-from forerun.engine.local.scheduler import Schedule
-from forerun.engine.local.scheduler import Sequence as Live
+from forerun.engine.local.scheduler import LiveSequence, Scheduler
 from forerun.engine.local.tree import along_path, depths, keep_path, tree_places
 from forerun.engine.staleness import StaleDrafterDetector
 from forerun.errors import UserError
@@ -71,8 +70,8 @@ class LocalEngine(RolloutEngine):
 
         Args:
             k: draft tokens per round, of a tree its nodes (0 or no drafter: plain).
-            rule: of `chain.py`, or of `tree.py` for a drafter of trees. Trees are judged by the walk where
-                the rule is one for chains.
+            rule: of `chain.py`, or of `tree.py` for a drafter of trees, which are verified by the walk where the rule
+                is one for chains.
             verifier, tree_verifier: for tests.
         """
         if (k > 0) != (drafter is not None):
@@ -127,14 +126,14 @@ class LocalEngine(RolloutEngine):
         self.on_state("engine", "generate", self._held.version)
         try:
             self._forward.refresh()
-            schedule = Schedule(self.slots, prompts, requested(len(prompts), n, only), sampling.seed)
-            self._open(schedule, sampling)
-            while not schedule.done:
+            scheduler = Scheduler(self.slots, prompts, requested(len(prompts), n, only), sampling.seed)
+            self._open(scheduler, sampling)
+            while not scheduler.done:
                 between()
-                self._refill(schedule)
-                finished = self._round(schedule, sampling)
-                self.timeline.append((time.perf_counter() - started, len(schedule.live)))
-                self._leave(schedule, finished)
+                self._refill(scheduler)
+                finished = self._round(scheduler, sampling)
+                self.timeline.append((time.perf_counter() - started, len(scheduler.live)))
+                self._release(scheduler, finished)
                 yield from (sequence.rollout() for _, sequence in finished)
         finally:
             self._running = False
@@ -142,7 +141,7 @@ class LocalEngine(RolloutEngine):
             self.on_state("engine", "idle", self._held.version)
 
     def load(self, weights: Weights) -> Weights:
-        """Take a version. The policy is the live module: its bytes are checked, not copied, unless they are brought.
+        """See `RolloutEngine.load`. The live policy is checked, not copied, unless its tensors are given.
 
         Samples in flight go on with the new weights over the cache of the old ones.
         """
@@ -174,7 +173,7 @@ class LocalEngine(RolloutEngine):
         self._paused = True
 
     def resume(self) -> None:
-        """Go on; acceptance is probed as after a load."""
+        """Go on; acceptance is checked as after a load."""
         self._paused = False
         self._detector.restart(self.counters)
 
@@ -185,28 +184,28 @@ class LocalEngine(RolloutEngine):
 
     # ---- one stream ----
 
-    def _open(self, schedule: Schedule, sampling: Sampling) -> None:
-        longest = max(len(p) for p in schedule.prompts) + sampling.max_new_tokens
-        positions = min(longest, self.policy.context) + self.k + 1  # slots beyond a row's budget are padding
-        rows = self.slots + schedule.prompt_rows
+    def _open(self, scheduler: Scheduler, sampling: Sampling) -> None:
+        longest = max(len(p) for p in scheduler.prompts) + sampling.max_new_tokens
+        positions = min(longest, self.policy.context) + self.k + 1  # draft positions beyond a row's budget are padding
+        rows = self.slots + scheduler.prompt_rows
         self._cache = SlotCache(rows, positions)
         if self.drafter is not None:
             self.drafter.open(rows, positions, self.k)
 
-    def _refill(self, schedule: Schedule) -> None:
-        """Seat waiting samples in free rows, prefilling prompts as they are needed."""
+    def _refill(self, scheduler: Scheduler) -> None:
+        """Admit waiting samples to free rows, prefilling prompts as they are needed."""
         while True:
-            if chosen := schedule.to_prefill():
-                self._prefill(schedule, chosen)
-            seat = schedule.admit()
-            if seat is None:
+            if chosen := scheduler.to_prefill():
+                self._prefill(scheduler, chosen)
+            admitted = scheduler.admit()
+            if admitted is None:
                 return
-            self._copy(*seat, len(schedule.live[seat[1]].prompt_ids) - 1)
+            self._copy(*admitted, len(scheduler.live[admitted[1]].prompt_ids) - 1)
 
-    def _prefill(self, schedule: Schedule, chosen: list[int]) -> None:
+    def _prefill(self, scheduler: Scheduler, chosen: list[int]) -> None:
         """Run all but the last token of the chosen prompts, once for all their samples."""
-        for run in _neighbours(chosen, schedule):
-            prompts = [schedule.prompts[p] for p in run]
+        for run in _neighbours(chosen, scheduler):
+            prompts = [scheduler.prompts[p] for p in run]
             lengths = torch.tensor([len(p) for p in prompts], device=self.policy.device)
             width = int(lengths.max())
             tokens = torch.zeros(len(run), width, dtype=torch.int64, device=self.policy.device)
@@ -216,20 +215,20 @@ class LocalEngine(RolloutEngine):
                 features = None if self.drafter is None else self._no_features(len(run))
             else:
                 starts = torch.zeros_like(lengths)
-                slots = SlotPass(self._cache, schedule.row_of(run[0]), starts, width - 1, width - 1, fresh=True)
+                slots = SlotPass(self._cache, scheduler.row_of(run[0]), starts, width - 1, width - 1, fresh=True)
                 _, features = self._forward(tokens[:, :-1], slots, head=False)
             if self.drafter is not None:
-                self.drafter.prefill(schedule.row_of(run[0]), tokens, lengths, features)
+                self.drafter.prefill(scheduler.row_of(run[0]), tokens, lengths, features)
 
     def _no_features(self, rows: int) -> Tensor:
         width = len(self._forward.aux_layers) * self.policy.model.config.get_text_config().hidden_size
         return torch.zeros(rows, 1, width, dtype=self.policy.dtype, device=self.policy.device)
 
-    def _round(self, schedule: Schedule, sampling: Sampling) -> list[tuple[int, Live]]:
+    def _round(self, scheduler: Scheduler, sampling: Sampling) -> list[tuple[int, LiveSequence]]:
         """Draft, verify and commit one round. Returns the rows that finished with their sequences."""
         if self._paused:
             raise UserError("The engine is paused; call resume() before the next round")
-        live = schedule.live
+        live = scheduler.live
         rows = self._rows(live, sampling.temperature)
         draft = self._draft(rows, live, sampling)
         n = draft.tokens.shape[1] + 1
@@ -240,10 +239,10 @@ class LocalEngine(RolloutEngine):
         assert logits is not None
         logits = truncate(logits, rows.temperature, sampling.truncation)
         verdict, features = self._judge(rows, draft, logits, features)
-        self._teach(rows, draft, logits, verdict)
+        self._learn(rows, draft, logits, verdict)
         before = [len(s.tokens) for s in live]
         finished = self._commit(live, verdict, draft, sampling)
-        if self.drafter is not None:  # it sees what the samples keep: nothing behind an end inside an accepted run
+        if self.drafter is not None:  # it observes what the samples keep: nothing beyond an end inside an accepted run
             kept = torch.tensor([len(s.tokens) - b - 1 for s, b in zip(live, before, strict=True)])
             self.drafter.observe(rows, replace(verdict, accepted=kept.to(verdict.accepted)), features)
         return finished
@@ -262,18 +261,18 @@ class LocalEngine(RolloutEngine):
         keep_path(self._cache, rows.lengths, judged.path)
         return judged.verdict, None if features is None else along_path(features, judged.path)
 
-    def _teach(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
+    def _learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         if self.drafter is not None:
             self.drafter.learn(rows, draft, logits, verdict)
 
-    def _rows(self, live: list[Live], temperature: float) -> Rows:
+    def _rows(self, live: list[LiveSequence], temperature: float) -> Rows:
         device = self.policy.device
         integers = torch.tensor([(s.last, s.length, s.seed) for s in live], device=device)
         return Rows(
             integers[:, 0], integers[:, 1], integers[:, 2], torch.full((len(live),), temperature, device=device)
         )
 
-    def _draft(self, rows: Rows, live: list[Live], sampling: Sampling) -> Draft:
+    def _draft(self, rows: Rows, live: list[LiveSequence], sampling: Sampling) -> Draft:
         """At most k tokens per row, and none that could not be emitted: a round emits one more than it drafts."""
         nothing = Draft(rows.last.new_zeros(len(live), 0), rows.last.new_zeros(len(live)))
         if self.drafter is None:
@@ -287,8 +286,8 @@ class LocalEngine(RolloutEngine):
         return draft if draft.tokens.shape[1] > 0 else nothing
 
     def _commit(
-        self, live: list[Live], verdict: VerifyResult, draft: Draft, sampling: Sampling
-    ) -> list[tuple[int, Live]]:
+        self, live: list[LiveSequence], verdict: VerifyResult, draft: Draft, sampling: Sampling
+    ) -> list[tuple[int, LiveSequence]]:
         finished = []
         sizes, deepest = draft.lengths.tolist(), depths(draft).tolist()
         accepted, tokens, logprobs = verdict.accepted.tolist(), verdict.tokens.tolist(), verdict.logprobs.tolist()
@@ -310,7 +309,7 @@ class LocalEngine(RolloutEngine):
             self.warnings.append(warning)
         return finished
 
-    def _finish_reason(self, sequence: Live, token: int, sampling: Sampling) -> str:
+    def _finish_reason(self, sequence: LiveSequence, token: int, sampling: Sampling) -> str:
         if token in self._eos_ids and not sampling.ignore_eos:
             return "eos"
         if sampling.stop and self._ends_with_stop(sequence.tokens, sampling.stop):
@@ -320,13 +319,13 @@ class LocalEngine(RolloutEngine):
         return "context" if sequence.length + 1 >= self.policy.context else ""
 
     def _ends_with_stop(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
-        """Whether the newest token completed a stop string (a token may bring less than a character: look back far)."""
+        """Whether the newest token completed a stop string; looks back far, as a token may be less than a character."""
         window = max(len(s) for s in stop) + 8
         text = self.policy.tokenizer.decode(tokens[-window:])
         return any(s in text for s in stop)
 
     def _count(self, size: int, depth: int, emitted: int, accepted: int) -> None:
-        """One row's round: `size` tokens were drafted; positions count depths, which a chain has as many of."""
+        """One row's round: `size` tokens were drafted; positions are depths, of which a chain has `size`."""
         c = self.counters
         c.tokens += emitted
         c.rows += 1
@@ -339,14 +338,14 @@ class LocalEngine(RolloutEngine):
             c.drafted_at[position] += 1
             c.accepted_at[position] += position < min(accepted, emitted)
 
-    def _leave(self, schedule: Schedule, finished: list[tuple[int, Live]]) -> None:
+    def _release(self, scheduler: Scheduler, finished: list[tuple[int, LiveSequence]]) -> None:
         """Give each finished row to the next waiting sample, or close the gap with the last live row."""
         for row, _ in reversed(finished):
-            seat = schedule.admit(row)
-            if seat is not None:
-                self._copy(*seat, len(schedule.live[row].prompt_ids) - 1)
-            elif (moved := schedule.vacate(row)) is not None:
-                self._copy(moved, row, schedule.live[row].length)
+            admitted = scheduler.admit(row)
+            if admitted is not None:
+                self._copy(*admitted, len(scheduler.live[row].prompt_ids) - 1)
+            elif (moved := scheduler.vacate(row)) is not None:
+                self._copy(moved, row, scheduler.live[row].length)
 
     def _copy(self, source: int, target: int, length: int) -> None:
         self._cache.copy(source, target, length)
@@ -366,11 +365,11 @@ class LocalEngine(RolloutEngine):
         return sums
 
 
-def _neighbours(chosen: list[int], schedule: Schedule) -> list[list[int]]:
+def _neighbours(chosen: list[int], scheduler: Scheduler) -> list[list[int]]:
     """Split prompts into runs whose cache rows follow one another."""
     runs: list[list[int]] = []
     for prompt in chosen:
-        if runs and schedule.row_of(prompt) == schedule.row_of(runs[-1][-1]) + 1:
+        if runs and scheduler.row_of(prompt) == scheduler.row_of(runs[-1][-1]) + 1:
             runs[-1].append(prompt)
         else:
             runs.append([prompt])

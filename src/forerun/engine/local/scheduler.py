@@ -1,20 +1,20 @@
-"""Who sits in which cache row. Plain Python, no tensors.
+"""Maps sequences to KV-cache rows. Plain Python, no tensors.
 
-Live sequences fill rows 0 .. live-1 without gaps. Prompts are prefilled once into the rows above and copied from there
-into a slot for each of their samples; a prompt's row is free again when its last sample has been admitted.
+Live sequences fill rows 0 .. live-1 (slots) without gaps. Prompts are prefilled once into the rows above and copied
+from there into a slot for each of their samples; a prompt's row is freed when its last sample has been admitted.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence as Sequences
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from forerun.types import Rollout
 
 
 @dataclass(slots=True)
-class Sequence:
+class LiveSequence:
     """One sample in flight. `length` tokens are in the policy's cache; the newest token is not among them yet."""
 
     prompt_ids: list[int]
@@ -45,14 +45,14 @@ class Sequence:
 
 
 @dataclass(slots=True)
-class Schedule:
+class Scheduler:
     """Admission in the order of the requests: (prompt, sample), all samples of a prompt before the next one's."""
 
     slots: int
-    prompts: Sequences[list[int]]
-    requests: Sequences[tuple[int, int]]
+    prompts: Sequence[list[int]]
+    requests: Sequence[tuple[int, int]]
     seed: int
-    live: list[Sequence] = field(default_factory=list)
+    live: list[LiveSequence] = field(default_factory=list)
     _waiting: deque[tuple[int, int]] = field(default_factory=deque)  # (prompt, sample)
     _row_of: dict[int, int] = field(default_factory=dict)  # prompt -> row of its prefill
     _unfilled: deque[int] = field(default_factory=deque)  # prompts before their prefill
@@ -89,14 +89,14 @@ class Schedule:
         return self._row_of[prompt]
 
     def admit(self, row: int | None = None) -> tuple[int, int] | None:
-        """Seat the next waiting sample in `row` (None: a new one at the end). Returns (row to copy from, its row)."""
+        """Admit the next waiting sample to `row` (None: a new one at the end). Returns (row to copy from, its row)."""
         if not self._waiting or (row is None and len(self.live) >= self.slots):
             return None
         prompt, sample = self._waiting[0]
         if prompt not in self._row_of:
             return None
         self._waiting.popleft()
-        sequence = Sequence(self.prompts[prompt], prompt, sample, request_seed(self.seed, prompt, sample))
+        sequence = LiveSequence(self.prompts[prompt], prompt, sample, request_seed(self.seed, prompt, sample))
         source = self._row_of[prompt]
         if not self._waiting or self._waiting[0][0] != prompt:
             del self._row_of[prompt]

@@ -1,9 +1,9 @@
-"""Draft trees in the batch loop: where their nodes lie, and what is kept of them once they are judged.
+"""Draft trees in the batch loop: the cache places of their nodes, and what is kept of them after verification.
 
 A tree of k nodes runs as one pass of k+1 tokens: the root, which is the newest token, at place start, and the node of
 slot j at place start + 1 + j. Its position is start + its depth, and it sees the text, the root and its ancestors.
-Rows of fewer nodes carry padding, which stands as children of the root and is seen by nobody.
-Left out: who judges (`acceptance/tree.py`). Axes: B rows, k slots, A depth of the batch's deepest node.
+Rows of fewer nodes are padded with children of the root that no node attends to.
+Axes: B rows, k slots, A depth of the batch's deepest node.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The vLLM engine: vLLM generates and verifies, this package speaks the engine's contract to it.
+"""The vLLM engine: vLLM generates and verifies behind the contract of `RolloutEngine`.
 
-`settings.py` translates the speculation block, `process.py` is vLLM's place in this process, `engine.py` runs requests,
-`metrics.py` counts rounds, `state.py` knows which version is held, `worker.py` puts weights in use, `sleep.py` frees
-memory, `proposer.py` drafts out of sibling samples, `patches.py` mends one kernel of vLLM's CPU build. Nothing here
-imports vLLM before an engine is made. Left out: engines on other machines.
+`settings.py` translates the speculation block, `in_process.py` isolates vLLM in this process, `adapter.py` runs
+requests, `metrics.py` counts rounds, `state.py` tracks the weight version, `worker.py` loads weights, `sleep.py` frees
+memory, `proposer.py` drafts from sibling samples, `patches.py` repairs a kernel of vLLM's CPU build. vLLM is imported
+when an engine is made.
 """

@@ -1,12 +1,12 @@
-"""vLLM in this process, behind the engine's contract.
+"""A `RolloutEngine` that runs vLLM in this process.
 
 Requests go to vLLM's own scheduler, which batches up to `slots` of them, prefills, drafts and verifies; every step
-brings each live request the tokens of one round. Log-probabilities are vLLM's processed ones: of the row that verified
+gives each live request the tokens of one round. Log-probabilities are vLLM's processed ones: of the row that verified
 the token, at the sampling temperature, and of the unscaled distribution at temperature 0.
 
-Randomness: each request has a seed of its own for coins and residual draws; sampled drafts come from one stream per
-call. Results depend on the seed and on how vLLM batched. The caller's random state is left alone.
-Left out: tensor parallelism, adapters.
+Randomness: each request has its own seed for acceptance and residual draws; sampled drafts come from one stream per
+call. Results depend on the seed and on how vLLM batched. The caller's random state is not changed.
+Not supported: tensor parallelism, adapters.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ from forerun.engine.base import (
     nothing,
     requested,
 )
-from forerun.engine.local.scheduler import Sequence as Sample
-from forerun.engine.local.scheduler import request_seed
+from forerun.engine.local.scheduler import LiveSequence, request_seed
 from forerun.engine.staleness import StaleDrafterDetector
 from forerun.engine.vllm.in_process import device, own_process, random_state
-from forerun.engine.vllm.metrics import Live, SpecDecodeMetrics
+from forerun.engine.vllm.metrics import SpecDecodeMetrics, VllmRequest
 from forerun.engine.vllm.patches import ensure_exact, let_scan_pass
 from forerun.engine.vllm.settings import CUSTOM, Translated, check, translate
 from forerun.engine.vllm.sleep import LEVELS
@@ -91,13 +90,13 @@ class VllmEngine(RolloutEngine):
         drafter = check(self.speculation) if self.k else None
         super().__init__(describe_policy(policy_folder(policy)), self.k)
         self.context = min(self.limits.context or self.policy.context, self.policy.context)
-        self.mends = True  # whether vLLM's faults are mended; for the verification, which has to find them
+        self.mends = True  # whether vLLM's faults are patched; `forerun verify` has to find them
         self._stats = SpecDecodeMetrics(self.counters)
         self._detector = StaleDrafterDetector()
         self._paused = False
         self._asleep: dict[str, str] | None = None  # fingerprints of the weights that it keeps asleep
-        self._custom_proposer = False  # whether a class of ours drafts, in vLLM's worker
-        self._counted: dict[str, int] = {}  # by the drafter, when the engine was closed
+        self._custom_proposer = False  # whether a class of this package drafts, in vLLM's worker
+        self._counted: dict[str, int] = {}  # `Drafter.metrics` when the engine was closed
         self._random = torch.Generator().get_state()
         self._requests = 0
         with tempfile.TemporaryDirectory() as scratch:
@@ -178,7 +177,7 @@ class VllmEngine(RolloutEngine):
         started = time.perf_counter()
         self.timeline = []
         self.on_state("engine", "generate", self._state.held.version)
-        live: dict[str, Live] = {}
+        live: dict[str, VllmRequest] = {}
         try:
             self._random = torch.Generator().manual_seed(sampling.seed).get_state()
             self._submit(prompts, sampling, requested(len(prompts), n, only), live)
@@ -194,10 +193,10 @@ class VllmEngine(RolloutEngine):
             self.on_state("engine", "idle", self._state.held.version)
 
     def load(self, weights: Weights) -> Weights:
-        """Take a version: the tensors of policy and drafter, or only checksums where it holds these bytes already.
+        """See `RolloutEngine.load`: with tensors, or only checksums where it holds these bytes already.
 
-        A version that is refused leaves the engine as it was. Samples in flight go on with the new weights, their cache
-        computed again.
+        A refused version leaves the engine as it was. Samples in flight go on with the new weights, their cache
+        recomputed.
         """
         if self._asleep is not None:
             raise UserError(f"The engine is asleep; call wake() before it takes version {weights.version}")
@@ -213,12 +212,12 @@ class VllmEngine(RolloutEngine):
         self._paused = True
 
     def resume(self) -> None:
-        """Go on; acceptance is probed as after a load."""
+        """Go on; acceptance is checked as after a load."""
         self._paused = False
         self._detector.restart(self.counters)
 
     def sleep(self, level: int = 1) -> None:
-        """Give memory back until `wake`: the KV cache, and at level 2 the weights of policy and drafter.
+        """Free memory until `wake`: the KV cache, and at level 2 the weights of policy and drafter.
 
         Level 1 keeps the weights in host memory. After level 2 the engine holds no version: once awake it must `load`
         one with the tensors of every group, not older than the one it held.
@@ -237,7 +236,7 @@ class VllmEngine(RolloutEngine):
             self._state.discard()
 
     def wake(self) -> None:
-        """Take the memory again; acceptance is probed as after a load. Does nothing to an engine that is awake.
+        """Allocate the memory again; acceptance is checked as after a load. Does nothing to an engine that is awake.
 
         Raises:
             UserError: the weights are not those that it went to sleep with (level 1): load a version again.
@@ -261,7 +260,7 @@ class VllmEngine(RolloutEngine):
         return {**found, "rule": self.rule}
 
     def close(self) -> None:
-        """Give vLLM's memory back. Its process groups are shared, so the last engine of the process takes them down."""
+        """Free vLLM's memory. Process groups are shared: the last engine of the process destroys them."""
         self._counted = self._drafter_metrics()
         core = self._vllm.engine_core.engine_core
         OPEN.discard(self)
@@ -276,7 +275,7 @@ class VllmEngine(RolloutEngine):
     # ---- vLLM ----
 
     def _start(self, folder: Path, draft: Path | None, dtype: str) -> str:
-        """Start vLLM; the rule that verifies."""
+        """Start vLLM; returns the acceptance rule in force."""
         try:
             with own_process():
                 from vllm import EngineArgs
@@ -295,7 +294,7 @@ class VllmEngine(RolloutEngine):
             raise UserError(f"The vLLM engine needs vLLM: {error}; see docs/vllm.md for the install") from error
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise UserError(f"vLLM cannot run '{folder}': {str(error).strip().splitlines()[0]}") from error
-        self._vllm.engine_core._finalizer.detach()  # it would take the process groups of other engines down
+        self._vllm.engine_core._finalizer.detach()  # it would destroy the process groups of other engines
         OPEN.add(self)
         self._custom_proposer = wanted.config is not None and wanted.config["method"] == CUSTOM
         if self._custom_proposer:
@@ -311,7 +310,7 @@ class VllmEngine(RolloutEngine):
         return {
             "model": str(folder),
             "dtype": dtype,
-            # with room for a draft behind the end: where one sample has none, vLLM drafts for none of the batch
+            # with room for a draft beyond the end: where one sample has none, vLLM drafts for none of the batch
             "max_model_len": min(self.context + self.k + 1, self.policy.context),
             "max_num_seqs": self.limits.slots,
             "enforce_eager": device().type == "cpu",
@@ -321,7 +320,7 @@ class VllmEngine(RolloutEngine):
             "block_size": 32 if device().type == "cpu" else None,
             "kv_cache_memory_bytes": None if gib is None else int(gib * 2**30),
             "logprobs_mode": "processed_logprobs",
-            "generation_config": "vllm",  # its sampling defaults are not wanted; its end tokens are set per request
+            "generation_config": "vllm",  # not its sampling defaults; its end tokens are set per request
             "worker_extension_cls": "forerun.engine.vllm.worker.WeightReceiver",
             "additional_config": drafter.vllm_additional_config(self.speculation) if drafter is not None else {},
             "per_request_spec_decode_metrics": "detailed" if self.k else "none",
@@ -330,14 +329,14 @@ class VllmEngine(RolloutEngine):
         }
 
     def _settle_rule(self, config: Any, wanted: Translated, draft: Path | None) -> Translated:
-        """Fall back to token rejection where vLLM chose its older runner, which would switch sampled drafts off."""
+        """Fall back to token rejection where vLLM chose its older runner, which would disable sampled drafts."""
         if wanted.rule != "block" or config.use_v2_model_runner:
             return wanted
         config.speculative_config.rejection_sample_method = "standard"
         return translate(self.speculation, draft, block=False)
 
     def _submit(
-        self, prompts: Sequence[list[int]], sampling: Sampling, requests: Requests, live: dict[str, Live]
+        self, prompts: Sequence[list[int]], sampling: Sampling, requests: Requests, live: dict[str, VllmRequest]
     ) -> None:
         """Queue the samples."""
         for index, sample in requests:
@@ -346,7 +345,7 @@ class VllmEngine(RolloutEngine):
             name = str(self._requests)
             room = min(sampling.max_new_tokens, self.context - len(prompt))
             self._vllm.add_request(name, {"prompt_token_ids": prompt}, self._parameters(sampling, seed, room))
-            live[name] = Live(Sample(prompt, index, sample, seed))
+            live[name] = VllmRequest(LiveSequence(prompt, index, sample, seed))
 
     def _parameters(self, sampling: Sampling, seed: int, room: int) -> Any:
         from vllm import SamplingParams
@@ -363,7 +362,7 @@ class VllmEngine(RolloutEngine):
             output_kind=RequestOutputKind.DELTA,
         )
 
-    def _round(self, live: dict[str, Live], sampling: Sampling) -> list[Live]:
+    def _round(self, live: dict[str, VllmRequest], sampling: Sampling) -> list[VllmRequest]:
         """One step of vLLM. Finished samples leave `live`."""
         if self._paused:
             raise UserError("The engine is paused; call resume() before the next round")
@@ -378,7 +377,7 @@ class VllmEngine(RolloutEngine):
             self.warnings.append(warning)
         return finished
 
-    def _take(self, sample: Live, output: Any, sampling: Sampling) -> bool:
+    def _take(self, sample: VllmRequest, output: Any, sampling: Sampling) -> bool:
         """Add one request's tokens of this step; whether the sample is done."""
         new, sequence = output.outputs[0], sample.sequence
         before = len(sequence.tokens)
@@ -393,8 +392,8 @@ class VllmEngine(RolloutEngine):
         self.counters.rows += 1
         return bool(reason)
 
-    def _stopped(self, sample: Live, before: int, sampling: Sampling) -> str:
-        """Cut the sample behind the token that completes a stop string."""
+    def _stopped(self, sample: VllmRequest, before: int, sampling: Sampling) -> str:
+        """Cut the sample after the token that completes a stop string."""
         if not sampling.stop:
             return ""
         window = max(len(s) for s in sampling.stop) + 8
@@ -409,7 +408,7 @@ class VllmEngine(RolloutEngine):
         return ""
 
     def _send(self, given: Given, expected: Mapping[str, str]) -> None:
-        """Carry the groups over and put them in use."""
+        """Send the groups and load them."""
         call = self._vllm.collective_rpc
         call("forerun_begin", args=({g: shapes(s) for g, s in given.items()},))
         for pieces in chunks(given, self.limits.chunk_bytes):
@@ -429,7 +428,7 @@ class VllmEngine(RolloutEngine):
             raise UserError("vLLM kept key-value entries of the old weights; close its streams before a load")
 
     def _drafter_metrics(self) -> dict[str, int]:
-        """What the drafter counts by itself, also after the engine was closed."""
+        """See `Drafter.metrics`; also after the engine was closed."""
         if not self._custom_proposer or self not in OPEN:
             return self._counted
         return self._vllm.collective_rpc("forerun_drafter_metrics")[0]
@@ -466,8 +465,8 @@ class VllmEngine(RolloutEngine):
         check_request(prompts, sampling, n, vocabulary, self.context)
 
 
-def _reason(sample: Sample, said: str | None, sampling: Sampling) -> str:
-    """vLLM's reason for an end in the contract's words; "" for none."""
+def _reason(sample: LiveSequence, said: str | None, sampling: Sampling) -> str:
+    """vLLM's finish reason as the contract's; "" for none."""
     if said not in (None, "stop", "length"):
         raise UserError(f"vLLM ended sample {sample.sample_index} of prompt {sample.prompt_index} with '{said}'")
     if said == "length":

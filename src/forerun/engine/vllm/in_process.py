@@ -1,4 +1,4 @@
-"""vLLM as a guest in this process: its settings, and what it would change for everybody else."""
+"""Runs vLLM in this process: its settings, and restoring the global state that it changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # one process
 DEFAULTS = {  # unless the user set them
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it takes a core for itself, from the learner too
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it pins a core, also away from the learner
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -25,7 +25,7 @@ def device() -> torch.device:
 
 @contextmanager
 def random_state(state: Tensor) -> Iterator[None]:
-    """Draw from another stream of random numbers, and leave the caller's as it was."""
+    """Use another torch random state, and restore the caller's."""
     mine = torch.get_rng_state()
     torch.set_rng_state(state)
     try:
@@ -36,7 +36,7 @@ def random_state(state: Tensor) -> Iterator[None]:
 
 @contextmanager
 def own_process() -> Iterator[None]:
-    """vLLM in this process: its start seeds it, switches a function of torch off and freezes its garbage; undo that."""
+    """Start vLLM within; then undo its seed of torch, its `set_num_threads` and its freeze of the garbage collector."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     before = {name: os.environ.get(name) for name in ENVIRONMENT}

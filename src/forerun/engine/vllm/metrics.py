@@ -1,22 +1,22 @@
-"""What vLLM did, in the engine's counters and in the rollouts.
+"""vLLM's speculative-decoding statistics as the engine's counters, and its output as rollouts.
 
-vLLM reports drafts and accepted drafts per step, and per request when it ends. Tokens that were accepted behind the end
-of a sample are taken back, so that the numbers mean what the local engine's mean.
+vLLM reports drafts and accepted drafts per step, and per request when it ends. Tokens that were accepted beyond the end
+of a sample are subtracted again, so that the numbers mean the same as the local engine's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Tokens
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from forerun.engine.base import Counters
-from forerun.engine.local.scheduler import Sequence
+from forerun.engine.local.scheduler import LiveSequence
 
 
 @dataclass(slots=True)
 class SpecDecodeMetrics:
-    """A stat logger of vLLM's that adds into `counters`."""
+    """A stat logger for vLLM that adds to `counters`."""
 
     counters: Counters = field(default_factory=Counters)
 
@@ -39,25 +39,25 @@ class SpecDecodeMetrics:
                 totals[position] += count
 
     def log(self) -> None:
-        """Nothing: the numbers go where the caller wants them."""
+        """Not needed: the counters are read directly."""
 
     def log_engine_initialized(self) -> None:
-        """Nothing."""
+        """Not needed."""
 
     def record_sleep_state(self, *_: Any) -> None:
-        """Nothing."""
+        """Not needed."""
 
 
 @dataclass(slots=True)
-class Live:
+class VllmRequest:
     """One sample in flight at vLLM."""
 
-    sequence: Sequence
-    emitted: int = 0  # by vLLM in all, with tokens behind a stop string
+    sequence: LiveSequence
+    emitted: int = 0  # by vLLM in all, with tokens beyond a stop string
     last: int = 0  # of these in the latest step
 
-    def add(self, tokens: Tokens[int], logprobs: Any, version: int) -> None:
-        """One step's tokens; the last of a round is not drafted."""
+    def add(self, tokens: Sequence[int], logprobs: Any, version: int) -> None:
+        """Add one step's tokens; the last of a round is not drafted."""
         sequence = self.sequence
         sequence.rounds += 1
         self.emitted, self.last = self.emitted + len(tokens), len(tokens)
@@ -74,17 +74,17 @@ class Live:
             del values[length:]
 
     def settle(self, spec: Any, counters: Counters) -> None:
-        """Take back what the last round kept behind the end. `spec` is vLLM's record of the request, if it gave one."""
+        """Subtract what the last round accepted beyond the end. `spec`: vLLM's record of the request, if any."""
         kept = self.last - (self.emitted - len(self.sequence.tokens))  # of the last round
         accepted = self._accepted_last(spec)
         counters.round_tokens -= accepted + 1 - kept
         for position in range(kept, accepted):
             counters.accepted_at[position] -= 1
         if accepted >= kept:
-            self.sequence.drafted[-1] = True  # the end stood inside an accepted run
+            self.sequence.drafted[-1] = True  # the end was inside an accepted run
 
     def _accepted_last(self, spec: Any) -> int:
-        """Drafts that vLLM accepted in the last round, those behind the end among them."""
+        """Drafts that vLLM accepted in the last round, those beyond the end included."""
         if spec is None:
             return self.last - 1
         rounds = sum(spec.per_step_accepted) + len(spec.per_step_accepted)

@@ -1,14 +1,14 @@
-"""Two faults of vLLM's CPU build, mended where they show: a wrong kernel, and a start that fails beside numba.
+"""Two patches for vLLM's CPU build: a wrong kernel, and a start that fails once numba is loaded.
 
-The kernel: without its repair speculation at a temperature above 0 is not exact. `expand_kernel` repeats each request's
+The kernel: unpatched, speculation at a temperature above 0 is not exact. `expand_kernel` repeats each request's
 temperature (and top-k, top-p) over its draft rows; the CPU stand-in converts its output to int64 first and so writes
-into a copy: the rows keep whatever the memory held (vLLM issue 55005; greedy rows are not touched). The replacement
-goes through vLLM's own register of kernels, only where a call shows the fault, and only in versions in which it was
-studied. Any other version that shows it is refused.
+into a copy: the rows keep uninitialised memory (vLLM issue 55005; greedy rows are not affected). The replacement is
+registered through vLLM's own kernel registry, only where a test call shows the fault, and only in versions for which it
+was checked. Any other version that shows it is refused.
 
-The start: the register scans every loaded module and calls `vars(x).get` on what it finds. A part of llvmlite, which
-numba and with it vLLM's n-gram drafter load, answers `vars` with something that is no dictionary. So no second engine
-can start, and no kernel be replaced, once numba is there. `let_scan_pass` gives that module another `vars`.
+The start: the registry scans every loaded module and calls `vars(x).get` on what it finds. A part of llvmlite, which
+numba and so vLLM's n-gram drafter load, answers `vars` with something that is no dictionary. Then no second engine can
+start and no kernel be replaced. `let_scan_pass` gives vLLM's dispatcher module another `vars`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from forerun.errors import UserError
 
 KERNEL = "vllm.v1.sample.rejection_sampler.expand_kernel"
-STUDIED = ("0.32.",)
+CHECKED = ("0.32.",)
 
 
 def expand(
@@ -48,12 +48,12 @@ def works(kernel: Callable[..., Any]) -> bool:
 
 
 def ensure_exact(cpu: bool) -> bool:
-    """Make sure that rows get their own temperature; True where the kernel had to be replaced.
+    """Make sure that rows get their own temperature; returns whether the kernel was replaced.
 
     Every engine that vLLM makes registers its kernels anew, so this belongs before each use.
 
     Raises:
-        UserError: the kernel is wrong in a version for which the replacement was not studied.
+        UserError: the kernel is wrong in a version for which the replacement was not checked.
     """
     if not cpu:
         return False
@@ -63,10 +63,10 @@ def ensure_exact(cpu: bool) -> bool:
 
     if works(rejection_sampler._expand):
         return False
-    if not vllm.__version__.startswith(STUDIED):
+    if not vllm.__version__.startswith(CHECKED):
         raise UserError(
             f"vLLM {vllm.__version__} on this CPU verifies drafts at a wrong temperature, and the known repair is for "
-            f"versions {', '.join(v + 'x' for v in STUDIED)}; sample at temperature 0, or without speculation"
+            f"versions {', '.join(v + 'x' for v in CHECKED)}; sample at temperature 0, or without speculation"
         )
     let_scan_pass()
     register_kernels({KERNEL: expand})
@@ -79,7 +79,7 @@ def ensure_exact(cpu: bool) -> bool:
 
 
 def let_scan_pass() -> None:
-    """Make vLLM's scan for kernels pass over objects whose `vars` is no dictionary. Has no effect on any other."""
+    """Make vLLM's scan for kernels skip objects whose `vars` is no dictionary."""
     from vllm.triton_utils import dispatcher
 
     dispatcher.vars = _dictionary  # type: ignore[attr-defined]

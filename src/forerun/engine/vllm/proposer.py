@@ -1,13 +1,13 @@
-"""Drafts out of samples of the same prompt, inside vLLM: the corpus of `drafters/trie.py` behind vLLM's proposer class.
+"""Drafts from samples of the same prompt, inside vLLM: the corpus of `drafters/trie.py` as a vLLM proposer class.
 
-vLLM makes the class that its `speculative_config.model` names, in the worker, and asks it for drafts after every step,
-in the order of the batch. It says neither which request sits in a row nor where that one's prompt ends; the runner
-knows, and the worker's extension hands it over once the worker stands. Requests with the same prompt, token by token,
-are siblings. What a step brought all of them is in the corpus before any is drafted for, as in the local engine.
+vLLM instantiates the class that its `speculative_config.model` names, in the worker, and calls it after every step with
+the rows of the batch. Which request a row belongs to, and where its prompt ends, is read from the model runner, which
+the worker's extension attaches. Requests with the same prompt, token by token, are siblings. The tokens of a step enter
+the corpus for all rows before any is drafted for, as in the local engine.
 
-Drafts are one-hot, and as long as the corpus and the sample's room allow. The corpus lives as long as the engine: no
-weight version touches it, nor does sleep. Tokens behind a stop string, at most k per sample, stay in it: the engine
-looks for the string after the step. Left out: writing the corpus to a checkpoint.
+Drafts are one-hot, and as long as the corpus and the sample's room allow. The corpus lives as long as the engine, also
+through weight updates and sleep. Tokens beyond a stop string, at most k per sample, stay in it: the engine looks for
+the string after the step. The corpus is not saved in checkpoints.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Siblings:
         self._opened = 0
 
     def open(self) -> None:
-        """From here on a prompt's next appearance is a new epoch of it."""
+        """A prompt's next visit starts an epoch."""
         self._opened += 1
         self._scopes.clear()
 
     def take(self, name: str, prompt: Sequence[int], tokens: Sequence[int], end: int) -> None:
-        """Request `name` has emitted tokens[:end] so far; those that are new go into the corpus."""
+        """Request `name` has emitted tokens[:end] so far; the new ones go into the corpus."""
         if name not in self._samples:
             scope = self._scope(prompt)
             context = list(prompt[-self.corpus.settings.match_max :])
@@ -57,7 +57,7 @@ class Siblings:
         sample.taken = end
 
     def draft(self, name: str, context: Sequence[int], most: int) -> list[int]:
-        """At most `most` tokens behind `context`, the newest tokens of a request that `take` knows, prompt included."""
+        """At most `most` tokens after `context`, the newest tokens (with the prompt's) of a request known to `take`."""
         return self.corpus.continuation(self._samples[name].scope, context, most)
 
     def keep(self, names: Container[str]) -> None:
@@ -72,7 +72,7 @@ class Siblings:
 
 
 class TrieProposer:
-    """What vLLM asks for drafts; see `vllm/v1/spec_decode/custom_class_proposer.py` there for what it expects."""
+    """The interface is that of vLLM's `vllm/v1/spec_decode/custom_class_proposer.py`."""
 
     def __init__(self, vllm_config: Any) -> None:
         """Settings come from `additional_config`: those of the speculation block's `trie`, and a corpus to begin with.
@@ -98,7 +98,7 @@ class TrieProposer:
         self.siblings.open()
 
     def load_model(self, target: Any) -> None:
-        """Nothing: the CPU's runner asks every drafter to load its model."""
+        """Nothing to load; the CPU's runner calls this on every drafter."""
 
     def propose(
         self,
@@ -107,10 +107,10 @@ class TrieProposer:
         token_ids_cpu: np.ndarray,  # [rows, positions]
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Drafts for every row of the batch; none for one whose prompt is not through yet, or whose sample is done.
+        """Drafts for every row of the batch; none for one that is still prefilling, or whose sample is done.
 
         Args:
-            sampled_token_ids: what the step brought each row. num_tokens_no_spec, token_ids_cpu: what the rows hold
+            sampled_token_ids: the step's tokens per row. num_tokens_no_spec, token_ids_cpu: the rows' tokens
                 now. slot_mappings: not used.
         """
         requests = self._runner.requests

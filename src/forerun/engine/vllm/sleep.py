@@ -1,12 +1,10 @@
-"""Sleep: the memory of an engine that nobody needs for a while.
+"""Sleep: frees the memory of an idle engine.
 
 On a GPU this is vLLM's own: level 1 moves the weights to host memory and drops the KV cache, level 2 drops both. vLLM's
-CPU build answers `sleep` with a warning and keeps everything; there the same is done here, from inside the worker: the
-storage of the KV cache is freed and, at level 2, that of the weights. Host memory is where a CPU has its weights
-anyhow, so level 1 leaves them alone. What comes back holds no values: zeros in the cache, NaN in the weights, so that a
-part which no later load brings cannot pass for weights.
-
-Left out: sleep with samples in flight, waking weights and cache one after the other.
+CPU build answers `sleep` with a warning and keeps everything; there it is done here, inside the worker: the storage of
+the KV cache is freed and, at level 2, that of the weights. Memory comes back without its values, as zeros in the cache
+and NaN in the weights, so that a part which no later load fills cannot pass for weights.
+Not supported: sleep with samples in flight, waking weights and cache separately.
 """
 
 from __future__ import annotations
@@ -21,18 +19,18 @@ from torch import Tensor, nn
 from forerun.models.checksum import checksum
 
 LEVELS = (1, 2)
-PACKED = "cpu_linear"  # where vLLM's CPU build keeps what it made of a layer's matrix
+PACKED = "cpu_linear"  # where vLLM's CPU build keeps its packed copy of a layer's matrix
 
 
 @dataclass(slots=True)
 class Freed:
-    """Storages whose memory was given back, and what size they had."""
+    """Storages whose memory was freed, and their sizes."""
 
     cache: list[tuple[torch.UntypedStorage, int]] = field(default_factory=list)
     weights: list[tuple[torch.UntypedStorage, int]] = field(default_factory=list)
 
     def refill(self) -> None:
-        """Take the memory again: zeros for the cache, bytes of ones (NaN) for the weights."""
+        """Allocate the memory again: zeros for the cache, bytes of ones (NaN) for the weights."""
         for storages, value in ((self.cache, 0), (self.weights, 255)):
             for storage, size in storages:
                 storage.resize_(size)
@@ -40,7 +38,7 @@ class Freed:
 
 
 def free(runner: Any, level: int) -> Freed:
-    """Give the memory of a runner on a CPU back: its KV cache, and at level 2 the weights of policy and drafter."""
+    """Free the memory of a runner on a CPU: its KV cache, and at level 2 the weights of policy and drafter."""
     freed = Freed(cache=_drop(_tensors(runner.kv_caches)))
     if level == 2:
         models = _models(runner).values()

@@ -1,7 +1,7 @@
-"""Which version an engine with a copy of its own holds, and which it may take next.
+"""The weight version of an engine with its own copy of the weights, and which version it may load next.
 
-An engine holds nothing after a load that broke off and after a sleep that threw the weights away. Then only a version
-that carries the tensors of every group is taken: a checksum is worth nothing where there are no bytes.
+An engine holds nothing after a load that failed halfway and after a sleep that discarded the weights. Then only a
+version with the tensors of every group is accepted: there are no bytes for a checksum to match.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Given = dict[str, Mapping[str, Tensor]]  # tensors by group
 
 @dataclass(slots=True)
 class WeightVersionState:
-    """The version that is held, among groups of known shapes. A group without tensors has nothing to be stale."""
+    """The version that is held, for groups of known shapes. A group without tensors cannot be stale."""
 
     groups: dict[str, Shapes]
     held: Weights = field(default_factory=lambda: Weights(0, {}))
-    lost: str = ""  # why nothing is held, as a sentence without its end
-    discarded: Weights | None = None  # what a sleep threw away
+    lost: str = ""  # why nothing is held, a sentence without its full stop
+    discarded: Weights | None = None  # what a sleep discarded
 
     @property
     def version(self) -> int | None:
@@ -43,7 +43,7 @@ class WeightVersionState:
 
         Raises:
             UserError: a group is missing, partial, or not held where only its checksum is given; or the version is
-                older than the one that was thrown away, or other bytes under its number.
+                older than the discarded one, or other bytes under its number.
         """
         given = {g: s for g, s in (("policy", weights.policy), ("draft", weights.draft)) if s is not None}
         self._check_groups(weights, given)
@@ -62,16 +62,16 @@ class WeightVersionState:
         return given
 
     def take(self, weights: Weights) -> Weights:
-        """Note that a version is held now; what it is, without the tensors."""
+        """A version is held now; returns it without the tensors."""
         self.held, self.lost, self.discarded = Weights(weights.version, dict(weights.checksums)), "", None
         return self.held
 
     def lose(self, why: str) -> None:
-        """Note that nothing is held."""
+        """Nothing is held any more."""
         self.lost = why
 
     def discard(self) -> None:
-        """Note that the weights are thrown away."""
+        """The weights were discarded by a sleep."""
         self.discarded = self.discarded if self.lost else self.held
         self.lost = "The engine threw its weights away when it went to sleep"
 
@@ -86,7 +86,7 @@ class WeightVersionState:
             raise UserError(f"Version {weights.version} carries no policy")
 
     def _check_age(self, weights: Weights) -> None:
-        """Hold the number against that of the version which was thrown away: there are no bytes to compare with."""
+        """Compare with the version that was discarded, by number and checksum: its bytes are gone."""
         old = self.discarded
         if old is None:
             return

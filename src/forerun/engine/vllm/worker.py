@@ -1,8 +1,8 @@
-"""What vLLM's worker process can do for us: its extension class, reached by `collective_rpc`.
+"""The extension class of vLLM's worker, called by `collective_rpc`.
 
-A version arrives in pieces and is put in use by vLLM's own layer-wise reload, policy and drafter one after the other.
-vLLM fuses and packs most matrices, so what it holds cannot be read back byte by byte; parameters that it keeps under
-the checkpoint's name and shape are compared after the load. Left out: tensor parallelism across machines.
+A version arrives in pieces and is loaded by vLLM's own layer-wise reload, first the policy, then the drafter. vLLM
+fuses and packs most matrices, so they cannot be read back; parameters that it keeps under the checkpoint's name and
+shape are compared after the load.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class WeightReceiver:
         self.model_runner.drafter.open()
 
     def forerun_drafter_metrics(self) -> dict[str, int]:
-        """What the drafter counts by itself."""
+        """The proposer's counts."""
         return self.model_runner.drafter.metrics()
 
     # ---- sleep ----
@@ -55,7 +55,7 @@ class WeightReceiver:
         self.forerun_freed = free(self.model_runner, level)
 
     def forerun_wake(self) -> None:
-        """Take the memory again; its contents are lost."""
+        """Allocate the memory again; its contents are lost."""
         assert self.forerun_freed is not None
         self.forerun_freed.refill()
         self.forerun_freed = None
@@ -63,23 +63,23 @@ class WeightReceiver:
     # ---- weights ----
 
     def forerun_begin(self, groups: dict[str, Shapes]) -> None:
-        """Make room for a version. An unfinished one is thrown away."""
+        """Allocate room for a version. An unfinished one is dropped."""
         self.forerun_staging = Staging.of(groups)
 
     def forerun_receive(self, pieces: list[Piece]) -> None:
-        """Take pieces of it."""
+        """Add pieces of it."""
         assert self.forerun_staging is not None
         self.forerun_staging.add(pieces)
 
     def forerun_commit(self, expected: dict[str, str], draft_temperature: float) -> dict[str, int]:
-        """Check the version and put it in use; per group, how many parameters were read back and agreed.
+        """Check the version and load it; per group, how many parameters were read back and agreed.
 
         Args:
             expected: checksums per group. draft_temperature: relative to that of the rollouts.
 
         Raises:
             UserError: it is partial or damaged, or may not be loaded; the old weights stay.
-            RuntimeError: vLLM did not take it over as it was given.
+            RuntimeError: vLLM does not hold what it was given.
         """
         staging, self.forerun_staging = self.forerun_staging, None
         assert staging is not None
@@ -118,7 +118,7 @@ def _has_map(model: Any) -> bool:
 
 
 def _check_own_head(runner: Any, state: Mapping[str, Tensor]) -> None:
-    """vLLM shares an output head that was equal at the start: a load of the drafter would overwrite the policy's."""
+    """vLLM shares output heads that are equal at the start: loading the drafter would overwrite the policy's."""
     drafter, policy = runner.drafter.model, runner.get_model()
     if "lm_head.weight" in state and getattr(drafter, "lm_head", None) is getattr(policy, "lm_head", drafter):
         raise UserError(
