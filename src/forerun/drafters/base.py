@@ -52,7 +52,7 @@ class Drafter(ABC):
     Config: ClassVar[type[DrafterConfig] | None] = None  # its settings; None: it has none
     trains: ClassVar[bool] = False  # its weights must be given or trained before RL (`forerun draft`)
     samples: ClassVar[bool] = False  # its chains are sampled from a q of its own; else q is one-hot
-    cotrains: ClassVar[bool] = False  # it can train beside the policy, see `trainable_head`
+    cotrains: ClassVar[bool] = False  # it can be co-trained with the policy, see `trainable_head`
     trees: ClassVar[bool] = False  # it proposes trees
     vllm_refusal: ClassVar[str] = "vLLM has no drafter of this kind"  # why vLLM cannot run it; "": it can
     vllm_scales_drafts: ClassVar[bool] = False  # vLLM can draft at another temperature than that of the rollouts
@@ -152,7 +152,7 @@ class Drafter(ABC):
     # ---- weights ----
 
     def trainable_head(self) -> TrainableHead:
-        """What trains beside the policy. Every drafter that `cotrains` has one."""
+        """What is co-trained with the policy. Every drafter that `cotrains` has one."""
         raise NotImplementedError(f"{type(self).__name__}.trainable_head")
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ class Drafter(ABC):
             raise UserError(f"The drafter '{self.name}' has no weights, but the state holds {sorted(state)}")
 
     def description(self) -> dict[str, Any]:
-        """What `save` writes to config.json beside the drafter's name."""
+        """What `save` writes to config.json in addition to its name."""
         return {}
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:

@@ -170,7 +170,7 @@ class ModelDrafter(SampledDrafter):
         load_exactly(self.model.model, state, "the draft model")
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write a Hugging Face folder (weights, config, tokenizer); `about` stands in config.json under "forerun"."""
+        """Write a Hugging Face folder (weights, config, tokenizer); `about` goes into config.json under "forerun"."""
         save_policy(self.model, folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "forerun": about}, indent=2) + "\n")
@@ -203,7 +203,7 @@ class ModelDrafter(SampledDrafter):
 
 
 def _check_vocabulary(model: Policy, policy: Policy) -> None:
-    """Token ids must mean the same to both: a draft is judged by id."""
+    """Token ids must mean the same to both: drafts are verified by id."""
     ours, theirs = (int(p.model.config.get_text_config().vocab_size) for p in (model, policy))
     if ours != theirs:
         raise UserError(

@@ -429,7 +429,7 @@ class Eagle3Drafter(SampledDrafter):
     def load(
         cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: TemperatureSetting = 1.0
     ) -> Self:
-        """Read a head in any published layout (`dialect` says which it was) and check that it fits the policy.
+        """Read a head in any published layout (see `dialect`) and check that it fits the policy.
 
         Raises:
             UserError: files are missing or broken, or the head was made for another policy.

@@ -1,6 +1,6 @@
 """Checkpoint formats of EAGLE-3 heads: published ones are read, ours are written so that others can read them.
 
-Dialects, told apart by config.json and stated in `HeadFile.dialect`:
+Dialects, recognised by config.json and recorded in `HeadFile.dialect`:
 - "specforge": a flat Llama config (SpecForge, SafeAILab/EAGLE, AngelSlim, ModelOpt).
 - "speculators": the layer's config nested in `transformer_layer_config`; what is missing there has that class's default
   (vllm-project/speculators, models/eagle3/config.py).
@@ -308,7 +308,7 @@ def _with_vocabulary(found: dict[str, Tensor], config: Eagle3Config) -> dict[str
 
 
 def _target_ids(d2t: Tensor, t2d: Tensor | None, vocabulary: int) -> Tensor:
-    """Target ids [D] of draft ids, from offsets or from absolute ids; t2d [V] tells which, where it is there.
+    """Target ids [D] of draft ids, from offsets or from absolute ids; t2d [V], if present, shows which.
 
     Without it, offsets are what is published; only a d2t that never repeats a value could be either, for neighbouring
     tokens have the same offset.

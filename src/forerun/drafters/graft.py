@@ -73,7 +73,7 @@ class Nodes:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """Rank paths below one token, best first, so that a parent stands before its children."""
+    """Rank paths below one token, best first, a parent before its children."""
 
     parents: Tensor  # [m] int64, -1: the token itself
     ranks: Tensor  # [m] int64, which successor of the parent
@@ -410,7 +410,7 @@ class GraftDrafter(Drafter):
         self._reader.load_state_dict(state)
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write the head as `Eagle3Drafter.save` does, and the table beside it."""
+        """Write the head as `Eagle3Drafter.save` does, and the table in the same folder."""
         from safetensors.torch import save_file
 
         self._reader.save(folder, about)

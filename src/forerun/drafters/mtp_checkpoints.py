@@ -54,7 +54,7 @@ def read_heads(folder: Path, policy_layers: int) -> dict[str, Tensor]:
 
 
 def our_name(name: str, policy_layers: int) -> str | None:
-    """Our name of a tensor in a file, None where it is not a head's. `layers.*` stands for every layer."""
+    """Our name of a tensor in a file, None where it is not a head's. `layers.*`: of every layer."""
     if name == IDS:
         return name
     if match := re.fullmatch(r"(?:model\.)?layers\.(\d+)\.(.+)", name):

@@ -3,7 +3,7 @@
 A drafted token is accepted with probability sum_v min(p_v, q_v) (2211.17192, corollary 3.6), and that sum is known
 exactly for every temperature of q wherever the policy has verified a draft. So no temperature is tried out: on a grid
 of them the overlap is computed on a few of a round's reached draft positions, averaged exponentially, and the best one
-drafts the next round. Position j is reached when the j drafts before it were accepted; what stands behind a rejection
+drafts the next round. Position j is reached when the j drafts before it were accepted; what follows a rejection
 belongs to another text.
 
 Losslessness. The temperature of a round is a function of earlier rounds alone. Given all that happened in them,

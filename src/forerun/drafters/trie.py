@@ -129,11 +129,11 @@ class Corpus:
             self._evict(next(iter(self.texts.values())))
 
     def continuation(self, scope: bytes, context: Sequence[int], k: int) -> list[int]:
-        """At most k tokens after `context`; `tests/proofs/lookups.py` says which."""
+        """At most k tokens after `context`; for the definition see `tests/proofs/lookups.py`."""
         following = self._occurrences(scope, context) if k > 0 else np.zeros(0, dtype=np.int64)
         chosen: list[int] = []
         while len(chosen) < k:
-            if len(following) == 1:  # the usual case after a long match: nobody is left to disagree
+            if len(following) == 1:  # the usual case after a long match: one occurrence
                 rest = self._store[following[0] : following[0] + k - len(chosen)].tolist()
                 return chosen + (rest[: rest.index(_GAP)] if _GAP in rest else rest)
             tokens = self._store[following]

@@ -109,4 +109,4 @@ def spoil(engine: Any, fault: str | None) -> None:
     if fault in _SPOILERS:
         _SPOILERS[fault](engine)
     elif fault == UPSTREAM:
-        engine.mends = False
+        engine.patches = False

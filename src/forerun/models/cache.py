@@ -64,7 +64,7 @@ class TreePlaces:
 class SlotPass:
     """One forward over rows `first_row .. first_row + B` of a cache, row b starting at place `starts[b]`.
 
-    Token i of row b lies at place starts[b] + i. In a chain that is its position, and it sees every place up to its
+    Token i of row b is at place starts[b] + i. In a chain that is its position, and it sees every place up to its
     own; with a `tree`, it sees the text below the tree's places and of those the ones that the tree names.
     """
 

@@ -1,4 +1,4 @@
-"""A checksum of named tensors that costs one pass over their bytes: enough to tell versions and partial loads apart."""
+"""A checksum of named tensors in one pass over their bytes: distinguishes versions and detects partial loads."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def _rows(model: Any, policy: Policy, pairs: Sequence[Pair], temperature: float)
 
 
 def _passes(pairs: Sequence[Pair], policy: Policy) -> list[list[Pair]]:
-    """Pairs in groups whose [M, V] tensors stay within `ROW_BYTES` (a longer pair stands alone)."""
+    """Pairs in groups whose [M, V] tensors stay within `ROW_BYTES` (a longer pair is a group of its own)."""
     tokens = ROW_BYTES // (4 * policy.model.config.get_text_config().vocab_size)
     groups = microbatches([len(p) + len(c) for p, c in pairs], max(1, tokens))
     return [[pairs[i] for i in group] for group in groups]

@@ -46,7 +46,7 @@ def new_head(policy: Policy, pairs: Sequence[Pair], config: DraftConfig) -> Eagl
 
 @torch.no_grad()
 def _start_from(head: Eagle3Head, model: Any) -> None:
-    """Copy what has the same meaning and shape in the policy's last layer; the latest tap passes straight through."""
+    """Copy what has the same meaning and shape in the policy's last layer; the last auxiliary state is passed on."""
     layer, own = decoder_layers(model)[-1], head.midlayer
     head.fc.weight.normal_(0, 0.01)
     head.fc.weight[:, -head.config.hidden_size :] += torch.eye(head.config.hidden_size, device=head.fc.weight.device)

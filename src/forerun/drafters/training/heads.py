@@ -231,7 +231,7 @@ def autocast_of(policy: Policy) -> torch.autocast:
 def split_pairs(pairs: Sequence[Pair], share: float, rng: random.Random) -> tuple[list[Pair], list[Pair]]:
     """Validation and training pairs; samples of one prompt stay on one side.
 
-    A prompt of a single token is no prompt (a text that begins with the tokenizer's first token): each stands alone.
+    A prompt of one token is no prompt (texts that begin with the tokenizer's first token): each is its own group.
     """
     groups = [tuple(p) if len(p) > 1 else (*p, *c) for p, c in pairs]
     names = sorted(set(groups))

@@ -1,8 +1,8 @@
 """The training loop of every drafter: AdamW, warm-up, shuffled batches, clipping; validate, keep the best, stop early.
 
 What differs between drafters comes in as two functions: one adds a batch's gradient, one validates (`heads.py`,
-`distill.py`). With a `StateFile` the state of every finished epoch is saved, and a training that was killed goes on
-from there to the weights that it would have had, bit for bit.
+`distill.py`). With a `StateFile` the state of every finished epoch is saved, and a killed training resumes from
+there, bit-equal to one that was not killed.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class TrainingSetup:
 
 
 class Trainer:
-    """A training between two epochs: everything that decides how it goes on."""
+    """The state of a training between two epochs, and its loop."""
 
     def __init__(self, module: nn.Module, config: DraftConfig, rng: random.Random) -> None:
         self.module, self.config, self.rng = module, config, rng

@@ -66,7 +66,7 @@ class LocalEngine(RolloutEngine):
         verifier: Verify = verify,
         tree_verifier: VerifyTree = verify_tree,
     ) -> None:
-        """An engine around `policy`.
+        """An engine for the live `policy`.
 
         Args:
             k: draft tokens per round, of a tree its nodes (0 or no drafter: plain).

@@ -90,7 +90,7 @@ class VllmEngine(RolloutEngine):
         drafter = check(self.speculation) if self.k else None
         super().__init__(describe_policy(policy_folder(policy)), self.k)
         self.context = min(self.limits.context or self.policy.context, self.policy.context)
-        self.mends = True  # whether vLLM's faults are patched; `forerun verify` has to find them
+        self.patches = True  # whether vLLM's faults are patched; `forerun verify` has to find them
         self._stats = SpecDecodeMetrics(self.counters)
         self._detector = StaleDrafterDetector()
         self._paused = False
@@ -169,7 +169,7 @@ class VllmEngine(RolloutEngine):
         if self._running:
             raise UserError("This engine is already generating; finish or close its stream first")
         self._check(prompts, sampling, n)
-        if self.k and sampling.temperature > 0 and self.mends:
+        if self.k and sampling.temperature > 0 and self.patches:
             ensure_exact(device().type == "cpu")
         if self._custom_proposer:
             self._vllm.collective_rpc("forerun_open")

@@ -41,7 +41,7 @@ def expand(
 
 
 def works(kernel: Callable[..., Any]) -> bool:
-    """Whether an expand kernel writes what it should; called with positional arguments, as `expand`."""
+    """Whether an expand kernel is right; called with positional arguments, as `expand`."""
     output = torch.full((5,), -77.0)
     kernel(output, torch.tensor([0.5, 0.0]), torch.tensor([2, 5], dtype=torch.int32), 0, 1)
     return output.tolist() == [0.5, 0.5, 1.0, 1.0, 1.0]
