@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from forerun.config import SpeculationConfig
 from forerun.drafters.base import Drafter, Rows, emitted
 from forerun.engine.base import Sampling
 from forerun.engine.local.engine import LocalEngine
@@ -165,19 +163,6 @@ class Hider(Drafter):
         self.truth, self.depth = truth, depth
         self.observed: list[tuple[int, int, list[int], Tensor]] = []  # seed, length, emitted, features
 
-    @classmethod
-    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> Hider:
-        raise NotImplementedError
-
-    def open(self, rows: int, positions: int, k: int) -> None:
-        pass
-
-    def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
-        pass
-
-    def copy(self, source: int, target: int) -> None:
-        pass
-
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
         """Per step: a decoy below the true node before, the true token, and a decoy's child."""
         tokens = torch.zeros(rows.count, 3 * self.depth, dtype=torch.int64)
@@ -196,9 +181,6 @@ class Hider(Drafter):
         assert features is not None
         for b, tokens in enumerate(emitted(verdict)):
             self.observed.append((int(rows.seeds[b]), int(rows.lengths[b]), tokens, features[b, : len(tokens)].clone()))
-
-    def save(self, folder: Path, about: dict[str, Any]) -> None:
-        pass
 
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21], [30] * 40, [2] * 120]

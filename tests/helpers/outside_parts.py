@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from forerun.engine import RolloutEngine, Sampling, Weights
 from forerun.engine.base import Requests, nothing
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy
-from forerun.types import Draft, Rollout, VerifyResult
+from forerun.types import Draft, Rollout
 
 DRAFTER = "outside_parts:RepeatDrafter"
 ENGINE = "outside_parts:CountingEngine"
@@ -42,26 +41,11 @@ class RepeatDrafter(Drafter):
     def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> RepeatDrafter:
         return cls(cls.own_settings(speculation))
 
-    def open(self, rows: int, positions: int, k: int) -> None:
-        pass
-
-    def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
-        pass
-
-    def copy(self, source: int, target: int) -> None:
-        pass
-
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
         most = torch.clamp(budget, max=self.settings.length).tolist()
         return deterministic_draft(
             [[token] * n for token, n in zip(rows.last.tolist(), most, strict=True)], budget.device
         )
-
-    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
-        pass
-
-    def save(self, folder: Path, about: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
 
 
 class CountingEngine(RolloutEngine):

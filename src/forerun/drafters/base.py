@@ -7,7 +7,6 @@ sampled. The `log_q` that a draft carries is the very tensor that its tokens wer
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +44,11 @@ class Rows:
         return self.last.shape[0]
 
 
-class Drafter(ABC):
-    """Base class of drafters: what the engine calls, and what a recipe needs to know before one is made."""
+class Drafter:
+    """Base class of drafters: what the engine calls, and what a recipe needs to know before one is made.
+
+    A drafter without state defines `name`, `from_config` and `propose`; the other methods do nothing by default.
+    """
 
     name: ClassVar[str]  # in a recipe: `speculation.method`
     Config: ClassVar[type[DrafterConfig] | None] = None  # its settings; None: it has none
@@ -62,12 +64,12 @@ class Drafter(ABC):
     # ---- made from a recipe ----
 
     @classmethod
-    @abstractmethod
     def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> Self:
         """The drafter of a speculation block. Raises UserError when it cannot be found or does not fit the policy.
 
         A drafter without a block of its own name reads `speculation.settings`, see `own_settings`.
         """
+        raise NotImplementedError(f"{cls.__name__}.from_config")
 
     @classmethod
     def own_settings(cls, speculation: SpeculationConfig) -> Any:
@@ -107,26 +109,22 @@ class Drafter(ABC):
 
     # ---- in an engine ----
 
-    @abstractmethod
     def open(self, rows: int, positions: int, k: int) -> None:
         """Allocate `rows` sequences of at most `positions` tokens, drafts of at most `k`; forget the earlier ones."""
 
-    @abstractmethod
     def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
         """Prompts tokens [P, L] of `lengths` [P] entered rows first_row, first_row + 1, ...
 
         features [P, L-1, T·H]: the policy's auxiliary hidden states, for all but each prompt's last token.
         """
 
-    @abstractmethod
     def copy(self, source: int, target: int) -> None:
         """Row `target` continues what row `source` holds."""
 
-    @abstractmethod
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
         """Draft at most budget [B] tokens per row; a tree: paths of at most that many, and at most `k` nodes in all."""
+        raise NotImplementedError(f"{type(self).__name__}.propose")
 
-    @abstractmethod
     def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
         """Row b emitted verdict.tokens[b, : accepted[b] + 1], and its sample keeps them all: none beyond its end.
 
@@ -134,7 +132,7 @@ class Drafter(ABC):
         drafts); of a tree, for the newest token and the accepted path.
         """
 
-    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:  # noqa: B027 (optional)
+    def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         """Learn from a verified round; may change how later rounds are drafted. Default: nothing.
 
         Called once per round, plain ones too, after verification and before `observe`.

@@ -20,7 +20,7 @@ from torch import Tensor
 from forerun.config import SpeculationConfig
 from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.sampled import SampledChain, SampledDrafter
-from forerun.drafters.temperature import TemperatureSetting
+from forerun.drafters.temperature import Temperature
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy, save_policy
 from forerun.models.cache import SlotCache, SlotPass
@@ -41,22 +41,9 @@ class ModelDrafter(SampledDrafter):
     vllm_refusal = ""
 
     def __init__(
-        self,
-        model: Policy,
-        policy: Policy,
-        *,
-        proposal: str = "sampled",
-        draft_temperature: TemperatureSetting = 1.0,
+        self, model: Policy, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
     ) -> None:
-        """`model` drafts for `policy`.
-
-        Args:
-            proposal: "argmax" drafts deterministically, with a one-hot q.
-            draft_temperature: relative to that of the rollouts, or "auto", see temperature.py.
-
-        Raises:
-            UserError: their vocabularies differ.
-        """
+        """`model` drafts for `policy`, see `SampledDrafter`. Raises UserError when their vocabularies differ."""
         super().__init__(proposal, draft_temperature)
         _check_vocabulary(model, policy)
         model.model.eval()
@@ -177,12 +164,7 @@ class ModelDrafter(SampledDrafter):
 
     @classmethod
     def load(
-        cls,
-        source: str | Path,
-        policy: Policy,
-        *,
-        proposal: str = "sampled",
-        draft_temperature: TemperatureSetting = 1.0,
+        cls, source: str | Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
     ) -> Self:
         """Load a draft model in the policy's number format and on its device.
 

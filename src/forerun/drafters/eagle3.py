@@ -23,7 +23,7 @@ from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.eagle3_checkpoints import Eagle3Config as Eagle3Config
 from forerun.drafters.eagle3_checkpoints import head_files, read_head
 from forerun.drafters.sampled import SampledChain, SampledDrafter
-from forerun.drafters.temperature import TemperatureSetting, tempered_head
+from forerun.drafters.temperature import Temperature, tempered_head
 from forerun.drafters.trainable import TeacherBatch, TrainableHead
 from forerun.errors import UserError
 from forerun.models import Policy
@@ -245,22 +245,9 @@ class Eagle3Drafter(SampledDrafter):
     vllm_scales_drafts = True
 
     def __init__(
-        self,
-        head: Eagle3Head,
-        policy: Policy,
-        *,
-        proposal: str = "sampled",
-        draft_temperature: TemperatureSetting = 1.0,
+        self, head: Eagle3Head, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
     ) -> None:
-        """A head that drafts for `policy`.
-
-        Args:
-            proposal: "argmax" drafts deterministically.
-            draft_temperature: relative to that of the rollouts, or "auto", see temperature.py.
-
-        Raises:
-            UserError: the head was made for another policy.
-        """
+        """See `SampledDrafter`. Raises UserError when the head was made for another policy."""
         super().__init__(proposal, draft_temperature)
         check_aux_layers(head.config.layers, len(decoder_layers(policy.model)))
         _check_fit(head.config, policy)
@@ -427,7 +414,7 @@ class Eagle3Drafter(SampledDrafter):
 
     @classmethod
     def load(
-        cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: TemperatureSetting = 1.0
+        cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
     ) -> Self:
         """Read a head in any published layout (see `dialect`) and check that it fits the policy.
 

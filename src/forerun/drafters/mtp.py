@@ -31,7 +31,7 @@ from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.mtp_checkpoints import IDS, published_name, read_heads
 from forerun.drafters.mtp_unroll import unroll_mtp
 from forerun.drafters.sampled import SampledChain, SampledDrafter
-from forerun.drafters.temperature import TemperatureSetting
+from forerun.drafters.temperature import Temperature
 from forerun.drafters.trainable import TeacherBatch, TrainableHead
 from forerun.errors import UserError
 from forerun.models import Policy
@@ -219,14 +219,9 @@ class MtpDrafter(SampledDrafter):
     )
 
     def __init__(
-        self,
-        head: MtpHead,
-        policy: Policy,
-        *,
-        proposal: str = "sampled",
-        draft_temperature: TemperatureSetting = 1.0,
+        self, head: MtpHead, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
     ) -> None:
-        """Arguments as for `Eagle3Drafter`."""
+        """See `SampledDrafter`."""
         super().__init__(proposal, draft_temperature)
         self.head = head.to(policy.device).eval()
         self.aux_layers = head.config.layers
@@ -352,7 +347,7 @@ class MtpDrafter(SampledDrafter):
 
     @classmethod
     def load(
-        cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: TemperatureSetting = 1.0
+        cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
     ) -> Self:
         """Read heads saved by `save`, or those that a checkpoint of the policy carries; see `read_heads`.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from forerun.acceptance.random import Purpose, inverse_cdf_log, round_keys, uniforms
 from forerun.config import SpeculationConfig
 from forerun.drafters.base import Drafter, Rows
-from forerun.drafters.temperature import TemperatureSetting, draft_temperature_of
+from forerun.drafters.temperature import Temperature, draft_temperature_of
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.load import artifact
@@ -25,8 +25,13 @@ class SampledDrafter(Drafter):
     trains = samples = True
     needs: ClassVar[str]  # what `speculation.draft` names, for the error without one
 
-    def __init__(self, proposal: str, draft_temperature: TemperatureSetting) -> None:
-        """`proposal`: "sampled", or "argmax" with a one-hot q. `draft_temperature`: see temperature.py."""
+    def __init__(self, proposal: str, draft_temperature: Temperature) -> None:
+        """Sets how drafts are drawn.
+
+        Args:
+            proposal: "sampled", or "argmax": the likeliest tokens, with a one-hot q.
+            draft_temperature: relative to that of the rollouts, or "auto", see temperature.py.
+        """
         self.proposal = proposal
         self.draft_temperature = draft_temperature_of(draft_temperature, proposal)
 
@@ -35,12 +40,8 @@ class SampledDrafter(Drafter):
         """See `Drafter.from_config`."""
         if speculation.draft is None:
             raise UserError(f"speculation.method={cls.name} needs speculation.draft, {cls.needs}")
-        return cls.load(
-            cls.locate(speculation.draft),
-            policy,
-            proposal=speculation.proposal,
-            draft_temperature=speculation.draft_temperature,
-        )
+        source, temperature = cls.locate(speculation.draft), speculation.draft_temperature
+        return cls.load(source, policy, proposal=speculation.proposal, draft_temperature=temperature)
 
     @classmethod
     def locate(cls, draft: str) -> Any:
@@ -49,7 +50,7 @@ class SampledDrafter(Drafter):
 
     @classmethod
     def load(
-        cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: TemperatureSetting = 1.0
+        cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
     ) -> Self:
         """Read a saved drafter. Keywords as for the constructor. Raises UserError when it does not fit the policy."""
         raise NotImplementedError(f"{cls.__name__}.load")

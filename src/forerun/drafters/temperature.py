@@ -1,21 +1,16 @@
 """The draft temperature, relative to that of the rollouts: fixed, or tuned online (`draft_temperature: auto`).
 
-A drafted token is accepted with probability sum_v min(p_v, q_v) (2211.17192, corollary 3.6), and that sum is known
-exactly for every temperature of q wherever the policy has verified a draft. So no temperature is tried out: on a grid
-of them the overlap is computed on a few of a round's reached draft positions, averaged exponentially, and the best one
-drafts the next round. Position j is reached when the j drafts before it were accepted; what follows a rejection
-belongs to another text.
+A drafted token is accepted with probability sum_v min(p_v, q_v) (2211.17192, corollary 3.6), which is known exactly for
+every temperature of q wherever the policy has verified a draft. So no temperature is tried out: the overlap is computed
+on a grid of temperatures at a few of a round's reached draft positions and averaged exponentially; the best one drafts
+the next round. Position j is reached when the j drafts before it were accepted.
 
-Losslessness. The temperature of a round is a function of earlier rounds alone. Given all that happened in them,
-accepted or rejected, in this row or another, a round draws its drafts, acceptance uniforms and last token from uniforms
-of its own (`round_keys`: a new root, new keys) and from the q that it hands over, and then its tokens, continued by the
-policy, have the policy's law for *whatever* temperature it runs at; by induction over rounds so has the text. That
-holds for block verification too, which looks at drafts behind a rejection: their text is drawn anew in the next round,
-from fresh uniforms, so what was learnt from the rejected ones says nothing about it. A temperature that reads the
-drafts of its own round would not be safe: its q is not the one that they were sampled from.
-
-Not supported: a temperature per position or per entropy (worth at most 0.8 points of acceptance on synthetic rows),
-trees.
+Losslessness. The temperature of a round is a function of earlier rounds alone, and a round draws from fresh uniforms
+(`round_keys`: a new root, new keys) and from the q that it hands over. So its tokens, continued by the policy, have the
+policy's distribution at *whatever* temperature; by induction over rounds so has the text. Block verification, which
+reads drafts after a rejection, is no exception: their text is drawn anew in the next round. A temperature that reads
+the drafts of its own round would not be safe: its q is not the one that they were sampled from.
+Not supported: a temperature per position or per entropy (worth at most 0.8 points of acceptance), trees.
 Axes: B rows, k draft positions, n verified positions, G grid, V vocabulary, D draft vocabulary.
 """
 
@@ -37,7 +32,7 @@ if TYPE_CHECKING:
 GRID = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 ELEMENTS = 1 << 21  # exponentials per round: a few milliseconds of one core, whatever the vocabulary
 
-TemperatureSetting = float | Literal["auto"]
+Temperature = float | Literal["auto"]
 
 
 class FixedTemperature:
@@ -106,7 +101,7 @@ class OnlineTemperature:
 DraftTemperature = FixedTemperature | OnlineTemperature
 
 
-def draft_temperature_of(setting: TemperatureSetting, proposal: str) -> DraftTemperature:
+def draft_temperature_of(setting: Temperature, proposal: str) -> DraftTemperature:
     """The draft temperature that a recipe asks for.
 
     Raises:

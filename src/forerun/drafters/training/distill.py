@@ -88,12 +88,7 @@ def validate(model: Any, policy: Policy, pairs: Sequence[Pair], config: DraftCon
         for j in range(config.depth):
             sums[j] += float(kept[place >= j].sum())
             counts[j] += int((place >= j).sum())
-    rates = [s / c for s, c in zip(sums, counts, strict=True) if c]
-    length, product = 1.0, 1.0
-    for rate in rates:
-        product *= rate
-        length += product
-    return Validation(rates, length)
+    return Validation.of([s / c for s, c in zip(sums, counts, strict=True) if c])
 
 
 def _backward(model: Any, policy: Policy, pairs: Sequence[Pair], config: DraftConfig, temperature: float) -> float:

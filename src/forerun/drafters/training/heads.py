@@ -215,13 +215,8 @@ def validate(
 def mean_acceptance(batches: Sequence[Sequence[PositionLoss]]) -> Validation:
     """Acceptance over the draft positions of many batches."""
     depth = max((len(positions) for positions in batches), default=0)
-    length, product, rates = 1.0, 1.0, []
-    for j in range(depth):
-        here = [positions[j] for positions in batches if len(positions) > j]
-        rates.append(sum(p.accepted for p in here) / sum(p.rows for p in here))
-        product *= rates[-1]
-        length += product
-    return Validation(rates, length)
+    by_position = [[positions[j] for positions in batches if len(positions) > j] for j in range(depth)]
+    return Validation.of([sum(p.accepted for p in here) / sum(p.rows for p in here) for here in by_position])
 
 
 def autocast_of(policy: Policy) -> torch.autocast:

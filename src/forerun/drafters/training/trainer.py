@@ -13,6 +13,8 @@ import random
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +37,11 @@ class Validation:
 
     per_position: list[float]
     length: float  # expected tokens per round with J drafts
+
+    @classmethod
+    def of(cls, rates: list[float]) -> Validation:
+        """Of acceptance rates, each given that all drafts before were accepted."""
+        return cls(rates, 1.0 + sum(accumulate(rates, mul)))
 
     def __str__(self) -> str:
         rates = " ".join(f"{a:.2f}" for a in self.per_position)
