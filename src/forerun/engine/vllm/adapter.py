@@ -284,7 +284,10 @@ class VllmEngine(RolloutEngine):
 
                 let_scan_pass()
                 wanted = translate(self.speculation, draft, block=True)
-                settings = EngineArgs(**self._arguments(folder, dtype), speculative_config=wanted.config)
+                arguments = self._arguments(folder, dtype)
+                settings = EngineArgs(
+                    **arguments, speculative_config=wanted.config, additional_config=wanted.additional
+                )
                 config = settings.create_engine_config()
                 wanted = self._settle_rule(config, wanted, draft)
                 self._vllm = LLMEngine(
@@ -303,7 +306,6 @@ class VllmEngine(RolloutEngine):
         return wanted.rule
 
     def _arguments(self, folder: Path, dtype: str) -> dict[str, Any]:
-        drafter = check(self.speculation) if self.k else None
         gib = self.limits.cache_gib
         if gib is None and device().type == "cpu":
             gib = 2.0
@@ -322,7 +324,6 @@ class VllmEngine(RolloutEngine):
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",  # not its sampling defaults; its end tokens are set per request
             "worker_extension_cls": "forerun.engine.vllm.worker.WeightReceiver",
-            "additional_config": drafter.vllm_additional_config(self.speculation) if drafter is not None else {},
             "per_request_spec_decode_metrics": "detailed" if self.k else "none",
             "use_tqdm_on_load": False,
             "seed": 0,

@@ -8,7 +8,7 @@ Both rules are exact; block verification keeps more of sampled drafts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Translated:
     config: dict[str, Any] | None  # vLLM's speculative_config; None: plain
     rule: str  # that verifies: "token" or "block"
     notes: tuple[str, ...] = ()
+    additional: dict[str, Any] = field(default_factory=dict)  # vLLM's additional_config, for proposer classes of ours
 
 
 def translate(speculation: SpeculationConfig, draft: Path | None, block: bool) -> Translated:
@@ -49,8 +50,8 @@ def translate(speculation: SpeculationConfig, draft: Path | None, block: bool) -
     if samples:
         own["draft_sample_method"] = "probabilistic" if sampled else "greedy"
         own["rejection_sample_method"] = "block" if rule == "block" else "standard"
-    notes = _rule_note(speculation, rule) if samples and sampled else ()
-    return Translated(_merged(own, speculation), rule, (*notes, *_frozen_note(speculation)))
+    notes = (*(_rule_note(speculation, rule) if samples and sampled else ()), *_frozen_note(speculation))
+    return Translated(_merged(own, speculation), rule, notes, drafter.vllm_additional_config(speculation))
 
 
 def check(speculation: SpeculationConfig) -> type[Drafter]:
