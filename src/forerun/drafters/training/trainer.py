@@ -13,8 +13,6 @@ import random
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
-from operator import mul
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,7 +39,11 @@ class Validation:
     @classmethod
     def of(cls, rates: list[float]) -> Validation:
         """Of acceptance rates, each given that all drafts before were accepted."""
-        return cls(rates, 1.0 + sum(accumulate(rates, mul)))
+        length = product = 1.0
+        for rate in rates:
+            product *= rate
+            length += product
+        return cls(rates, length)
 
     def __str__(self) -> str:
         rates = " ".join(f"{a:.2f}" for a in self.per_position)
