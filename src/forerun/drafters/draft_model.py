@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from forerun.config import SpeculationConfig
 from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.sampled import SampledChain, SampledDrafter
 from forerun.drafters.temperature import Temperature
@@ -30,6 +29,7 @@ from forerun.models.logprobs import head_sees
 from forerun.types import Draft, VerifyResult
 
 if TYPE_CHECKING:
+    from forerun.config import SpeculationConfig
     from forerun.drafters.training.trainer import Training, TrainingSetup, Validation
 
 

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from forerun.config import SpeculationConfig
 from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.eagle3_checkpoints import Eagle3Config as Eagle3Config
 from forerun.drafters.eagle3_checkpoints import head_files, read_head
@@ -34,6 +33,7 @@ from forerun.models.load import artifact, load_exactly, saved_embedding
 from forerun.types import Draft, VerifyResult
 
 if TYPE_CHECKING:
+    from forerun.config import SpeculationConfig
     from forerun.drafters.training.trainer import Training, TrainingSetup, Validation
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from forerun.acceptance.random import Purpose, inverse_cdf_log, round_keys, uniforms
-from forerun.config import SpeculationConfig
 from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.temperature import Temperature, draft_temperature_of
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.load import artifact
 from forerun.types import Draft, VerifyResult
+
+if TYPE_CHECKING:  # an engine with a drafter needs no recipe, and so no pydantic
+    from forerun.config import SpeculationConfig
 
 
 class SampledDrafter(Drafter):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from forerun.acceptance.chain import verify
 from forerun.acceptance.random import Purpose, round_keys, uniforms
 from forerun.acceptance.tree import TREE_RULES, TreeResult, verify_tree
 from forerun.acceptance.truncate import truncate
-from forerun.config import SpeculationConfig
 from forerun.drafters import Drafter, Rows, load_drafter
 from forerun.engine.base import (
     Requests,
@@ -44,6 +43,9 @@ from forerun.models.checksum import checksum
 from forerun.models.forward import PolicyForward, check_trees
 from forerun.models.load import load_exactly
 from forerun.types import Draft, Rollout, VerifyResult
+
+if TYPE_CHECKING:  # an engine with a drafter needs no recipe, and so no pydantic
+    from forerun.config import SpeculationConfig
 
 Verify = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], VerifyResult]
 VerifyTree = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], TreeResult]
