@@ -362,7 +362,7 @@ def test_trees_do_not_depend_on_what_will_be_sampled(policy: Policy, monkeypatch
     def never(*_: object) -> Tensor:
         raise AssertionError("a uniform was drawn while drafting")
 
-    monkeypatch.setattr("forerun.drafters.base.uniforms", never)
+    monkeypatch.setattr("forerun.drafters.sampled.uniforms", never)
     drafter = make(policy)
     learn_everything(drafter, policy)
     table = drafter.adjacency.table.clone()
