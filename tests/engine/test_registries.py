@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ def test_mistakes_name_the_nearest(overrides: dict[str, Any], sentence: str) -> 
     with pytest.raises(UserError) as told:
         load_recipe("quickstart", {"speculation.draft_temperature": 1.0, **overrides})
     assert sentence in str(told.value)
+
+
+def test_an_entry_point_names_a_drafter(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"forerun.drafters": [EntryPoint("repeat", DRAFTER, "forerun.drafters")]}
+    monkeypatch.setattr("forerun.registry.entry_points", lambda group: mine.get(group, []))
+    changes = {"speculation.method": "repeat", "speculation.settings.length": 1, "speculation.draft_temperature": 1.0}
+    drafter = load_drafter(policy, load_recipe("quickstart", changes).speculation)
+    assert isinstance(drafter, RepeatDrafter) and drafter.settings.length == 1
+    with pytest.raises(UserError, match="did you mean 'repeat'"):
+        load_recipe("quickstart", {"speculation.method": "repaet"})
 
 
 def test_a_path_that_leads_nowhere_is_one_sentence(policy: Policy) -> None:
