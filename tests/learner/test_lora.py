@@ -27,8 +27,9 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.events import finish
 from forerun.learner.cotrain import CoTrainer
-from forerun.learner.learner import Learner, mismatch
+from forerun.learner.learner import Learner
 from forerun.learner.lora import LoraAdapter, find_targets
+from forerun.learner.objective import mismatch
 from forerun.models import Policy, load_policy
 from forerun.models.logprobs import completion_logits
 from forerun.training.checkpoint import policy_folder, restore, save_checkpoint

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from forerun.algorithms import ALGORITHMS
 from forerun.config.drafters import Block, GraftConfig, NgramConfig, TrieConfig
 from forerun.config.messages import sentence
 from forerun.errors import UserError
@@ -174,6 +175,9 @@ class LoraConfig(Block):
 
 
 class TrainConfig(Block):
+    algorithm: str = Field(
+        "grpo", description="advantages and loss: grpo, dr_grpo, gspo, an entry point or package.module:NAME"
+    )
     steps: int = Field(100, ge=0)
     prompts_per_step: int = Field(8, ge=1)
     samples_per_prompt: int = Field(8, ge=2)
@@ -198,7 +202,9 @@ class TrainConfig(Block):
         None, description="least and largest ratio; null: 0.5 and 5 for icepop, 0.9 and 1.1 for sequence_mask"
     )
     kl: float = Field(0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
-    normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
+    normalize_std: bool = Field(
+        True, description="divide advantages by the group's standard deviation (dr_grpo never does)"
+    )
     microbatch_tokens: int = Field(4096, ge=1, description="padded tokens per forward and backward pass")
     packing: bool = Field(False, description="all sequences of a pass in one row, apart from each other: no padding")
     gradient_checkpointing: bool = False
@@ -210,6 +216,15 @@ class TrainConfig(Block):
         1, ge=1, description="of the ranks, how many share each layer's matrices and run the same rows; divides them"
     )
     silence_s: float = Field(300.0, gt=0, description="with ranks: without a word after which they are given up")
+
+    @field_validator("algorithm")
+    @classmethod
+    def _algorithm(cls, name: str) -> str:
+        try:
+            ALGORITHMS.check(name)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return name
 
     @property
     def data_parallel(self) -> int:
