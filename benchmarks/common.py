@@ -21,7 +21,8 @@ from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.scheduler import request_seed
 from forerun.events import finish
-from forerun.learner.learner import Learner, Scored
+from forerun.learner.learner import Learner
+from forerun.learner.objective import Scored
 from forerun.models import Policy, load_policy
 from forerun.models.logprobs import TokenBatch, completion_logits
 from forerun.tasks import Problem, Task, load_task

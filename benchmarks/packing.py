@@ -21,7 +21,8 @@ from benchmarks.common import Setting, Trajectory, load_setting, options, plain_
 from forerun.algorithms.advantages import group_advantages
 from forerun.engine.local.engine import LocalEngine
 from forerun.events import finish
-from forerun.learner.learner import Learner, Scored
+from forerun.learner.learner import Learner
+from forerun.learner.objective import Scored
 from forerun.tracking.environment import describe_environment, machine_line
 from forerun.training.rollout import RolloutBatch
 

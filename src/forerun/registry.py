@@ -1,7 +1,7 @@
 """Where names in a recipe find their code: drafters, engines, tasks, algorithms, trackers.
 
-An entry is `name -> "package.module:Name"`, so that a registry is imported without what it names. Outside the package a
-name comes from an entry point of the group `forerun.<kind>s`, or is itself such a path.
+An entry is `name -> "package.module:Name"`, so that a registry is imported without what it names, or the part itself.
+Outside the package a name comes from an entry point of the group `forerun.<kind>s`, or is itself such a path.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from forerun.errors import UserError
 class Registry:
     """The names of one kind of part."""
 
-    def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
-        """Args: kind: as an error names it, e.g. "drafter". entries: name -> "package.module:Name"."""
+    def __init__(self, kind: str, entries: Mapping[str, Any]) -> None:
+        """Args: kind: as an error names it, e.g. "drafter". entries: name -> "package.module:Name" or the part."""
         self.kind = kind
         self.entries = dict(entries)
 
@@ -47,6 +47,8 @@ class Registry:
         """
         self.check(name)
         path = self.entries.get(name) or next((p.value for p in self._entry_points() if p.name == name), name)
+        if not isinstance(path, str):
+            return path
         module, _, attribute = path.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)

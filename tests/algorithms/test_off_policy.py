@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from forerun.algorithms import PolicyBatch
 from forerun.algorithms.advantages import group_advantages
-from forerun.algorithms.losses import clipped_policy_loss
+from forerun.algorithms.losses import clipped_loss
 from forerun.algorithms.off_policy import correct
 from forerun.config import TrainConfig, load_recipe
 from forerun.engine.local.engine import LocalEngine
@@ -143,7 +144,8 @@ def gradient_of_samples(correction: str, size: int) -> tuple[torch.Tensor, torch
     config = TrainConfig(correction=correction, importance_cap=1e6)
     weights = correct(config, log_p[tokens], log_b[tokens], [1] * size).weights
     at = log_p[tokens].clone().requires_grad_()
-    clipped_policy_loss(at, log_p[tokens], values[tokens], 0.2, 0.2, weights).loss.sum().backward()
+    batch = PolicyBatch(at, log_p[tokens], log_b[tokens], None, values[tokens], weights, torch.arange(size))
+    clipped_loss(batch, config)[0].sum().backward()
     assert at.grad is not None
     each = -at.grad[:, None] * (torch.nn.functional.one_hot(tokens, 5) - log_p.exp())  # chain rule through log softmax
     expected = log_p.exp() * (values - (log_p.exp() * values).sum())

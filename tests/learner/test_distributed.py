@@ -169,6 +169,18 @@ def test_reference_packing_and_checkpointing_over_ranks(fresh: Callable[[], Poli
     assert max(differences.values()) < 1, differences
 
 
+@pytest.mark.parametrize("algorithm", ["dr_grpo", "gspo"])
+def test_other_algorithms_over_ranks(fresh: Callable[[], Policy], batches: list[Batch], algorithm: str) -> None:
+    """Two optimizer steps, the second of which is clipped."""
+    config = PLAIN.model_copy(update={"algorithm": algorithm, "clip_low": 0.01, "clip_high": 0.01})
+    start, expected = weights(fresh()), steps(Learner(fresh(), config, 1.0), batches, 0.1)
+    assert expected.metrics[0]["policy/clip_low"] + expected.metrics[0]["policy/clip_high"] > 0
+    with ranks(fresh(), 2, config) as group:
+        found = steps(group, batches, 0.1)
+    differences = found.differs_from(expected, start)
+    assert max(differences.values()) < 1, differences
+
+
 def test_bfloat16_is_trained_through_float32_masters(tiny: Callable[..., Path], batches: list[Batch]) -> None:
     """What is streamed out is what the ranks compute with: one process scores with it as they do."""
     policy = load_policy(str(tiny("llama", tie_word_embeddings=True)), "bfloat16", "cpu")

@@ -27,8 +27,9 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.events import finish
 from forerun.learner.cotrain import CoTrainer
-from forerun.learner.learner import Learner, mismatch
+from forerun.learner.learner import Learner
 from forerun.learner.lora import LoraAdapter, find_targets
+from forerun.learner.objective import mismatch
 from forerun.models import Policy, load_policy
 from forerun.models.logprobs import completion_logits
 from forerun.training.checkpoint import policy_folder, restore, save_checkpoint
@@ -244,7 +245,7 @@ def test_log_probabilities_are_those_of_the_weights_that_generate(tiny: Tiny, tm
     apart = PeftModel.from_pretrained(fresh(tiny, "bfloat16").model, str(tmp_path))  # the control
     apart.requires_grad_(True)
     trainer = Learner(Policy(apart, policy.tokenizer, "peft"), TrainConfig(), 1.0)
-    assert mismatch(rollouts, trainer.score(rollouts))["mismatch/kl"] > 2 * merged > 0
+    assert mismatch(rollouts, finish(trainer.score(rollouts)))["mismatch/kl"] > 2 * merged > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,45 +1,113 @@
-"""Losses of the policy, per token. Everything here reads the policy's log-probabilities, never a drafter's.
+"""Losses of the policy per token, how they are aggregated, and the definitions of what they log.
 
-Axes: M completion tokens of a micro-batch, flat.
+Axes: M completion tokens of whole sequences, flat, of S sequences y_i with |y_i| tokens each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from forerun.algorithms.base import Aggregation, Algorithm, PolicyBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from forerun.config import TrainConfig
+
+OBJECTIVE = {
+    "policy/loss": "Policy loss of the batch, KL penalty included. Unit: loss.",
+    "policy/kl": "Estimated KL divergence from the policy to the frozen reference. Unit: nats per token.",
+}
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyLoss:
-    """Per-token loss and what the clipping did."""
+def objective(
+    algorithm: Algorithm, batch: PolicyBatch, config: TrainConfig, size: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of some of a batch's sequences, with the KL penalty, and sums of their statistics.
 
-    loss: Tensor  # [M]
-    ratio: Tensor  # [M] detached
-    clipped_low: Tensor  # [M] bool
-    clipped_high: Tensor  # [M] bool
-
-
-def clipped_policy_loss(
-    logprobs: Tensor, old: Tensor, advantages: Tensor, clip_low: float, clip_high: float, correction: Tensor
-) -> PolicyLoss:
-    """PPO's clipped surrogate with separate bounds (DAPO's clip-higher), times a detached off-policy correction.
+    Losses and sums of a batch's parts add up to those of the batch.
 
     Args:
-        logprobs: [M] under the policy being trained. old: [M] under the policy before this batch, recomputed by the
-            learner. advantages: [M]. correction: [M], see `algorithms/off_policy.py`.
+        size: `Aggregation.size` of the whole batch.
+
+    Returns:
+        A scalar; sums over tokens, but for "policy/loss", which is the loss.
     """
-    ratio = (logprobs - old).exp()
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = -torch.minimum(ratio * advantages, bounded * advantages) * correction
-    active = ratio.detach()
-    low = (active < 1 - clip_low) & (advantages < 0)
-    high = (active > 1 + clip_high) & (advantages > 0)
-    return PolicyLoss(loss, active, low, high)
+    total = algorithm.aggregation.total
+    losses, sums = algorithm.loss(batch, config)
+    loss = total(losses, batch.sequence) / size
+    kl_sum = losses.new_zeros(())
+    if batch.reference is not None:
+        kl = kl_k3(batch.logprobs, batch.reference)
+        kl_sum = kl.detach().sum()
+        loss = loss + config.kl * total(kl, batch.sequence) / size
+    return loss, sums | {"policy/loss": loss.detach(), "policy/kl": kl_sum}
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """KL(policy || reference) per token on the policy's samples: r - 1 - log r with r = π_ref/π (k3, unbiased)."""
     log_ratio = reference - logprobs
     return log_ratio.exp() - 1 - log_ratio
+
+
+# ---- losses ----
+
+CLIPPING = {
+    "policy/ratio_mean": "Mean probability ratio between updated and sampling policy. Unit: ratio.",
+    "policy/clip_low": "Share of tokens whose probability ratio was clipped from below. Unit: share.",
+    "policy/clip_high": "Share of tokens whose probability ratio was clipped from above. Unit: share.",
+}
+
+
+def clipped_loss(batch: PolicyBatch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate of each token's ratio r = π(y_t)/π_old(y_t), with separate bounds (DAPO's clip-higher):
+
+    -min(r·A, clip(r, 1 - clip_low, 1 + clip_high)·A), times the off-policy correction.
+    """
+    return _clipped((batch.logprobs - batch.old).exp(), batch, config)
+
+
+def sequence_clipped_loss(batch: PolicyBatch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """GSPO (Zheng et al. 2507.18071): the same surrogate of one ratio per sequence, its tokens' geometric mean,
+
+    s_i = (π(y_i)/π_old(y_i))^(1/|y_i|) = exp(1/|y_i| Σ_t log r_t), so that a sequence is clipped as a whole. Its bounds
+    are far narrower than a token's: the paper has clip_low 3e-4 and clip_high 4e-4.
+    """
+    log_ratio = batch.logprobs - batch.old
+    means = log_ratio.new_zeros(_count(batch.sequence))  # [S]
+    means = means.index_add(0, batch.sequence, log_ratio / _lengths(batch.sequence))
+    return _clipped(means.exp()[batch.sequence], batch, config)
+
+
+def _clipped(ratio: Tensor, batch: PolicyBatch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    least, most = 1 - config.clip_low, 1 + config.clip_high
+    surrogate = (ratio * batch.advantages).minimum(ratio.clamp(least, most) * batch.advantages)
+    ratio = ratio.detach()
+    return -surrogate * batch.weights, {
+        "policy/ratio_mean": ratio.sum(),
+        "policy/clip_low": ((ratio < least) & (batch.advantages < 0)).sum(),
+        "policy/clip_high": ((ratio > most) & (batch.advantages > 0)).sum(),
+    }
+
+
+# ---- aggregations ----
+
+
+def _count(sequence: Tensor) -> int:
+    return int(sequence[-1]) + 1 if len(sequence) else 0
+
+
+def _lengths(sequence: Tensor) -> Tensor:
+    """The number of tokens of each token's sequence. [M] -> [M]"""
+    return sequence.bincount()[sequence]
+
+
+# Every token counts alike: the mean over the batch's tokens (DAPO's correction of GRPO's 1/|y_i|).
+TOKEN_MEAN = Aggregation(lambda losses, sequence: losses.sum(), lambda lengths, limit: sum(lengths))
+# Dr. GRPO (2503.20783): sums over tokens, divided by a constant length: a token counts alike in long and short samples,
+# and in batches of long and short ones.
+CONSTANT_LENGTH = Aggregation(lambda losses, sequence: losses.sum(), lambda lengths, limit: len(lengths) * limit)
+# Every sequence counts alike: the mean over sequences of the mean over their tokens.
+SEQUENCE_MEAN = Aggregation(
+    lambda losses, sequence: (losses / _lengths(sequence)).sum(), lambda lengths, limit: len(lengths)
+)

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from forerun.config import TrainConfig
+if TYPE_CHECKING:
+    from forerun.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
+from forerun.algorithms import ALGORITHMS
 from forerun.config.drafters import Block, DrafterConfig, GraftConfig, NgramConfig, TrieConfig
 from forerun.config.messages import sentence
 from forerun.errors import UserError
@@ -218,6 +219,9 @@ class LoraConfig(Block):
 
 
 class TrainConfig(Block):
+    algorithm: Annotated[str, known_to(ALGORITHMS)] = Field(
+        "grpo", description="advantages and loss: grpo, dr_grpo, gspo, an entry point or package.module:NAME"
+    )
     steps: int = Field(100, ge=0)
     prompts_per_step: int = Field(8, ge=1)
     samples_per_prompt: int = Field(8, ge=2)
@@ -242,7 +246,9 @@ class TrainConfig(Block):
         None, description="least and largest ratio; null: 0.5 and 5 for icepop, 0.9 and 1.1 for sequence_mask"
     )
     kl: float = Field(0.0, ge=0, description="weight of the k3 estimate of KL(policy || reference)")
-    normalize_std: bool = Field(True, description="divide advantages by the group's standard deviation")
+    normalize_std: bool = Field(
+        True, description="divide advantages by the group's standard deviation (dr_grpo never does)"
+    )
     microbatch_tokens: int = Field(4096, ge=1, description="padded tokens per forward and backward pass")
     packing: bool = Field(False, description="all sequences of a pass in one row, each attending to itself: no padding")
     gradient_checkpointing: bool = False

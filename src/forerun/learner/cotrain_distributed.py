@@ -23,7 +23,8 @@ from forerun.drafters.training.heads import place_bytes
 from forerun.events import Counting
 from forerun.learner.cotrain import CoTrainer, Schedule, draft_metrics, order_of_batches, trained_head
 from forerun.learner.distributed import LearnerGroup
-from forerun.learner.learner import Learner, Scored
+from forerun.learner.learner import Learner
+from forerun.learner.objective import Scored
 from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.models.logprobs import microbatches

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from forerun.config import DraftConfig, TrainConfig
+from forerun.config import DraftConfig, RolloutConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
 from forerun.events import Counting, finish
-from forerun.learner.learner import Learner, Scored, Tally, Targets, Update, plan_update, update_metrics
+from forerun.learner.learner import Learner
 from forerun.learner.lora import LoraAdapter
+from forerun.learner.objective import Objective, Scored, Update, UpdateResult
 from forerun.learner.parallel import split_rows
 from forerun.models import Policy
 from forerun.tracking.files import disk_errors
@@ -78,19 +79,19 @@ class RankHandle:
 
 
 def make_learner(
-    policy: Policy, config: TrainConfig, temperature: float, launcher: Launcher | None = None
+    policy: Policy, config: TrainConfig, rollout: RolloutConfig, launcher: Launcher | None = None
 ) -> Learner | LearnerGroup:
     """The learner that `train.ranks` asks for.
 
     Args:
-        launcher: where its ranks come from; None: this machine.
+        rollout: how the engine samples. launcher: where its ranks come from; None: this machine.
 
     Raises:
         UserError: the machine has too few GPUs, or the policy cannot be packed.
     """
     if config.ranks == 1:
-        return Learner(policy, config, temperature)
-    return LearnerGroup(policy, config, temperature, launcher)
+        return Learner(policy, config, rollout.temperature, max_new_tokens=rollout.max_new_tokens)
+    return LearnerGroup(policy, config, rollout.temperature, launcher, rollout.max_new_tokens)
 
 
 class LearnerGroup:
@@ -99,17 +100,23 @@ class LearnerGroup:
     adapter: LoraAdapter | None = None  # `train.lora` is for one process
 
     def __init__(
-        self, policy: Policy, config: TrainConfig, temperature: float, launcher: Launcher | None = None
+        self,
+        policy: Policy,
+        config: TrainConfig,
+        temperature: float,
+        launcher: Launcher | None = None,
+        max_new_tokens: int = 1,
     ) -> None:
         """Start the ranks with the weights of `policy`.
 
         Args:
-            launcher: where they come from; None: this machine.
+            launcher: where they come from; None: this machine. max_new_tokens: see `Learner`.
 
         Raises:
             UserError: there are too few GPUs, the ranks cannot be placed, or the policy cannot be packed.
         """
         self.policy, self.config = policy, config
+        self.objective = Objective(config, max_new_tokens)
         self._ranks: list[RankHandle] = []
         module = type(policy.model).__module__
         job = Job(config.ranks, policy.device, module, config.silence_s, START_S)
@@ -138,12 +145,12 @@ class LearnerGroup:
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> Counting[dict[str, float]]:
         """See `Learner.update`. A request to stop that comes after the first optimizer step is left to the caller."""
-        update, tally = plan_update(self.config, rollouts, advantages, scored), Tally()
+        update, result = self.objective.plan(rollouts, advantages, scored), UpdateResult()
         if update.chunks:
             if stop_requested():
                 raise Interrupted
-            tally = yield from self._update(update, learning_rate, stop_requested)
-        return update_metrics(self.config, update, tally, learning_rate, scored)
+            result = yield from self._update(update, learning_rate, stop_requested)
+        return self.objective.metrics(update, result, learning_rate, scored)
 
     def save(self, folder: Path) -> None:
         """Write masters, moments and reference, each rank its part. Raises UserError, RanksLost."""
@@ -331,7 +338,9 @@ class LearnerGroup:
         """Each order for all ranks of its group."""
         return [order for order in orders for _ in range(self.config.tensor_parallel)]
 
-    def _update(self, update: Update, learning_rate: float, stop_requested: Callable[[], bool]) -> Counting[Tally]:
+    def _update(
+        self, update: Update, learning_rate: float, stop_requested: Callable[[], bool]
+    ) -> Counting[UpdateResult]:
         """Have the ranks carry out an update, and take their weights over."""
         told = False
 
@@ -350,7 +359,11 @@ class LearnerGroup:
             raise Interrupted
         self._fetch("weights", self.policy.model)
         self._agree(answers)
-        return _add([answer[1] for answer in answers[:: self.config.tensor_parallel]])
+        parts: list[UpdateResult] = [answer[1] for answer in answers[:: self.config.tensor_parallel]]
+        result = UpdateResult(norms=parts[0].norms)
+        for part in parts:
+            result.add(part.sums, part.tokens)
+        return result
 
     def _fetch(self, order: str, module: nn.Module) -> None:
         """Take the ranks' weights over, in place. Raises RanksLost."""
@@ -380,22 +393,12 @@ def _share(update: Update, chunks: list[list[int]]) -> Update:
     """What a rank needs of an update: the rollouts of its chunks, renumbered, with their targets."""
     chosen = [i for chunk in chunks for i in chunk]
     place = {i: number for number, i in enumerate(chosen)}
-
-    def of(parts: Sequence[Tensor] | None) -> list[Tensor] | None:
-        return None if parts is None else [parts[i].clone() for i in chosen]  # not the storage they are views of
-
-    t = update.targets
-    targets = Targets(of(t.old) or [], of(t.reference), of(t.advantages) or [], of(t.correction) or [])
     return replace(
-        update, rollouts=[update.rollouts[i] for i in chosen], targets=targets,
+        update,
+        rollouts=[update.rollouts[i] for i in chosen],
+        targets=[update.targets[i].clone() for i in chosen],
         chunks=[[place[i] for i in chunk] for chunk in chunks],
-    )  # fmt: skip
-
-
-def _add(tallies: list[Tally]) -> Tally:
-    """Sums of the sums; the norms are the same on every rank."""
-    names = [f.name for f in fields(Tally) if f.name != "norms"]
-    return Tally(**{name: sum(getattr(t, name) for t in tallies) for name in names}, norms=tallies[0].norms)
+    )
 
 
 def _merge(rollouts: Sequence[Rollout], parts: list[list[int]], scored: list[Scored]) -> Scored:

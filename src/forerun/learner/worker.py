@@ -36,7 +36,8 @@ from forerun.config import DraftConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
 from forerun.events import Counting, T
 from forerun.learner.fsdp import Blueprint, build_sharded, load_shards, load_whole, save_shards, whole_parameters
-from forerun.learner.learner import SHARDS, Learner, Scored, Update
+from forerun.learner.learner import SHARDS, Learner
+from forerun.learner.objective import Scored, Update
 from forerun.learner.parallel import most_over_ranks
 from forerun.models import Policy
 from forerun.models.logprobs import completion_logits
@@ -103,19 +104,19 @@ class Server:
         """This rank's rows of a batch; `batches` of them are kept for the drafter, see `Pupil.listen`."""
         forward = completion_logits if self.pupil is None else self.pupil.listen(rollouts, batches)
         scored = self._report(self.learner.score(rollouts, forward))
-        own = [x.clone() for x in scored.logprobs]  # not the storage that they are views of
-        reference = None if scored.reference is None else [x.clone() for x in scored.reference]
+        own = [x.cpu().clone() for x in scored.logprobs]  # not the storage that they are views of
+        reference = None if scored.reference is None else [x.cpu().clone() for x in scored.reference]
         self.tell("scored", Scored(own, reference, scored.entropy, scored.entropies))
 
     def train(self, update: Update, learning_rate: float) -> None:
         """This rank's part of an update."""
         self._stop = False
         try:
-            tally = self._report(self.learner.apply(update, learning_rate, self.stop_requested))
+            result = self._report(self.learner.apply(update, learning_rate, self.stop_requested))
         except Interrupted:
             self.tell("interrupted")
         else:
-            self.tell("trained", tally)
+            self.tell("trained", result)
 
     def _report(self, work: Counting[T]) -> T:
         """Run work to its end; its result. Every yield is passed on."""

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 
+from forerun.algorithms.losses import CLIPPING, OBJECTIVE
 from forerun.errors import UserError
 
 DEFINITIONS: dict[str, str] = {
@@ -40,12 +41,9 @@ DEFINITIONS: dict[str, str] = {
     "mismatch/masked_sequences": "Share of rollouts that the off-policy correction masked entirely. Unit: share.",
     "mismatch/effective_samples": "Effective sample size of the importance weights, per token. Unit: share.",
     # the policy update
-    "policy/loss": "Policy loss, averaged over trained tokens. Unit: loss.",
-    "policy/clip_low": "Share of tokens whose probability ratio was clipped from below. Unit: share.",
-    "policy/clip_high": "Share of tokens whose probability ratio was clipped from above. Unit: share.",
+    **OBJECTIVE,
+    **CLIPPING,
     "policy/entropy": "Mean entropy of the policy over generated positions. Unit: nats per token.",
-    "policy/kl": "Estimated KL divergence from the policy to the frozen reference. Unit: nats per token.",
-    "policy/ratio_mean": "Mean probability ratio between updated and sampling policy. Unit: ratio.",
     "policy/grad_norm": "Norm of the policy's gradient before clipping. Unit: gradient.",
     "policy/lr": "Learning rate of the policy. Unit: per update.",
     # the five stages, and times outside them

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from forerun.algorithms.advantages import group_advantages
 from forerun.errors import Interrupted
 from forerun.events import Note, StepDone, Warned, Work, counted, during
-from forerun.learner.learner import Scored, mismatch
+from forerun.learner.objective import Scored, mismatch
 from forerun.training.metrics import comparison, evaluation, rollout_metrics, rollout_samples, thinned
 from forerun.training.prompts import Request, encode, sampling_for
 from forerun.training.rollout import RolloutBatch, generate
@@ -61,7 +60,7 @@ def train_step(run: Run, step: int) -> Work[None]:
     batch = yield from run.source.next(step, clock)
     yield from compare(run, step, batch)
     scored = yield from clock.timed("logprob", score(run, step, batch))
-    advantages = group_advantages(batch.rewards, run.recipe.train.normalize_std).view(-1)
+    advantages = run.learner.objective.algorithm.advantages(batch.rewards, run.recipe.train).view(-1)
     metrics = yield from clock.timed("train", update(run, step, batch, scored, advantages))
     yield from run.source.publish(step + 1, clock)
     yield from record(run, step, clock, batch, metrics | mismatch(batch.rollouts, scored), advantages)

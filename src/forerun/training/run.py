@@ -122,7 +122,7 @@ class Run:
         self.source = self._ahead() if recipe.loop.lag else self._on_demand()
         try:
             ranks = launcher(recipe, folder.path)
-            self.learner = make_learner(policy, recipe.train, recipe.rollout.temperature, ranks)
+            self.learner = make_learner(policy, recipe.train, recipe.rollout, ranks)
             self.cotrainer, self.score = beside(self.learner, policy, drafter, recipe)
         except BaseException:
             self.engine.close()
