@@ -6,10 +6,7 @@ sources are in `data/hardware.json`. A CPU is not in the table: it is measured, 
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ import numpy as np
 
 from forerun.errors import UserError
 from forerun.simulate.core.tables import load_table, nearest
-from forerun.tracking.environment import cpu_description, memory_gib, usable_cores
+from forerun.tracking.environment import cpu_flags, memory_bytes, usable_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +103,6 @@ def peak_flops(gpu: Hardware, precision: str) -> float:
     return gpu.flops[precision]
 
 
-def this_device() -> str:
-    """Name of this machine's first accelerator as its driver spells it; "cpu" where no driver answers."""
-    if shutil.which("nvidia-smi") is None:
-        return "cpu"
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    names = done.stdout.strip().splitlines() if done.returncode == 0 else []
-    return names[0].strip() if names else "cpu"
-
-
 # Rate of bfloat16 products over that of float32, by the instruction set that multiplies them.
 BF16_GAIN = {"amx_bf16": 6.0, "avx512_bf16": 2.0, "bf16": 2.0}
 EMULATED_BF16_GAIN = 0.3
@@ -135,13 +122,7 @@ def measure_cpu(repeats: int = 5) -> Hardware:
     product_s = min(_timed(lambda: matrices @ matrices) for _ in range(repeats))
     sweep_s = min(_timed(vector.sum) for _ in range(repeats))
     core_flops = 2.0 * 64 * matrices.size / product_s
-    return cpu(usable_threads() * core_flops, vector.nbytes / sweep_s, cpu_description()["flags"])
-
-
-def usable_threads() -> int:
-    """Cores that this process may run on, or fewer where OMP_NUM_THREADS says so."""
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(usable_cores(), int(limit))) if limit.isdigit() else usable_cores()
+    return cpu(usable_threads() * core_flops, vector.nbytes / sweep_s, cpu_flags())
 
 
 def nominal_cpu(cores: int, flags: Collection[str], memory_gib: float | None = None) -> Hardware:
@@ -149,8 +130,8 @@ def nominal_cpu(cores: int, flags: Collection[str], memory_gib: float | None = N
     return cpu(cores * CORE_FLOPS, CPU_BYTES_PER_S, flags, (memory_gib or CPU_MEMORY_GIB) * 2**30)
 
 
-def cpu(flops: float, bytes_per_s: float, flags: Collection[str], memory_bytes: float | None = None) -> Hardware:
-    """A CPU of a float32 rate in FLOP/s and a memory rate in bytes/s; `memory_bytes` None: this machine's.
+def cpu(flops: float, bytes_per_s: float, flags: Collection[str], memory: float | None = None) -> Hardware:
+    """A CPU of a float32 rate in FLOP/s and a memory rate in bytes/s; `memory` in bytes, None: this machine's.
 
     The bfloat16 rate is the float32 rate times `BF16_GAIN` of the best of its `flags`.
     """
@@ -159,7 +140,7 @@ def cpu(flops: float, bytes_per_s: float, flags: Collection[str], memory_bytes: 
     return Hardware(
         name="CPU",
         flops={"fp32": flops, "bf16": gain * flops},
-        memory_bytes=memory_bytes or (memory_gib() or CPU_MEMORY_GIB) * 2**30,
+        memory_bytes=float(memory or memory_bytes() or CPU_MEMORY_GIB * 2**30),
         memory_bytes_per_s=bytes_per_s,
         link_bytes_per_s=bytes_per_s,
         link_domain=1,

@@ -18,7 +18,7 @@ from typing import Any
 from forerun.errors import UserError
 from forerun.simulate.core.cost_model import CostModel, LinearEngine, nominal_cost_model
 from forerun.simulate.core.decode import COSTS_AS, FUSES_HIDDEN_STATES
-from forerun.simulate.core.hardware import Hardware, load_hardware, measure_cpu, this_device
+from forerun.simulate.core.hardware import Hardware, load_hardware, measure_cpu
 from forerun.simulate.core.rollout import lengths_with_mean
 from forerun.simulate.core.shapes import ModelShape, load_model
 from forerun.simulate.plan.calibrate import benchmarked_cost_model, fit_engine
@@ -26,6 +26,7 @@ from forerun.simulate.plan.cost_table import CostTable
 from forerun.simulate.plan.planner import PlanResult, plan
 from forerun.simulate.plan.spec import PlanSpec, spec_from_dict
 from forerun.simulate.plan.step_model import drafter_of
+from forerun.tracking.environment import accelerator_name
 
 Data = Mapping[str, Any]
 
@@ -82,7 +83,7 @@ def read_recipe(
     """
     changes = dict(changes)
     named = changes.pop("hardware", changes.pop("gpu", None))
-    hardware = here if here and named is None else hardware_named(str(named or this_device()))
+    hardware = here if here and named is None else hardware_named(str(named or accelerator_name() or "cpu"))
     cluster = hardware.name != "CPU" and (named is not None or recipe["rollout"]["engine"] == "vllm")
     model = load_model(dict(shape) if shape else str(changes.get("model") or recipe["policy"]["model"]))
     inputs = _Inputs(recipe, changes, table)

@@ -7,7 +7,6 @@ does not name them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from forerun.simulate.plan.predict import acceptance_of
 from forerun.simulate.plan.recipe import RecipePlan, read_recipe
 from forerun.simulate.plan.spec import PlanSpec, spec_from_dict
 from forerun.simulate.plan.step_model import K_MAX, StepModel
+from forerun.tracking.reader import read_json, read_lines, read_metrics
 from forerun.types import STAGES
 
 Floats = NDArray[np.float64]
@@ -57,33 +57,15 @@ def read_run(folder: Path | str) -> RunRecord:
     path = Path(folder)
     if not is_run(path):
         raise UserError(f"{path} holds no metrics.jsonl; give the folder of a run, for example runs/latest.")
-    merged: dict[int, dict[str, Any]] = {}
-    for line in _lines(path / "metrics.jsonl"):
-        merged.setdefault(line["step"], {}).update(line)
-    rows = [merged[step] for step in sorted(merged) if merged[step].get("time/generation") is not None]
+    broken: list[str] = []  # of a run that was killed: a torn last line is no error
+    metrics = read_metrics(path / "metrics.jsonl", broken)
+    rows = [row for row in metrics if row.get("time/generation") is not None]
     if not rows:
         raise UserError(f"The run in {path} has not finished a step yet; there is nothing to calibrate on.")
     samples: dict[int, list[dict[str, Any]]] = {}
-    for line in _lines(path / "rollouts.jsonl"):
+    for line in read_lines(path / "rollouts.jsonl", broken):
         samples.setdefault(line["step"], []).append(line)
-    env = _lines(path / "env.json", whole=True)
-    return RunRecord(path, rows, samples, env[0] if env else {})
-
-
-def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one per line or one in all; a torn last line is passed over."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    found = []
-    for line in [text] if whole else text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and (whole or isinstance(value.get("step"), int)):
-            found.append(value)
-    return found
+    return RunRecord(path, rows, samples, read_json(path / "env.json", broken))
 
 
 def records(run: RunRecord, recipe: Data) -> list[StepRecord]:
