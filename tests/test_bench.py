@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from forerun.models import load_policy
-from forerun.simulate.plan.calibrate import read_cost_table
+from forerun.simulate.plan.cost_table import read_cost_table
 from tiny_models import random_drafter
 
 

@@ -170,7 +170,6 @@ def plan(
     json: Json = False,
 ) -> None:
     """Predict what speculation will bring: forerun plan gsm8k hardware=H200 gpus=8 lag=1, forerun plan runs/latest."""
-    from forerun.simulate.plan import planner as planning
     from forerun.simulate.plan import render
 
     words = list(overrides or [])
@@ -184,7 +183,9 @@ def plan(
 
         result, text = validated(data), render.validation_text
     elif paper:
-        result, text = planning.plan_paper(), render.paper_text
+        from forerun.simulate.validation.paper import paper_table
+
+        result, text = paper_table(), render.paper_text
     else:
         result = _planned(subject, words, costs)
         text = render.run_text if "run" in result else render.plan_text
@@ -200,7 +201,7 @@ def plan(
 
 def _planned(subject: str | None, words: list[str], costs: Path | None) -> dict[str, Any]:
     """The plan of a recipe, of a run, or of the planner's own keys."""
-    from forerun.simulate.plan.calibrate import read_cost_table
+    from forerun.simulate.plan.cost_table import read_cost_table
     from forerun.simulate.plan.planner import plan as planned
     from forerun.simulate.plan.recipe import plan_recipe
     from forerun.simulate.plan.run import is_run, plan_run

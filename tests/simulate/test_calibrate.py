@@ -12,23 +12,18 @@ import numpy as np
 import pytest
 
 from forerun.errors import UserError
+from forerun.simulate.core.constants import round_cost_error, serving_constants
+from forerun.simulate.core.cost_model import LinearEngine
 from forerun.simulate.core.decode import acceptance_from_lengths, constant_acceptance, fixed_budget
-from forerun.simulate.core.fitting import errors, map_fit, positive_least_squares
+from forerun.simulate.core.fitting import map_fit, nonnegative_least_squares, relative_errors
 from forerun.simulate.core.hardware import load_hardware
 from forerun.simulate.core.operators import Layout, Replica, Tuning
 from forerun.simulate.core.rollout import simulate_rollout
 from forerun.simulate.core.shapes import load_model
-from forerun.simulate.plan.calibrate import (
-    FittedEngine,
-    fit_engine,
-    fit_serving,
-    held_out_error,
-    read_cost_table,
-    shipped_constants,
-)
-from forerun.simulate.plan.spec import round_error
-from forerun.simulate.validation.round_costs import fit_rounds, round_cost, round_errors, round_points, tuning_of
-from forerun.simulate.validation.serving import ServingRow, predict_s, read_rows
+from forerun.simulate.plan.calibrate import fit_engine, held_out_error
+from forerun.simulate.plan.cost_table import read_cost_table
+from forerun.simulate.validation.round_costs import constants_of, fit_rounds, round_cost, round_errors, round_points
+from forerun.simulate.validation.serving import ServingRow, fit_serving, predict_s, read_rows
 from forerun.simulate.validation.validate import validate
 
 MEASURED = Path(__file__).parents[2] / "../shared/data/simulator/measured_decode.csv"
@@ -53,7 +48,7 @@ def test_constants_of_a_made_up_engine_are_found() -> None:
     rows = made_up_rows(truth)
     found = fit_serving(rows).tuning(rows[0].group, "dense")
     test = [row for row in rows if not row.fitted]
-    assert errors(predict_s(test, found), np.array([row.measured_s for row in test]))["worst"] < 0.03
+    assert relative_errors(predict_s(test, found), np.array([row.measured_s for row in test]))["worst"] < 0.03
     assert found.host_s == pytest.approx(truth.host_s, rel=0.15)
 
 
@@ -164,16 +159,18 @@ def test_round_constants_do_not_see_their_test_points() -> None:
 def test_heads_of_one_engine_have_constants_of_their_own_and_others_take_the_pooled_ones() -> None:
     points = round_points()
     tunings = fit_rounds(points)
-    heads = {point.speculator.drafter.method: tuning_of(point, tunings) for point in points if "2025" in point.engine}
+    heads = {
+        point.analytical.drafter.method: constants_of(point, tunings) for point in points if "2025" in point.engine
+    }
     assert heads["eagle3"].token_s > heads["eagle1"].token_s
     assert tunings["vllm skyrl"] == tunings["vllm 2025-07"] not in heads.values()
-    assert round_error() > 0.1  # the planner's band does not profit from them
+    assert round_cost_error() > 0.1  # the planner's band does not profit from them
 
 
-TRUE = FittedEngine(0.04, 0.002, 1e-6, 0.003, 0.0008, 0.004, 0.0002, prompt_token_s=0.002)
+TRUE = LinearEngine(0.04, 0.002, 1e-6, 0.003, 0.0008, 0.004, 0.0002, prompt_token_s=0.002)
 
 
-def bench_rows(engine: FittedEngine, noise: float = 0.0) -> list[dict[str, Any]]:
+def bench_rows(engine: LinearEngine, noise: float = 0.0) -> list[dict[str, Any]]:
     """A cost table's rows as an engine of known constants would leave them."""
     rng, rows = np.random.default_rng(0), []
     for batch in (1, 4, 16):
@@ -301,18 +298,20 @@ def test_what_is_no_cost_table_is_one_sentence(tmp_path: Path) -> None:
 
 def test_estimators() -> None:
     columns = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
-    assert positive_least_squares(columns, np.array([3.0, 5.0, 7.0])) == pytest.approx([1.0, 2.0])
-    assert positive_least_squares(columns, np.array([3.0, 2.0, 1.0]))[1] == 0.0  # a falling line has no positive slope
+    assert nonnegative_least_squares(columns, np.array([3.0, 5.0, 7.0])) == pytest.approx([1.0, 2.0])
+    assert (
+        nonnegative_least_squares(columns, np.array([3.0, 2.0, 1.0]))[1] == 0.0
+    )  # a falling line has no positive slope
     x = np.linspace(1, 5, 20)
     measured = 2.0 + 3.0 * x
     measured[3] *= 4  # one wild point
     fit = map_fit(lambda p: p[0] + p[1] * x, measured, np.array([1.0, 1.0]), np.array([2.0, 2.0]))
     assert fit.values == pytest.approx([2.0, 3.0], rel=0.1)
-    assert errors(np.array([]), np.array([])) == {"rows": 0}
+    assert relative_errors(np.array([]), np.array([])) == {"rows": 0}
 
 
 def test_shipped_constants_fall_back_from_group_to_engine_to_default() -> None:
-    shipped = shipped_constants()
+    shipped = serving_constants()
     exact = shipped.tuning(("Qwen3-32B", "H100", "vllm 0.12.0"), "dense")
     pooled = shipped.tuning(("Qwen3-8B", "GB200", "vllm"), "dense")
     assert exact != pooled != Tuning()

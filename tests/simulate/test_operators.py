@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from forerun.errors import UserError
 from forerun.simulate.core.decode import (
     Acceptance,
+    AnalyticalEngine,
     Budget,
-    RoundTuning,
-    Speculator,
+    RoundConstants,
     acceptance_from_lengths,
     acceptance_length,
     best_budget,
@@ -73,7 +73,7 @@ def test_rounds_start_at_a_plain_step_and_grow_with_k(
     model: str, gpu: str, method: str, batch: float, context: float
 ) -> None:
     replica = build(model, gpu)
-    engine = Speculator(replica, make_drafter(method, replica.model), RoundTuning(1e-4, 1e-4, 1e-6, 1e-6))
+    engine = AnalyticalEngine(replica, make_drafter(method, replica.model), RoundConstants(1e-4, 1e-4, 1e-6, 1e-6))
     seconds = [float(engine.round_s(batch, k, context)) for k in range(9)]
     assert seconds[0] == float(engine.plain_s(batch, context))
     assert all(after >= before for before, after in pairwise(seconds))
@@ -144,7 +144,7 @@ def test_budgets_switch_with_the_batch() -> None:
     budget = Budget(((4.0, 7), (64.0, 3)))
     assert budget.k(np.array([1, 4, 5, 64, 65])).tolist() == [7, 7, 3, 3, 0]
     assert fixed_budget(0).k(10.0) == 0
-    engine = Speculator(build("Qwen3-8B", "H100", 1), make_drafter("eagle3", load_model("Qwen3-8B")))
+    engine = AnalyticalEngine(build("Qwen3-8B", "H100", 1), make_drafter("eagle3", load_model("Qwen3-8B")))
     chosen = best_budget(engine, constant_acceptance(0.7), 2000.0, [1, 8, 64, 512])
     ks = chosen.k(np.array([1.0, 512.0]))
     assert ks[0] >= ks[1]

@@ -8,13 +8,13 @@ import time
 import pytest
 
 from forerun.errors import UserError
+from forerun.simulate.core.cost_model import LinearEngine
 from forerun.simulate.core.decode import acceptance_length
 from forerun.simulate.core.step import step_bound
-from forerun.simulate.plan.calibrate import FittedEngine
-from forerun.simulate.plan.planner import plan, plan_paper
+from forerun.simulate.plan.planner import plan
 from forerun.simulate.plan.render import paper_text, validation_text
 from forerun.simulate.plan.spec import PlanSpec
-from forerun.simulate.validation.paper import Measured, Projected, Runs8B, Runs235B, published
+from forerun.simulate.validation.paper import Measured, Projected, Runs8B, Runs235B, paper_table, published
 
 STAGES = ("data", "prepare", "generation", "logprob", "train")
 SMALL = {"model": "Qwen3-8B", "gpu": "H100", "gpus": 8, "prompts": 16, "samples": 8, "mean_tokens": 1500}
@@ -22,7 +22,7 @@ SMALL = {"model": "Qwen3-8B", "gpu": "H100", "gpus": 8, "prompts": 16, "samples"
 
 @pytest.fixture(scope="module")
 def table() -> dict[str, object]:
-    return plan_paper()
+    return paper_table()
 
 
 def test_tested_cells_of_the_paper_are_within_ten_percent(table: dict[str, list[dict[str, float]]]) -> None:
@@ -138,7 +138,7 @@ def test_a_large_plan_is_quick() -> None:
 
 
 def test_measured_costs_drive_the_plan() -> None:
-    engine = FittedEngine(0.05, 0.003, 0.0, 0.004, 0.001, 0.005, 0.0)
+    engine = LinearEngine(0.05, 0.003, 0.0, 0.004, 0.001, 0.005, 0.0)
     result = plan(SMALL | {"acceptance_lengths": {3: 3.1}, "trace": [100, 300, 50], "k": 3}, costs=engine)
     assert result.drafter["step_s"] == pytest.approx(0.005)
     assert 0 < result.drafter["share_of_round"] < 3 * 0.005 / 0.05

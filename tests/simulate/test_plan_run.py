@@ -16,39 +16,39 @@ import pytest
 import yaml
 
 from forerun.errors import UserError
+from forerun.simulate.core.cost_model import CostModel, LearnerWork
 from forerun.simulate.core.hardware import nominal_cpu
-from forerun.simulate.core.machine import Machine, benched_machine
 from forerun.simulate.core.shapes import load_model
-from forerun.simulate.plan.calibrate import read_cost_table
-from forerun.simulate.plan.recipe import read_recipe
-from forerun.simulate.plan.render import run_text
-from forerun.simulate.plan.run import calibrate_run, plan_run, read_run, records
-from forerun.simulate.plan.run_calibration import (
+from forerun.simulate.plan.calibrate import (
     StepRecord,
+    benchmarked_cost_model,
     calibrate,
-    decoding,
-    generation_s,
-    plain_decoding,
+    decode_work,
+    plain_decode_work,
     predict_step,
     summary,
 )
-from forerun.simulate.plan.spec import Planner
+from forerun.simulate.plan.cost_table import read_cost_table
+from forerun.simulate.plan.recipe import read_recipe
+from forerun.simulate.plan.render import run_text
+from forerun.simulate.plan.run import calibrate_run, plan_run, read_run, records
+from forerun.simulate.plan.step_model import StepModel
 
 RECORDED = Path(__file__).parent / "recorded_run"
-WORK = {"score_passes": 1.0, "train_passes": 3.0, "updates": 1}
+WORK = LearnerWork(tokens=0.0, score_passes=1.0, train_passes=3.0, updates=1)
 
 
 def recorded_recipe() -> dict[str, Any]:
     return yaml.safe_load((RECORDED / "config.resolved.yaml").read_text())
 
 
-def nominal() -> Machine:
+def nominal() -> CostModel:
     machine = read_recipe(recorded_recipe(), {}, here=nominal_cpu(2, ("avx2",), 16.0)).machine
     assert machine is not None
     return machine
 
 
-def true_machine(k: int) -> Machine:
+def true_machine(k: int) -> CostModel:
     """Not the nominal one: every constant is off by another factor."""
     start = nominal()
     engine = replace(
@@ -67,7 +67,7 @@ def true_machine(k: int) -> Machine:
     )  # fmt: skip
 
 
-def made_up_steps(truth: Machine, k: int, count: int = 24, noise: float = 0.0) -> list[StepRecord]:
+def made_up_steps(truth: CostModel, k: int, count: int = 24, noise: float = 0.0) -> list[StepRecord]:
     """Steps whose batch, lengths and share of trained groups vary, timed by a known machine."""
     rng, steps = np.random.default_rng(1), []
     for number in range(1, count + 1):
@@ -151,12 +151,12 @@ def test_a_recorded_run_is_predicted_on_its_even_steps() -> None:
 def test_a_recorded_bench_predicts_the_recorded_run() -> None:
     """Two measurements of one machine: the cost table knows nothing of the run but its lengths and rounds."""
     table, recipe = read_cost_table(RECORDED.parent / "recorded_bench.json"), recorded_recipe()
-    engine = benched_machine(nominal(), table, "eagle3").engine
+    engine = benchmarked_cost_model(nominal(), table, "eagle3").engine
     steps, slots = records(read_run(RECORDED), recipe), recipe["rollout"]["slots"]
     drafted = [
-        (generation_s(engine, decoding(s.rounds, s.tokens, s, slots), 4), s.seconds["generation"]) for s in steps
+        (engine.generation_s(decode_work(s.rounds, s.tokens, s, slots), 4), s.seconds["generation"]) for s in steps
     ]
-    plain = [(generation_s(engine, plain_decoding(s, slots), 0), float(s.compare_s or 0.0)) for s in steps]
+    plain = [(engine.generation_s(plain_decode_work(s, slots), 0), float(s.compare_s or 0.0)) for s in steps]
     for pairs in (drafted, plain):
         assert abs(summary(pairs)["total"]) < 0.06
         assert summary(pairs)["worst"] < 0.12
@@ -166,14 +166,14 @@ def test_nominal_figures_are_within_their_band_of_two_machines() -> None:
     """The recorded run's machine, and one with bfloat16 units: 48 answers of 96 tokens, k = 4, 14.0 s, plain 24.8 s."""
     steps, slots = records(read_run(RECORDED), recorded_recipe()), 8
     for s in steps:
-        ours_s = generation_s(nominal().engine, decoding(s.rounds, s.tokens, s, slots), 4)
+        ours_s = nominal().engine.generation_s(decode_work(s.rounds, s.tokens, s, slots), 4)
         assert 0.5 < ours_s / s.seconds["generation"] < 2.0
     recipe = recorded_recipe()
     recipe["train"] |= {"prompts_per_step": 6, "samples_per_prompt": 8}
     lengths = {1: 1.77, 2: 2.41, 3: 2.94, 4: 3.37}
     changes = {"trace": [96.0] * 48, "acceptance_lengths": lengths}
     found = read_recipe(recipe, changes, here=nominal_cpu(2, ("avx512_bf16",), 16.0))
-    planner = Planner(found.spec, machine=found.machine, model=found.model)
+    planner = StepModel(found.spec, machine=found.machine, model=found.model)
     assert found.spec.precision == "bf16"
     for k, measured_s in ((0, 24.8), (4, 14.0)):
         assert 0.5 < planner.generation_s(k, 1, 0) / measured_s < 2.0
@@ -196,6 +196,17 @@ def test_a_recorded_run_answers_how_it_would_go_otherwise() -> None:
     assert answer["plan"]["speculative"]["k"] == 4 and answer["plan"]["bands"]["generation"] < 0.1
     said = run_text(answer)
     assert "fitted on the odd steps" in said and "tested steps" in said and "how it would go with" in said
+
+
+def test_a_run_with_a_drafter_from_outside_is_calibrated_on_its_own_steps() -> None:
+    recipe = recorded_recipe()
+    known = plan_run(RECORDED, recipe)
+    recipe["speculation"] |= {"method": "my_package:Drafter", "draft": None}
+    strange = plan_run(RECORDED, recipe)
+    assert strange["plan"]["spec"]["method"] == "my_package:Drafter"
+    assert strange["calibration"]["errors"]["generation"]["worst"] < 0.2
+    ours, theirs = (answer["plan"]["speedup"]["generation"] for answer in (strange, known))
+    assert ours == pytest.approx(theirs, rel=0.1)
 
 
 def test_a_run_is_planned_with_changes_but_not_on_other_hardware() -> None:

@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forerun.errors import UserError
-from forerun.simulate.core.decode import Speculator, make_drafter
+from forerun.simulate.core.cost_model import CostModel, LearnerWork, nominal_cost_model
+from forerun.simulate.core.decode import AnalyticalEngine, make_drafter
 from forerun.simulate.core.hardware import cpu, load_hardware
-from forerun.simulate.core.machine import Machine, Work, nominal_machine
 from forerun.simulate.core.operators import Layout, Replica, check_layout
 from forerun.simulate.core.shapes import load_model
 from forerun.simulate.core.step import step_bound
 from forerun.simulate.plan.planner import plan
-from forerun.simulate.plan.spec import Planner, PlanSpec
+from forerun.simulate.plan.spec import PlanSpec
+from forerun.simulate.plan.step_model import StepModel
 
 MODEL = load_model("Qwen3-0.6B")
 DRAFTER = make_drafter("eagle3", MODEL)
@@ -30,12 +31,12 @@ GAIN = st.floats(1.01, 5.0)
 ACCEPTANCE = st.floats(0.05, 0.98)
 
 
-def machine(flops: float, bandwidth: float) -> Machine:
-    return nominal_machine(cpu(flops, bandwidth, (), 64e9), MODEL, DRAFTER, "fp32")
+def machine(flops: float, bandwidth: float) -> CostModel:
+    return nominal_cost_model(cpu(flops, bandwidth, (), 64e9), MODEL, DRAFTER, "fp32")
 
 
-def step_s(made: Machine, k: int, acceptance: float) -> float:
-    return float(Planner(replace(SPEC, acceptance=acceptance), machine=made).split(k, 1, 0).step.step_s)
+def step_s(made: CostModel, k: int, acceptance: float) -> float:
+    return float(StepModel(replace(SPEC, acceptance=acceptance), machine=made).split(k, 1, 0).step.step_s)
 
 
 @settings(max_examples=40, deadline=None)
@@ -56,7 +57,7 @@ def test_more_acceptance_never_steps_slower_and_the_bound_holds(
     low, high = sorted((low, high))
     made = machine(flops, bandwidth)
     assert step_s(made, k, high) <= step_s(made, k, low) * (1 + 1e-12)
-    planner = Planner(replace(SPEC, acceptance=high), machine=made)
+    planner = StepModel(replace(SPEC, acceptance=high), machine=made)
     plain, fast = planner.split(0, 1, 0), planner.split(k, 1, 0)
     share = plain.stages.generation_s / plain.step.step_s
     speedup = plain.step.step_s / fast.step.step_s
@@ -98,19 +99,19 @@ def test_seconds_are_seconds() -> None:
     assert made.engine.sequence_s == pytest.approx(2 * 0.596e9 / (0.8 * 1e11), rel=0.02)  # two FLOP per parameter
     assert made.train_token_s == pytest.approx(3 * made.score_token_s)
     gpu = load_hardware("H100")
-    engine = Speculator(Replica(load_model("Qwen3-8B"), gpu), make_drafter("eagle3", load_model("Qwen3-8B")))
+    engine = AnalyticalEngine(Replica(load_model("Qwen3-8B"), gpu), make_drafter("eagle3", load_model("Qwen3-8B")))
     read_s = 2 * 7.6e9 / gpu.memory_bytes_per_s
     assert read_s < float(engine.plain_s(1.0, 100.0)) < 3 * read_s  # 6.9 ms measured
 
 
 def test_the_learner_s_work_scales_with_tokens_passes_and_trained_share() -> None:
     made = machine(1e11, 1e10)
-    base = made.stages(Work(1000.0), 2.0)
-    twice = made.stages(Work(2000.0, score_passes=2.0, train_passes=4.0), 2.0)
+    base = made.stages(LearnerWork(1000.0), 2.0)
+    twice = made.stages(LearnerWork(2000.0, score_passes=2.0, train_passes=4.0), 2.0)
     assert twice.logprob_s == pytest.approx(4 * base.logprob_s)
     assert twice.train_s - made.update_s == pytest.approx(8 / 3 * (base.train_s - made.update_s))
-    assert made.stages(Work(1000.0, trained=0.0), 2.0).train_s == 0.0
-    shared = made.stages(Work(1000.0), 2.0, machines=4.0)
+    assert made.stages(LearnerWork(1000.0, trained=0.0), 2.0).train_s == 0.0
+    shared = made.stages(LearnerWork(1000.0), 2.0, machines=4.0)
     assert shared.train_s == pytest.approx(base.train_s / 4) and shared.generation_s == 2.0
 
 
@@ -138,4 +139,4 @@ def test_a_parallel_layout_that_cannot_be_is_answered_with_one_that_can() -> Non
     with pytest.raises(UserError, match="over 8 of 4 GPUs; 4 works"):
         check_layout(Replica(shape, load_hardware("H200"), Layout(4, 1, 8)))
     with pytest.raises(UserError, match="fp16"):
-        nominal_machine(load_hardware("H100"), MODEL, DRAFTER, "fp16")
+        nominal_cost_model(load_hardware("H100"), MODEL, DRAFTER, "fp16")

@@ -13,13 +13,14 @@ from test_calibrate import bench_rows, write_table
 
 from forerun.config import load_recipe
 from forerun.errors import UserError
+from forerun.simulate.core.cost_model import LinearEngine
 from forerun.simulate.core.hardware import cpu
 from forerun.simulate.core.step import Stages
-from forerun.simulate.plan.calibrate import FittedEngine, read_cost_table
+from forerun.simulate.plan.cost_table import read_cost_table
 from forerun.simulate.plan.predict import compare, predict_recipe
 from forerun.simulate.plan.recipe import combined_band, plan_recipe, read_recipe
 from forerun.simulate.plan.render import comparison_text, prediction_text
-from forerun.simulate.plan.spec import Planner
+from forerun.simulate.plan.step_model import StepModel
 
 HERE = cpu(100e9, 12e9, ("avx2",), 16e9)
 STAGES = ("data", "prepare", "generation", "logprob", "train")
@@ -105,6 +106,24 @@ def test_drafters_without_weights_and_trees_are_taken_for_what_costs_alike() -> 
     assert tree.spec.method == "tree" and "counted as a chain of k" in " ".join(tree.assumed)
 
 
+def test_a_drafter_from_outside_is_planned_from_measurements_or_refused(tmp_path: Path) -> None:
+    strange = recipe(speculation__method="my_package:Drafter", speculation__draft=None, speculation__k=3)
+    for changes in ({}, {"hardware": "H100", "model": "Qwen3-8B"}):
+        with pytest.raises(UserError, match="There is no drafter called 'my_package:Drafter'; there are eagle3"):
+            plan_recipe(strange, {"hardware": "cpu"} | changes)
+    with pytest.raises(UserError, match="There is no drafter called"):
+        predict_recipe(strange)
+    rows = [
+        row | {"method": "my_package:Drafter"} if row["k"] else row
+        for row in bench_rows(LinearEngine(0.04, 0.002, 1e-6, 0.003, 0.0008, 0.004, 0.0002))
+    ]
+    table = read_cost_table(write_table(tmp_path / "bench.json", rows))
+    for changes in ({"hardware": "cpu"}, {"hardware": "H100", "model": "Qwen3-8B"}):
+        result = plan_recipe(strange, changes, table)
+        assert result.spec["method"] == "my_package:Drafter" and result.drafter["step_s"] > 0
+        assert result.speculative["alpha"] == pytest.approx(1 + 0.7 + 0.49 + 0.343)
+
+
 def test_lag_on_one_machine_is_said_to_bring_nothing() -> None:
     lagged = read_recipe(recipe(loop__lag=2), {}, here=HERE)
     assert lagged.spec.lag == 0 and "planned without lag" in " ".join(lagged.assumed)
@@ -113,7 +132,7 @@ def test_lag_on_one_machine_is_said_to_bring_nothing() -> None:
 
 def stages_of(data: dict[str, Any]) -> Stages:
     found = read_recipe(data, {}, here=HERE)
-    return Planner(found.spec, machine=found.machine, model=found.model).stages(0, 1, 1, 0)
+    return StepModel(found.spec, machine=found.machine, model=found.model).stages(0, 1, 1, 0)
 
 
 def test_reference_recomputation_and_updates_cost_their_passes() -> None:
@@ -126,7 +145,7 @@ def test_reference_recomputation_and_updates_cost_their_passes() -> None:
 
 
 def test_a_cost_table_replaces_nominal_costs_and_brings_its_acceptance(tmp_path: Path) -> None:
-    true = FittedEngine(0.04, 0.002, 1e-6, 0.003, 0.0008, 0.004, 0.0002)
+    true = LinearEngine(0.04, 0.002, 1e-6, 0.003, 0.0008, 0.004, 0.0002)
     table = read_cost_table(write_table(tmp_path / "bench.json", bench_rows(true, noise=0.02)))
     found = read_recipe(recipe(speculation__k=3), {}, table, here=HERE)
     assert found.machine is not None

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forerun.errors import UserError
+from forerun.simulate.core.cost_model import LinearEngine
 from forerun.simulate.core.decode import (
+    AnalyticalEngine,
     Budget,
-    RoundTuning,
-    Speculator,
+    RoundConstants,
     constant_acceptance,
     fixed_budget,
     make_drafter,
@@ -22,6 +23,7 @@ from forerun.simulate.core.hardware import load_hardware
 from forerun.simulate.core.operators import Layout, Replica
 from forerun.simulate.core.rollout import (
     Lengths,
+    Pace,
     drain_by_events,
     drain_together,
     simulate_rollout,
@@ -39,19 +41,18 @@ from forerun.simulate.core.step import (
     refit_s,
     step_bound,
 )
-from forerun.simulate.plan.calibrate import FittedEngine
 
 MODEL = load_model("Qwen3-8B")
-ENGINE = Speculator(Replica(MODEL, load_hardware("H100")), make_drafter("eagle3", MODEL), RoundTuning())
-CONSTANT = FittedEngine(0.01, 0.0, 0.0, 0.0, 0.0, 0.005, 0.0)  # 10 ms a step, 5 ms a draft token, nothing else
+ENGINE = AnalyticalEngine(Replica(MODEL, load_hardware("H100")), make_drafter("eagle3", MODEL), RoundConstants())
+CONSTANT = LinearEngine(0.01, 0.0, 0.0, 0.0, 0.0, 0.005, 0.0)  # 10 ms a step, 5 ms a draft token, nothing else
 
 
 def test_the_fast_drain_equals_the_event_loop() -> None:
     queue = Lengths(800, 1.0, 4096).sample(60, seed=3).reshape(4, 15)
     queue[2, 10:] = 0.0
-    budget, acceptance = Budget(((4.0, 5), (np.inf, 2))), constant_acceptance(0.7)
-    fast = drain_together(ENGINE, queue.copy(), 15, budget, acceptance, 100.0, 1e-3)
-    slow = drain_by_events(ENGINE, queue.copy(), 15, budget, acceptance, 100.0, 1e-3)
+    pace = Pace(ENGINE, Budget(((4.0, 5), (np.inf, 2))), constant_acceptance(0.7))
+    fast = drain_together(pace, queue.copy(), 15, 100.0, 1e-3)
+    slow = drain_by_events(pace, queue.copy(), 15, 100.0, 1e-3)
     for name in ("seconds", "rounds", "prefill_s", "tail_s"):
         assert np.allclose(getattr(fast, name), getattr(slow, name), rtol=1e-9), name
     assert np.allclose(fast.batch_seconds, slow.batch_seconds, rtol=0.02)  # prefill is booked at another batch
@@ -96,7 +97,7 @@ def test_more_replicas_never_slow_and_a_large_step_is_quick() -> None:
     lengths = Lengths(5000, 0.8, 8192).sample(4096)
     model = load_model("Qwen3-235B-A22B")
     replica = Replica(model, load_hardware("GB200"), Layout(8, 1, 8), "fp8", 1.0)
-    engine = Speculator(replica, make_drafter("eagle3", model))
+    engine = AnalyticalEngine(replica, make_drafter("eagle3", model))
     start_s = time.perf_counter()
     seconds = [
         simulate_rollout(

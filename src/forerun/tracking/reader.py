@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from forerun.errors import UserError
 from forerun.tracking.timeline import Event, read_timeline
 from forerun.types import STAGES
@@ -60,11 +58,11 @@ def load_run(run_dir: Path | str) -> RunData:
     if not any((path / name).exists() for name in files):
         raise UserError(f"{path} holds none of {', '.join(files)}: give the folder of a run, for example runs/latest.")
     missing = [f"{name} is missing." for name in files if not (path / name).exists()]
-    metrics = _read_metrics(path / "metrics.jsonl", missing)
+    metrics = read_metrics(path / "metrics.jsonl", missing)
     samples = _read_samples(path / "rollouts.jsonl", missing)
-    summary = _read_json(path / "summary.json", missing)
+    summary = read_json(path / "summary.json", missing)
     config = _read_text(path / "config.resolved.yaml")
-    env = _read_json(path / "env.json", missing)
+    env = read_json(path / "env.json", missing)
     timeline, broken = read_timeline(path / "timeline.json")
     if broken:
         missing.append(_broken_lines("timeline.json", broken))
@@ -108,6 +106,8 @@ def overlap(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _recipe_facts(config: str) -> dict[str, Any]:
+    import yaml
+
     try:
         recipe = yaml.safe_load(config)
     except yaml.YAMLError:
@@ -145,7 +145,7 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _read_json(path: Path, missing: list[str]) -> dict[str, Any]:
+def read_json(path: Path, missing: list[str]) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
@@ -158,8 +158,8 @@ def _read_json(path: Path, missing: list[str]) -> dict[str, Any]:
     return value
 
 
-def _read_lines(path: Path, missing: list[str]) -> Iterator[dict[str, Any]]:
-    """The lines that hold a JSON object with a whole "step"; the others are counted and told at the end."""
+def read_lines(path: Path, missing: list[str]) -> Iterator[dict[str, Any]]:
+    """The lines that hold a JSON object with an integer "step"; `missing` gets a sentence on the others."""
     broken = 0
     if path.exists():
         with path.open(encoding="utf-8", errors="replace") as file:
@@ -180,9 +180,9 @@ def _broken_lines(name: str, count: int) -> str:
     return f"{name} has {count} broken line{'s' * (count > 1)}, left out here."
 
 
-def _read_metrics(path: Path, missing: list[str]) -> list[dict[str, Any]]:
+def read_metrics(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     steps: dict[int, dict[str, Any]] = {}
-    for row in _read_lines(path, missing):
+    for row in read_lines(path, missing):
         steps.setdefault(row["step"], {}).update(row)
     return [steps[step] for step in sorted(steps)]
 
@@ -190,7 +190,7 @@ def _read_metrics(path: Path, missing: list[str]) -> list[dict[str, Any]]:
 def _read_samples(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     first: list[dict[str, Any]] = []
     last: list[dict[str, Any]] = []
-    for row in _read_lines(path, missing):
+    for row in read_lines(path, missing):
         if last and row["step"] != last[0]["step"]:
             first, last = first or last, []
         if len(last) < SAMPLES_IN_MEMORY:

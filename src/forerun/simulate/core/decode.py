@@ -1,9 +1,8 @@
-"""What one decode step and one speculation round cost on a replica, and how many tokens a round yields.
+"""Seconds of a decode step and of a speculation round on a replica, and the tokens that a round yields.
 
-Conventions: seconds per iteration of the whole replica; `k` draft tokens per sequence and round, 0 = plain decoding;
-acceptance length α counts the emitted tokens of a round, bonus included, 1 <= α <= k+1. A budget maps the number of
-running sequences to k. Batch and context may be numpy arrays.
-Left out: drafter training, rejection sampling kernels (part of the fitted constants), draft caches in memory limits.
+Seconds per iteration of the whole replica; `k` draft tokens per sequence and round, 0: plain decoding; acceptance
+length α counts the emitted tokens of a round, bonus included, 1 <= α <= k+1. Batch and context may be numpy arrays.
+Not modelled: rejection sampling kernels (part of the fitted constants), draft caches in memory limits.
 """
 
 from __future__ import annotations
@@ -31,10 +30,14 @@ from forerun.simulate.core.shapes import ModelShape
 
 EAGLE3_VOCAB = 32_000  # draft vocabulary of the published EAGLE-3 heads
 METHODS = ("eagle3", "eagle1", "mtp", "model", "ngram", "tree")
+COSTS_AS = {"trie": "ngram", "graft": "tree"}  # drafters that cost what another one costs
+TREE_WIDTH = 4
+TREE_NODES = 16
+FUSES_HIDDEN_STATES = ("eagle3", "tree")
 
 
-class Costs(Protocol):
-    """What a rollout must know of an engine: an analytical replica or an engine fitted to measurements."""
+class EngineCosts(Protocol):
+    """The costs of an engine that a rollout depends on."""
 
     def plain_s(self, batch: Numbers, context: Numbers) -> Numbers:
         """Seconds of one plain decode step."""
@@ -51,7 +54,7 @@ class Costs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Drafter:
-    """Who proposes. `shape` is what runs once per draft step (None: nothing does, as for n-grams)."""
+    """What a drafter costs. `shape` runs once per draft step; None: no forward pass, as for n-grams."""
 
     method: str
     shape: ModelShape | None = None
@@ -60,42 +63,37 @@ class Drafter:
 
 
 @dataclass(frozen=True, slots=True)
-class RoundTuning:
-    """The constants of a round that no roofline gives; at most two of them are fitted per engine.
+class RoundConstants:
+    """What a round costs beyond the roofline of its passes; at most two of them are fitted per engine."""
 
-    `token_s` is charged per draft step (launches and host work), `fixed_s` once per round (rejection sampling,
-    bookkeeping), `row_s` per draft token of every running sequence (bookkeeping and log-probabilities of each verified
-    row). Beyond `fast_k` draft tokens rows leave the engine's captured path and cost `slow_row_s` instead of `row_s`.
-    `scan_s` is the price of an n-gram lookup per token of context and sequence, on the host.
-    """
-
-    token_s: float = 0.3e-3
-    fixed_s: float = 0.5e-3
-    row_s: float = 0.0
-    slow_row_s: float = 0.0
+    token_s: float = 0.3e-3  # per draft step: launches and host work
+    fixed_s: float = 0.5e-3  # per round: rejection sampling, bookkeeping
+    row_s: float = 0.0  # per draft token of every sequence: bookkeeping and log-probabilities of a verified row
+    slow_row_s: float = 0.0  # instead of `row_s` beyond `fast_k` draft tokens, where rows leave captured graphs
     fast_k: int = 1_000
-    scan_s: float = 3e-9
+    scan_s: float = 3e-9  # n-gram lookup on the host, per sequence and token of context
 
 
-IDEAL = RoundTuning(token_s=0.0, fixed_s=0.0, scan_s=0.0)  # an engine whose rounds cost what the device needs
+IDEAL = RoundConstants(token_s=0.0, fixed_s=0.0, scan_s=0.0)  # rounds cost what the device needs
 
 
-def make_drafter(
-    method: str, model: ModelShape, *, draft: ModelShape | None = None, width: int = 4, nodes: int = 16
-) -> Drafter:
-    """The drafter of a method for a policy.
+def make_drafter(method: str, model: ModelShape, draft: ModelShape | None = None, draft_vocab: int = 0) -> Drafter:
+    """The drafter of a method of `METHODS` for a policy.
+
+    Args:
+        draft: the smaller model of `model`.
+        draft_vocab: tokens that an EAGLE-3 head proposes; 0: as many as the published heads.
 
     Raises:
-        UserError: an unknown method, or `model` without a draft model.
+        UserError: another method, or `model` without a draft model.
     """
+    check_method(method)
     if method == "ngram":
         return Drafter(method)
     if method == "model":
         if draft is None:
             raise UserError("Drafting with a small model needs that model; name it, for example draft=Qwen3-0.6B.")
         return Drafter(method, draft)
-    if method not in METHODS:
-        raise UserError(f"There is no drafter called {method!r}; there are {', '.join(METHODS)}.")
     layer = replace(model, name=f"{model.name} {method}", layers=1)
     if method == "mtp":
         experts = None if model.experts is None else replace(model.experts, dense_layers=0)
@@ -103,24 +101,30 @@ def make_drafter(
     dense = replace(layer, experts=None, latent=None, kv_heads=min(model.kv_heads, 8))
     if method == "eagle1":
         return Drafter(method, dense)
-    head = replace(dense, vocab=min(EAGLE3_VOCAB, model.vocab))
-    return Drafter(method, head, width, nodes) if method == "tree" else Drafter(method, head)
+    head = replace(dense, vocab=draft_vocab or min(EAGLE3_VOCAB, model.vocab))
+    return Drafter(method, head, TREE_WIDTH, TREE_NODES) if method == "tree" else Drafter(method, head)
 
 
-def with_vocab(drafter: Drafter, vocab: int) -> Drafter:
-    """The same drafter with another draft vocabulary; 0, or a drafter that has no head of its own, changes nothing."""
-    if not vocab or drafter.shape is None or drafter.method not in ("eagle3", "tree"):
-        return drafter
-    return replace(drafter, shape=replace(drafter.shape, vocab=vocab))
+def check_method(method: str) -> None:
+    """Refuse a drafter whose costs the simulator cannot derive.
+
+    Raises:
+        UserError: with the methods that it knows.
+    """
+    if method not in METHODS:
+        raise UserError(
+            f"There is no drafter called {method!r}; there are {', '.join(METHODS)}. Another one can be planned from "
+            "measurements: --costs FILE, or a finished run."
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Speculator:
-    """An analytical engine: a replica, a drafter on the same GPUs, and the round constants. Implements `Costs`."""
+class AnalyticalEngine:
+    """An engine from its operators: a replica, a drafter on the same GPUs, and round constants."""
 
     replica: Replica
     drafter: Drafter = Drafter("ngram")
-    tuning: RoundTuning = RoundTuning()
+    rounds: RoundConstants = RoundConstants()
 
     def plain_s(self, batch: Numbers, context: Numbers) -> Numbers:
         """Eq. 10: device pass plus host."""
@@ -143,21 +147,21 @@ class Speculator:
         return forward_s(own, batch, float(self.drafter.width), context)
 
     def round_s(self, batch: Numbers, k: Numbers, context: Numbers) -> Numbers:
-        """Eq. 12: verify + k (draft + token_s + batch row_s) + fixed_s; with k = 0 exactly a plain step."""
-        steps, tuning = np.asarray(k, dtype=float), self.tuning
-        row_s = np.where(steps > tuning.fast_k, tuning.slow_row_s, tuning.row_s)
+        """Eq. 12: verify + k (draft + token_s + batch row_s) + fixed_s; with k = 0 a plain step."""
+        steps = np.asarray(k, dtype=float)
+        row_s = np.where(steps > self.rounds.fast_k, self.rounds.slow_row_s, self.rounds.row_s)
         per_token_s = self.draft_s(batch, context) + batch * row_s
         extra_s = steps * per_token_s + self._once_s(batch, steps, context)
         return np.where(steps > 0, self.verify_s(batch, steps, context) + extra_s, self.plain_s(batch, context))
 
     def _once_s(self, batch: Numbers, steps: Numbers, context: Numbers) -> Numbers:
-        """What a round costs beyond verification and draft passes: launches, fusion of hidden states, lookup."""
+        """Seconds per round beyond its passes and rows: launches, fusion of hidden states, lookup."""
         if self.drafter.shape is None:
-            return self.tuning.fixed_s + self.tuning.scan_s * batch * context
-        return self.tuning.fixed_s + steps * self.tuning.token_s + self._fusion_s(batch)
+            return self.rounds.fixed_s + self.rounds.scan_s * batch * context
+        return self.rounds.fixed_s + steps * self.rounds.token_s + self._fusion_s(batch)
 
     def prompt_s(self, tokens: Numbers) -> Numbers:
-        """Seconds that one prompt occupies the replica (attention copies work side by side)."""
+        """Seconds that one prompt occupies the replica; copies of attention prefill in parallel."""
         return prefill_s(self.replica, tokens) / self.replica.layout.data
 
     def room_tokens(self) -> float:
@@ -171,7 +175,7 @@ class Speculator:
 
     def _fusion_s(self, batch: Numbers) -> Numbers:
         """EAGLE-3 fuses three hidden states into one, once per round."""
-        if self.drafter.method not in ("eagle3", "tree"):
+        if self.drafter.method not in FUSES_HIDDEN_STATES:
             return 0.0 * batch
         hidden = self.replica.model.hidden
         return gemm_s(self.replica, batch, hidden / self.replica.layout.tensor, 3 * hidden)
@@ -241,7 +245,7 @@ def acceptance_from_lengths(lengths: dict[int, float]) -> Acceptance:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Draft tokens per sequence as a function of the running batch: `steps` are (largest batch, k), ascending."""
+    """Draft tokens per sequence by running batch: `steps` are (largest batch, k), ascending."""
 
     steps: tuple[tuple[float, int], ...]
 
@@ -263,7 +267,9 @@ def fixed_budget(k: int) -> Budget:
     return Budget(((np.inf, k),))
 
 
-def best_budget(costs: Costs, acceptance: Acceptance, context: float, batches: Sequence[int], k_max: int = 8) -> Budget:
+def best_budget(
+    costs: EngineCosts, acceptance: Acceptance, context: float, batches: Sequence[int], k_max: int = 8
+) -> Budget:
     """For each batch the k that yields most tokens per second; equal neighbours are merged."""
     sizes = np.array(sorted(batches), dtype=float)
     ks = np.arange(k_max + 1, dtype=float)

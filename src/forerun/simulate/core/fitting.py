@@ -1,14 +1,13 @@
-"""Two small estimators: a robust fit of positive constants around prior values, and least squares without negatives.
+"""Two estimators: a robust fit of positive constants around priors, and non-negative least squares.
 
-Conventions: residuals are logarithms of predicted over measured, so 0.08 is eight percent; constants are positive and
-fitted in their logarithms. Left out: more than a handful of constants, correlated priors.
+`map_fit` stays by hand: `scipy.optimize.least_squares` has one loss for all residuals, while here measurements are
+Huber and priors quadratic, and its stopping rule would move the constants that ship.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,16 +15,20 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 NOISE = 0.06  # scatter of a good measurement about the best model, in logarithms
-HUBER = 1.5  # residuals beyond this many scatters pull linearly
-UNIDENTIFIED = 0.8  # posterior spread over prior spread from which a constant counts as not identified
+HUBER = 1.5  # residuals beyond this many scatters are weighted linearly
+UNIDENTIFIED = 0.8  # posterior over prior standard deviation from which a constant counts as not identified
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Fitted constants, and for each the share of its prior spread that the data left (1 = learnt nothing)."""
+    """Fitted constants [P], and for each its posterior over its prior standard deviation (1: the data say nothing)."""
 
     values: Floats
     spread_left: Floats
+
+    def unidentified(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The names of the constants that the data did not identify."""
+        return tuple(name for name, left in zip(names, self.spread_left, strict=False) if left > UNIDENTIFIED)
 
 
 def map_fit(
@@ -36,13 +39,13 @@ def map_fit(
     noise: float = NOISE,
     steps: int = 15,
 ) -> Fit:
-    """Most probable positive constants: Huber loss on log residuals plus a lognormal prior, by damped Gauss-Newton.
+    """Maximum a posteriori of positive constants: Huber loss on log residuals, lognormal prior, damped Gauss-Newton.
 
     Args:
         predict: constants [P] to predictions [N], all positive.
         measured: [N], positive.
         prior: [P] typical values; `spread` [P] is their standard deviation in logarithms.
-        noise: scatter from which a residual is large; residuals beyond 1.5 of it pull linearly.
+        noise: scatter of the log residuals; those beyond `HUBER` times it are weighted linearly.
     """
     target, centre = np.log(measured), np.log(prior)
 
@@ -54,9 +57,17 @@ def map_fit(
         huber = np.where(scaled < HUBER, scaled**2 / 2, HUBER * scaled - HUBER**2 / 2)
         return float(huber.sum() + (((x - centre) / spread) ** 2).sum() / 2)
 
+    def derivatives(x: Floats) -> tuple[Floats, Floats]:
+        """Gradient [P] and Gauss-Newton curvature [P, P]."""
+        at, h = residual(x), 1e-4
+        jacobian = np.stack([(residual(x + h * unit) - at) / h for unit in np.eye(len(x))], axis=1)
+        weight = np.minimum(1.0, HUBER * noise / np.maximum(np.abs(at), 1e-12)) / noise**2
+        gradient = jacobian.T @ (weight * at) + (x - centre) / spread**2
+        return gradient, jacobian.T @ (weight[:, None] * jacobian) + np.diag(1 / spread**2)
+
     x, damping = centre.copy(), 1e-3
     for _ in range(steps):
-        gradient, curvature = _newton(residual, x, centre, spread, noise)
+        gradient, curvature = derivatives(x)
         before = loss(x)
         while damping < 1e6:
             step = np.clip(np.linalg.solve(curvature + damping * np.diag(np.diag(curvature)), -gradient), -1, 1)
@@ -68,42 +79,26 @@ def map_fit(
         x, damping = x + step, damping / 5
         if before - loss(x) < 1e-6:
             break
-    _, curvature = _newton(residual, x, centre, spread, noise)
-    left = np.sqrt(np.diag(np.linalg.inv(curvature))) / spread
-    return Fit(np.exp(x), left)
+    _, curvature = derivatives(x)
+    return Fit(np.exp(x), np.sqrt(np.diag(np.linalg.inv(curvature))) / spread)
 
 
-def _newton(
-    residual: Callable[[Floats], Floats], x: Floats, centre: Floats, spread: Floats, noise: float
-) -> tuple[Floats, Floats]:
-    """Gradient and Gauss-Newton curvature of the loss."""
-    at, h = residual(x), 1e-4
-    jacobian = np.stack([(residual(x + h * unit) - at) / h for unit in np.eye(len(x))], axis=1)
-    weight = np.minimum(1.0, HUBER * noise / np.maximum(np.abs(at), 1e-12)) / noise**2
-    gradient = jacobian.T @ (weight * at) + (x - centre) / spread**2
-    return gradient, jacobian.T @ (weight[:, None] * jacobian) + np.diag(1 / spread**2)
+def nonnegative_least_squares(columns: Floats, target: Floats, scale: Floats | None = None) -> Floats:
+    """Coefficients >= 0 [P] that minimise the squares of (`columns` [N, P] times them - `target` [N]) / `scale` [N].
 
-
-def positive_least_squares(columns: Floats, target: Floats) -> Floats:
-    """Coefficients >= 0 [P] that minimise the relative squared error of `columns` [N, P] against `target` [N] > 0.
-
-    All subsets of columns are tried: exact, and fast for the four or five columns of an engine.
+    Args:
+        scale: None: the target, so that relative errors are minimised.
     """
-    scaled, ones = columns / target[:, None], np.ones(len(target))
-    best, best_error = np.zeros(columns.shape[1]), np.inf
-    for chosen in product([False, True], repeat=columns.shape[1]):
-        use = np.flatnonzero(chosen)
-        candidate = np.zeros(columns.shape[1])
-        if use.size:
-            candidate[use] = np.linalg.lstsq(scaled[:, use], ones, rcond=None)[0]
-        error = float(((scaled @ candidate - 1) ** 2).sum())
-        if (candidate >= 0).all() and error < best_error - 1e-12:
-            best, best_error = candidate, error
-    return best
+    from scipy.optimize import nnls
+
+    scale = target if scale is None else scale
+    # Of columns that the rows cannot tell apart, nnls takes the first: here the last, the most specific one.
+    coefficients, _ = nnls((columns / scale[:, None])[:, ::-1], target / scale)
+    return coefficients[::-1]
 
 
-def errors(predicted: Floats, measured: Floats) -> dict[str, float | int]:
-    """Relative errors in short: count, median, mean, 90th percentile and worst of their size, and the signed median."""
+def relative_errors(predicted: Floats, measured: Floats) -> dict[str, float | int]:
+    """Count, median, mean, 90th percentile and worst of the relative errors' sizes, and their signed median."""
     signed = np.asarray(predicted) / np.asarray(measured) - 1.0
     size = np.abs(signed)
     if not size.size:

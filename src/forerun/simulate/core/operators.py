@@ -1,14 +1,15 @@
 """Times of the operators of one forward pass, and of the whole pass, on one replica.
 
-Conventions: seconds, bytes, FLOP; `batch` counts sequences on the replica, `queries` the rows that each adds (1 plain,
-k+1 to verify), `context` the tokens that each has cached. The three may be numpy arrays: everything broadcasts.
-Equation numbers refer to the table in `docs/simulator.md`.
-Left out: overlap of communication with computation, pipeline bubbles inside a replica, quantisation kernels.
+Seconds, bytes, FLOP. `batch` counts sequences on the replica, `queries` the rows that each adds (1 plain, k+1 to
+verify), `context` the tokens that each has cached; all three may be numpy arrays and broadcast. Equation numbers refer
+to the table in `docs/simulator.md`. Not modelled: overlap of communication with computation, pipeline bubbles,
+quantisation kernels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,15 +24,31 @@ WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "fp32": 4.0}
 RUNTIME_BYTES = 3.9e9  # activations, graphs and communication buffers per GPU (aiconfigurator: 3.5 GB + NCCL 0.34-0.39)
 MEMORY_SHARE = 0.92  # of the memory that an engine takes (vLLM's default)
 NETWORK_LATENCY_S = 10e-6  # point to point across nodes
-DISPATCH_LATENCY_S, DISPATCH_SHARE, COMBINE_RATIO = 13e-6, 0.46, 1.15  # expert all-to-all, GB200 NVLink tables
-EXPERT_OVERHEAD_S, EXPERT_BANDWIDTH_SHARE, EXPERT_COMPUTE_SHARE = 10e-6, 0.85, 0.40
+DISPATCH_LATENCY_S = 13e-6  # expert all-to-all, as the two below: GB200 NVLink tables
+DISPATCH_SHARE = 0.46
+COMBINE_RATIO = 1.15
+EXPERT_OVERHEAD_S = 10e-6
+EXPERT_BANDWIDTH_SHARE = 0.85
+EXPERT_COMPUTE_SHARE = 0.40
 EXPERT_IMBALANCE = 1.2  # busiest expert group over the mean, power-law routing
-ELEMENTWISE_PASSES, ELEMENTWISE_SHARE = 10, 0.6  # norms, rotary, residual, activation: sweeps over the hidden state
+ELEMENTWISE_PASSES = 10  # sweeps over the hidden state: norms, rotary, residual, activation
+ELEMENTWISE_SHARE = 0.6
+# Which operator a constant of `Tuning` scales.
+OPERATORS = {
+    "host_s": "host",
+    "sequence_s": "host",
+    "overhead": "launches",
+    "memory": "weights",
+    "cache": "cache reads",
+    "compute": "matrix compute and prefill",
+    "link": "collectives",
+    "experts": "experts",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a replica lies on its GPUs: attention cut `tensor` ways, copied `data` times, experts cut `expert` ways."""
+    """A replica on its GPUs: attention cut `tensor` ways and copied `data` times, experts cut `expert` ways."""
 
     tensor: int = 1
     data: int = 1
@@ -45,7 +62,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """What an engine makes of the hardware: host seconds, and factors on the operator times (1 = the kernel tables)."""
+    """Constants of an engine: host seconds, and factors on the operator times (1: as in the kernel tables)."""
 
     host_s: float = 1.5e-3  # per iteration: schedule, prepare, sample
     sequence_s: float = 6e-6  # per iteration and running sequence
@@ -283,3 +300,14 @@ def check_layout(replica: Replica) -> None:
         near = max(n for n in range(1, layout.expert + 1) if layout.gpus % n == 0)
         raise UserError(f"Experts cannot be spread over {layout.expert} of {layout.gpus} GPUs; {near} works.")
     cache_tokens(replica)
+
+
+def operator_shares(seconds: Callable[[Tuning], NDArray[np.float64]], tuning: Tuning) -> dict[str, NDArray[np.float64]]:
+    """Share of each operator in a time: d log `seconds` / d log constant, by finite differences."""
+    base, step = seconds(tuning), 1e-3
+    shares: dict[str, NDArray[np.float64]] = {}
+    for constant in fields(Tuning):
+        moved = replace(tuning, **{constant.name: getattr(tuning, constant.name) * (1 + step)})
+        operator = OPERATORS[constant.name]
+        shares[operator] = shares.get(operator, np.zeros_like(base)) + (seconds(moved) / base - 1) / step
+    return shares

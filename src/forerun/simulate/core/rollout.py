@@ -1,9 +1,9 @@
 """A batch of rollouts on replicas that drain: seconds until the last sequence ends.
 
-Conventions: lengths in output tokens, times in seconds. Event driven: between two endings of a replica its batch is
-constant and every running sequence advances by α tokens per round; all replicas are advanced together in numpy.
-Requests beyond the slots or the cache wait in order and enter as others end (continuous batching); prompts of one
-group share their prefill. Left out: preemption, migration between replicas, variance of acceptance within a batch.
+Lengths in output tokens, times in seconds. Event driven: between two endings on a replica its batch is constant and
+every running sequence advances by α tokens per round. Requests beyond the slots or the cache wait in order (continuous
+batching); the prompts of a group share their prefill. Not modelled: preemption, migration between replicas, variance of
+acceptance within a batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import UserError
-from forerun.simulate.core.decode import Acceptance, Budget, Costs
+from forerun.simulate.core.decode import Acceptance, Budget, EngineCosts
 
 Floats = NDArray[np.float64]
 
@@ -45,11 +45,9 @@ class Lengths:
 
 
 def lengths_with_mean(mean_tokens: float, sigma: float, cap_tokens: int, count: int) -> Floats:
-    """`count` lognormal lengths, cut at the cap, whose mean after the cut is `mean_tokens`, up to rounding.
-
-    For a mean that was observed: a run's, or that of a drafter's training answers.
-    """
-    goal, low, high = min(mean_tokens, float(cap_tokens)), min(mean_tokens, float(cap_tokens)), 1e3 * cap_tokens
+    """`count` lognormal lengths whose mean after the cut at the cap is `mean_tokens`, up to rounding."""
+    goal = low = min(mean_tokens, float(cap_tokens))
+    high = 1e3 * cap_tokens
     for _ in range(40):
         middle = (low * high) ** 0.5
         short = Lengths(middle, sigma, cap_tokens).sample(count).mean() < goal
@@ -72,7 +70,7 @@ def trace_lengths(tokens: Sequence[float]) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class RolloutResult:
-    """What a simulated rollout took."""
+    """Times of a simulated rollout."""
 
     seconds: float
     tokens: float
@@ -82,14 +80,24 @@ class RolloutResult:
     mean_batch: float  # running sequences per replica, weighted by time
     replica_s: Floats
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Output tokens per second."""
-        return self.tokens / self.seconds
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast an engine advances its sequences under a draft budget."""
+
+    costs: EngineCosts
+    budget: Budget
+    acceptance: Acceptance
+
+    def advance(self, tokens: Floats, batch: Floats, context: Floats | float) -> tuple[Floats, Floats]:
+        """Rounds, and seconds, until each of `batch` sequences per replica has emitted `tokens` more."""
+        k = self.budget.k(batch)
+        rounds = tokens / self.acceptance.length(k)
+        return rounds, rounds * self.costs.round_s(batch, k, context)
 
 
 def simulate_rollout(
-    costs: Costs,
+    costs: EngineCosts,
     lengths: Floats,
     *,
     replicas: int,
@@ -103,7 +111,7 @@ def simulate_rollout(
 
     Args:
         costs: the engine; `group` samples share one prompt and its prefill.
-        slots: sequences that a replica runs side by side at most; its cache may allow fewer.
+        slots: the most sequences that a replica runs at once; its cache may allow fewer.
 
     Raises:
         UserError: fewer than one replica or slot, or a cache that cannot hold a single sequence.
@@ -114,7 +122,7 @@ def simulate_rollout(
     limit = _running_limit(costs, lengths, prompt_tokens, slots)
     prompt_s = float(costs.prompt_s(np.float64(prompt_tokens))) / group
     drain = drain_together if queue.shape[1] <= limit else drain_by_events
-    clocks = drain(costs, queue, limit, budget, acceptance, prompt_tokens, prompt_s)
+    clocks = drain(Pace(costs, budget, acceptance), queue, limit, prompt_tokens, prompt_s)
     slowest = int(np.argmax(clocks.seconds))
     return RolloutResult(
         seconds=float(clocks.seconds[slowest]),
@@ -129,7 +137,7 @@ def simulate_rollout(
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """What each of R replicas spent."""
+    """Totals of each of R replicas."""
 
     seconds: Floats  # [R]
     rounds: Floats  # [R]
@@ -138,22 +146,12 @@ class Clocks:
     batch_seconds: Floats  # [R], running sequences integrated over time
 
 
-def drain_together(
-    costs: Costs,
-    queue: Floats,
-    limit: int,
-    budget: Budget,
-    acceptance: Acceptance,
-    prompt_tokens: float,
-    prompt_s: float,
-) -> Clocks:
-    """All requests [R, Q] start at once: all between endings is known beforehand, so one pass over [R, Q] does."""
+def drain_together(pace: Pace, queue: Floats, limit: int, prompt_tokens: float, prompt_s: float) -> Clocks:
+    """All requests [R, Q] start at once, so that every batch between two endings is known: one pass over [R, Q]."""
     ends = np.sort(queue, axis=1)
     begins = np.concatenate([np.zeros((len(queue), 1)), ends[:, :-1]], axis=1)
     batch = np.arange(queue.shape[1], 0, -1.0)[None, :] * np.ones_like(ends)
-    k = budget.k(batch)
-    rounds = (ends - begins) / acceptance.length(k)
-    seconds = rounds * costs.round_s(batch, k, prompt_tokens + (begins + ends) / 2)
+    rounds, seconds = pace.advance(ends - begins, batch, prompt_tokens + (begins + ends) / 2)
     requests = (queue > 0).sum(1)
     prefill_s = requests * prompt_s
     tail = batch <= 0.1 * np.maximum(requests, 1)[:, None]
@@ -161,20 +159,32 @@ def drain_together(
     return Clocks(seconds.sum(1) + prefill_s, rounds.sum(1), prefill_s, (seconds * tail).sum(1), batch_seconds)
 
 
-def drain_by_events(
-    costs: Costs,
-    queue: Floats,
-    limit: int,
-    budget: Budget,
-    acceptance: Acceptance,
-    prompt_tokens: float,
-    prompt_s: float,
-) -> Clocks:
-    """At most `limit` of the requests [R, Q] of a replica run at once; the next in order enters as one ends."""
-    state = _Drain(queue, limit, prompt_tokens)
-    while state.advance(costs, budget, acceptance, prompt_s):
-        continue
-    return Clocks(state.clock_s, state.rounds, state.prefill_s, state.tail_s, state.batch_seconds)
+def drain_by_events(pace: Pace, queue: Floats, limit: int, prompt_tokens: float, prompt_s: float) -> Clocks:
+    """At most `limit` of a replica's requests [R, Q] run at once; the next in order enters as one ends."""
+    clocks = Clocks(*(np.zeros(len(queue)) for _ in range(5)))
+    peak = np.maximum(np.minimum((queue > 0).sum(1), limit), 1)
+    left, done = queue, np.zeros_like(queue)  # tokens to emit and emitted; nothing left: finished, or no request
+    prefilled = np.zeros_like(queue, dtype=bool)
+    while (left > 0).any():
+        waiting = left > 0
+        running = waiting & (np.cumsum(waiting, axis=1) <= limit)
+        batch = running.sum(1).astype(float)
+        live = batch > 0
+        step = np.where(live, np.where(running, left, np.inf).min(1, initial=np.inf), 0.0)
+        size = np.maximum(batch, 1.0)
+        context = prompt_tokens + np.where(running, done, 0.0).sum(1) / size + step / 2
+        rounds, decode_s = pace.advance(step, size, context)
+        prefill_s = (running & ~prefilled).sum(1) * prompt_s
+        prefilled |= running
+        spent_s = np.where(live, decode_s + prefill_s, 0.0)
+        clocks.seconds[:] += spent_s
+        clocks.rounds[:] += rounds
+        clocks.prefill_s[:] += prefill_s
+        clocks.tail_s[:] += np.where(batch <= 0.1 * peak, spent_s, 0.0)
+        clocks.batch_seconds[:] += batch * spent_s
+        left = np.where(running, left - step[:, None], left)
+        done = np.where(running, done + step[:, None], done)
+    return clocks
 
 
 def _deal(lengths: Floats, replicas: int) -> Floats:
@@ -185,7 +195,7 @@ def _deal(lengths: Floats, replicas: int) -> Floats:
     return padded.reshape(rows, replicas).T.copy()
 
 
-def _running_limit(costs: Costs, lengths: Floats, prompt_tokens: float, slots: int) -> int:
+def _running_limit(costs: EngineCosts, lengths: Floats, prompt_tokens: float, slots: int) -> int:
     room, need = costs.room_tokens(), prompt_tokens + float(np.mean(lengths))
     if room < prompt_tokens + 1:
         raise UserError(
@@ -194,51 +204,8 @@ def _running_limit(costs: Costs, lengths: Floats, prompt_tokens: float, slots: i
     return max(1, int(min(slots, room / need)))
 
 
-class _Drain:
-    """State of all replicas: [R, Q] requests in order of admission, [R] clocks."""
-
-    def __init__(self, queue: Floats, limit: int, prompt_tokens: float) -> None:
-        self.left = queue  # tokens still to emit, 0 = finished or empty
-        self.done = np.zeros_like(queue)
-        self.limit, self.prompt_tokens = limit, prompt_tokens
-        self.peak = np.maximum(np.minimum((queue > 0).sum(1), limit), 1)
-        zeros = np.zeros(len(queue))
-        self.clock_s, self.rounds, self.prefill_s = zeros.copy(), zeros.copy(), zeros.copy()
-        self.tail_s, self.batch_seconds = zeros.copy(), zeros.copy()
-        self.seen = np.zeros_like(queue, dtype=bool)
-
-    def advance(self, costs: Costs, budget: Budget, acceptance: Acceptance, prompt_s: float) -> bool:
-        """To the next ending of every replica that still runs; False when all are done."""
-        waiting = self.left > 0
-        running = waiting & (np.cumsum(waiting, axis=1) <= self.limit)
-        batch = running.sum(1).astype(float)
-        live = batch > 0
-        if not live.any():
-            return False
-        step = np.where(running, self.left, np.inf).min(1, initial=np.inf)
-        step = np.where(live, step, 0.0)
-        size = np.maximum(batch, 1.0)
-        context = self.prompt_tokens + np.where(running, self.done, 0.0).sum(1) / size + step / 2
-        k = budget.k(size)
-        rounds = step / acceptance.length(k)
-        fresh = (running & ~self.seen).sum(1) * prompt_s
-        self.seen |= running
-        spent_s = np.where(live, rounds * costs.round_s(size, k, context) + fresh, 0.0)
-        self._account(spent_s, fresh, rounds, batch)
-        self.left = np.where(running, self.left - step[:, None], self.left)
-        self.done = np.where(running, self.done + step[:, None], self.done)
-        return True
-
-    def _account(self, spent_s: Floats, fresh_s: Floats, rounds: Floats, batch: Floats) -> None:
-        self.clock_s += spent_s
-        self.prefill_s += fresh_s
-        self.rounds += rounds
-        self.batch_seconds += batch * spent_s
-        self.tail_s += np.where(batch <= 0.1 * self.peak, spent_s, 0.0)
-
-
 def stream_s(
-    costs: Costs,
+    costs: EngineCosts,
     lengths: Floats,
     *,
     replicas: int,
@@ -257,14 +224,13 @@ def stream_s(
     mean, longest = float(np.mean(lengths)), float(np.max(lengths))
     limit = _running_limit(costs, lengths, prompt_tokens, slots)
     batch = float(np.clip(in_flight * len(lengths) / replicas * mean / longest, 1e-9, limit))
-    size = np.array([max(batch, 1.0)])
     context = prompt_tokens + float(np.mean(lengths**2)) / (2 * mean)
-    k = budget.k(size)
-    round_s = costs.round_s(size, k, np.array([context])) / acceptance.length(k)
-    decode_s = float(round_s[0]) * len(lengths) * mean / (replicas * batch)
+    size = np.array([max(batch, 1.0)])
+    _, token_s = Pace(costs, budget, acceptance).advance(np.ones(1), size, np.array([context]))
+    decode_s = float(token_s[0]) * len(lengths) * mean / (replicas * batch)
     return decode_s + mean_prefill_s(costs, len(lengths), replicas, prompt_tokens, group)
 
 
-def mean_prefill_s(costs: Costs, requests: int, replicas: int, prompt_tokens: float, group: int) -> float:
+def mean_prefill_s(costs: EngineCosts, requests: int, replicas: int, prompt_tokens: float, group: int) -> float:
     """Seconds of prefill per replica when a group of requests shares its prompt."""
     return float(costs.prompt_s(np.float64(prompt_tokens))) * requests / (group * replicas)

@@ -1,22 +1,20 @@
-"""Shapes of language models: what the operators need to know, and parameter and cache totals that follow from them.
+"""Shapes of language models, and the parameter counts and cache sizes that follow from them.
 
-Conventions: parameters are counts; caches are bytes at two bytes per value unless said otherwise. A shape comes from a
-Hugging Face `config.json` (a dict, a file or a model folder) or by name from `data/models.json`.
-Left out: convolutions, linear attention, biases and norms (below 0.1 % of the parameters).
+Caches are bytes at two bytes per value unless said otherwise. A shape comes from a Hugging Face `config.json` (a dict,
+a file or a model folder) or by name from `data/models.json`. Biases and norms are not counted (below 0.1 % of the
+parameters). Not supported: convolutions, linear attention.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from forerun.errors import UserError
+from forerun.simulate.core.tables import load_table, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,14 +109,9 @@ class ModelShape:
         return self.layers * self.cache_values_per_layer * value_bytes
 
 
-@cache
-def _table() -> dict[str, Any]:
-    return json.loads((files("forerun.simulate.core") / "data" / "models.json").read_text())
-
-
 def model_names() -> list[str]:
     """Names of the models in the table."""
-    return list(_table()["models"])
+    return list(load_table("models")["models"])
 
 
 def load_model(source: str | Path | dict[str, Any]) -> ModelShape:
@@ -165,11 +158,11 @@ def _cached_config(name: str) -> Path | None:
 
 
 def _by_name(name: str) -> ModelShape:
-    table, key = _table(), _known_name(name)
+    key = _known_name(name)
     if key is not None:
-        return from_config(key, table["models"][key])
-    known = {key.lower(): key for key in [*table["models"], *table["aliases"]]}
-    near = known[difflib.get_close_matches(name.rsplit("/", 1)[-1].lower(), known, n=1, cutoff=0.0)[0]]
+        return from_config(key, load_table("models")["models"][key])
+    known = _lower_names()
+    near = known[nearest(name.rsplit("/", 1)[-1].lower(), known)]
     raise UserError(
         f"No model shape is called {name!r}; the nearest is {near!r}. Give a folder with its config.json instead."
     )
@@ -177,14 +170,18 @@ def _by_name(name: str) -> ModelShape:
 
 def _known_name(name: str) -> str | None:
     """The table's name for a model: case, organisation and the usual endings do not count."""
-    table = _table()
-    known = {key.lower(): key for key in [*table["models"], *table["aliases"]]}
+    known = _lower_names()
     short = name.rsplit("/", 1)[-1].lower()
     for ending in ("", "-instruct", "-fp8", "-thinking-2507", "-instruct-2507", "-2507"):
         key = known.get(short.removesuffix(ending))
         if key is not None:
-            return table["aliases"].get(key, key)
+            return load_table("models")["aliases"].get(key, key)
     return None
+
+
+def _lower_names() -> dict[str, str]:
+    table = load_table("models")
+    return {key.lower(): key for key in [*table["models"], *table["aliases"]]}
 
 
 def from_config(name: str, config: dict[str, Any]) -> ModelShape:

@@ -1,8 +1,8 @@
-"""The five stages of an RL step around a rollout: synchronous sum, or asynchronous with policy lag.
+"""The five stages of an RL step around a rollout: in turn, or asynchronous with policy lag.
 
-Conventions: seconds per step; stages are data, prepare, generation, logprob, train, as the loop's timers name them.
-MFU is model FLOP of the computed (padded) tokens over the peak of the training GPUs in bf16.
-Left out: pipeline bubbles and optimizer traffic by themselves (they are inside the MFU), reward models, evaluation.
+Seconds per step; stages are named as the loop's timers name them. MFU is model FLOP of the computed (padded) tokens
+over the bf16 peak of the training GPUs; pipeline bubbles and optimizer traffic are inside it. Not modelled: reward
+models, evaluation.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Stages:
 
     @property
     def learner_s(self) -> float:
-        """What the learner does itself: everything but generation."""
+        """Everything but generation."""
         return self.total_s - self.generation_s
 
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """How the training side computes. `logprob_passes`: forward passes before the update (policy, reference)."""
+    """The training side. `logprob_passes`: forward passes before the update (policy, reference)."""
 
     train_mfu: float = 0.3
     logprob_mfu: float = 0.3
@@ -93,9 +93,9 @@ class AsyncStep:
 
 
 def async_step(stages: Stages, lag: int) -> AsyncStep:
-    """Eq. 17: lag 0 is the sum of the stages; from lag 1 on generation runs beside the learner.
+    """Eq. 17: lag 0 is the sum of the stages; from lag 1 on generation overlaps with the learner.
 
-    Weights move while neither side works, so `prepare` stays on the path of both.
+    Weights move while neither side works, so `prepare` is on the path of both.
 
     Raises:
         UserError: a negative lag.
@@ -116,7 +116,7 @@ def step_bound(generation_share: float, alpha: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """GPUs that generate and GPUs that train, and the step they give."""
+    """GPUs that generate, GPUs that train, and their step."""
 
     generation_gpus: int
     training_gpus: int
@@ -147,5 +147,5 @@ def best_split(gpus: int, unit: int, lag: int, stages_of: Callable[[int, int], S
 
 
 def without_generation(stages: Stages) -> Stages:
-    """The same step if rollouts were free: the cap of any speed-up of generation."""
+    """The same step with free rollouts: the bound of any speed-up of generation."""
     return replace(stages, generation_s=0.0)

@@ -1,291 +1,60 @@
-"""Constants from measurements: of serving engines, and of one's own engine as `forerun bench` measured it.
+"""A machine's `CostModel` from measurements on it: a cost table of `forerun bench`, or the steps of a finished run.
 
-Conventions: seconds. Every fit says what its rows could not identify. Serving constants are fitted in two steps, engine
-and model family first, then each (model, GPU, engine) group around them, and only on the rows that `ServingRow.fitted`
-names; the result ships as `data/serving_constants.json`.
-Left out: fitting the hardware table itself; one's own run (`run.py`).
+Both fit a `LinearEngine` and name what the measurements do not identify. A cost table times single steps and rounds:
+non-negative least squares. A run times whole stages: every constant is fitted around its nominal value, on the odd
+steps (1, 3, 5, ...), and judged on the even ones. Seconds; a *pass* is one forward of all running sequences, a *row*
+one sequence in it. Not supported: asynchronous runs whose stages overlap on one machine.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
-from importlib.resources import files
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import UserError
-from forerun.simulate.core.decode import rate_for
-from forerun.simulate.core.fitting import UNIDENTIFIED, map_fit, positive_least_squares
-from forerun.simulate.core.operators import Numbers, Tuning
-from forerun.simulate.validation.serving import SPLIT_RULE, ServingRow, predict_s
+from forerun.simulate.core.cost_model import CostModel, DecodeWork, LearnerWork, LinearEngine
+from forerun.simulate.core.decode import constant_acceptance, fixed_budget
+from forerun.simulate.core.fitting import map_fit, nonnegative_least_squares
+from forerun.simulate.core.rollout import simulate_rollout
+from forerun.simulate.plan.cost_table import CostTable, Row, check_row
+from forerun.types import STAGES
 
 Floats = NDArray[np.float64]
-NAMES = tuple(field.name for field in fields(Tuning))
-# Prior spread of each constant, in logarithms: first for an engine and family, then for a group within it.
-ENGINE_SPREAD = {
-    "host_s": 0.7,
-    "sequence_s": 1.0,
-    "overhead": 0.5,
-    "memory": 0.15,
-    "cache": 0.3,
-    "compute": 0.3,
-    "link": 0.5,
-    "experts": 0.4,
-}
-GROUP_SPREAD = {
-    "host_s": 0.7,
-    "sequence_s": 0.7,
-    "overhead": 0.4,
-    "memory": 0.1,
-    "cache": 0.25,
-    "compute": 0.25,
-    "link": 0.4,
-    "experts": 0.35,
-}
+Data = Mapping[str, Any]
+
+CONTEXT_SPAN = 1.5  # longest over shortest context from which the price of the cache is identified
+RULE = "fitted on the odd steps (1, 3, 5, ...), tested on the even ones"
+STEPS_NEEDED = 4
+PRIOR_SPREAD = 1.0  # of each constant around its nominal value, in logarithms: a factor of 2.7
+NOISE = 0.1  # scatter of a step's seconds on a machine that runs other programs too
+PASS_COUNTER = LinearEngine(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Calibrated:
-    """Constants of one engine or group, the rows behind them, and the constants that those rows did not identify."""
-
-    tuning: Tuning
-    rows: int
-    not_identified: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ServingConstants:
-    """Fitted constants by (family, backend) and by (model, GPU, engine)."""
-
-    engines: dict[tuple[str, ...], Calibrated]
-    groups: dict[tuple[str, ...], Calibrated]
-
-    def tuning(self, group: tuple[str, str, str], family: str) -> Tuning:
-        """The most specific constants there are: the group's, its backend's for the family, or the defaults."""
-        found = self.find(group, family)
-        return found.tuning if found else Tuning()
-
-    def find(self, group: tuple[str, str, str], family: str) -> Calibrated | None:
-        """The entry that `tuning` takes; None where the backend was never measured on the family."""
-        return self.groups.get(group) or self.engines.get((family, group[2].partition(" ")[0]))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {"rule": SPLIT_RULE, "engines": _listed(self.engines), "groups": _listed(self.groups)}
-
-
-def _listed(table: Mapping[tuple[str, ...], Calibrated]) -> list[dict[str, Any]]:
-    return [
-        {"key": list(key), "rows": c.rows, "not_identified": list(c.not_identified)}
-        | {name: float(f"{value:.4g}") for name, value in asdict(c.tuning).items()}
-        for key, c in sorted(table.items())
-    ]
-
-
-@cache
-def shipped_constants() -> ServingConstants:
-    """The constants of the package, fitted once on half of 689 measured rows."""
-    data = json.loads((files("forerun.simulate.core") / "data" / "serving_constants.json").read_text())
-    return ServingConstants(_unlisted(data["engines"]), _unlisted(data["groups"]))
-
-
-def _unlisted(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], Calibrated]:
-    return {
-        tuple(entry["key"]): Calibrated(
-            Tuning(*(entry[name] for name in NAMES)), entry["rows"], tuple(entry["not_identified"])
-        )
-        for entry in entries
-    }
-
-
-def fit_serving(rows: Sequence[ServingRow]) -> ServingConstants:
-    """Fit all constants on the rows whose `fitted` holds; the others are dropped before anything is computed."""
-    chosen = [row for row in rows if row.fitted]
-    engines: dict[tuple[str, ...], Calibrated] = {}
-    groups: dict[tuple[str, ...], Calibrated] = {}
-    for key, members in _grouped(chosen, lambda row: (row.family, row.engine.split()[0])).items():
-        engines[key] = _fit_tuning(members, Tuning(), ENGINE_SPREAD)
-    for key, members in _grouped(chosen, lambda row: row.group).items():
-        prior = engines[members[0].family, members[0].engine.split()[0]].tuning
-        groups[key] = _fit_tuning(members, prior, GROUP_SPREAD)
-    return ServingConstants(engines, groups)
-
-
-def _grouped(rows: Sequence[ServingRow], key_of: Any) -> dict[tuple[str, ...], list[ServingRow]]:
-    grouped: dict[tuple[str, ...], list[ServingRow]] = {}
-    for row in rows:
-        grouped.setdefault(key_of(row), []).append(row)
-    return grouped
-
-
-def _fit_tuning(rows: Sequence[ServingRow], prior: Tuning, spread: Mapping[str, float]) -> Calibrated:
-    measured = np.array([row.measured_s for row in rows])
-    centre = np.array([getattr(prior, name) for name in NAMES])
-    fit = map_fit(lambda x: predict_s(rows, Tuning(*x)), measured, centre, np.array([spread[name] for name in NAMES]))
-    vague = tuple(name for name, left in zip(NAMES, fit.spread_left, strict=True) if left > UNIDENTIFIED)
-    return Calibrated(Tuning(*(float(value) for value in fit.values)), len(rows), vague)
-
-
-@dataclass(frozen=True, slots=True)
-class FittedEngine:
-    """An engine as a benchmark saw it; implements `Costs`.
-
-    plain = step + sequence B + cached B S; round = plain + verify_fixed + row B k + draft_fixed k + draft_row B k.
-    """
-
-    step_s: float
-    sequence_s: float
-    cached_s: float  # per sequence and token of context
-    verify_fixed_s: float
-    row_s: float  # per sequence and draft token, verification
-    draft_fixed_s: float  # per draft token
-    draft_row_s: float  # per sequence and draft token
-    prompt_token_s: float = 0.0
-    capacity_tokens: float = float("inf")
-    error: float = 0.0  # median relative error on the rows it was fitted to
-    not_identified: tuple[str, ...] = ()
-
-    def plain_s(self, batch: Numbers, context: Numbers) -> Numbers:
-        """Seconds of one plain decode step."""
-        return self.step_s + batch * (self.sequence_s + self.cached_s * context)
-
-    def draft_s(self, batch: Numbers, k: Numbers) -> Numbers:
-        """Seconds of drafting in one round."""
-        return k * (self.draft_fixed_s + self.draft_row_s * batch)
-
-    def round_s(self, batch: Numbers, k: Numbers, context: Numbers) -> Numbers:
-        """Seconds of one round; with k = 0 a plain step."""
-        extra_s = np.where(np.asarray(k) > 0, self.verify_fixed_s, 0.0) + k * batch * self.row_s
-        return self.plain_s(batch, context) + extra_s + self.draft_s(batch, k)
-
-    def prompt_s(self, tokens: Numbers) -> Numbers:
-        """Seconds that one prompt occupies the engine."""
-        return tokens * self.prompt_token_s
-
-    def room_tokens(self) -> float:
-        """Tokens of cache."""
-        return self.capacity_tokens
-
-
-Row = Mapping[str, Any]
-PLAIN_METHODS = ("none", "plain")
-NEEDED = ("method", "k", "batch", "context", "plain_step_s")
-DRAFTING_NEEDED = ("round_s",)
-PARTS_SLACK = 1.2  # parts are means over all rounds, the round a median over busy ones
-
-
-@dataclass(frozen=True, slots=True)
-class CostTable:
-    """What `forerun bench` writes: seconds of plain steps and of rounds on one machine with one policy.
-
-    Schema and meaning of the rows' fields: section "Cost table" of `docs/simulator.md`.
-    """
-
-    machine: Any
-    versions: Any
-    policy: Any
-    rows: tuple[Row, ...]
-
-    @property
-    def methods(self) -> list[str]:
-        """Drafting methods that were measured, in the order of the file."""
-        return list(dict.fromkeys(str(row["method"]) for row in self.rows if row["k"] > 0))
-
-    def of(self, method: str) -> list[Row]:
-        """The rows of a method, and every plain row.
-
-        Raises:
-            UserError: the method was not measured.
-        """
-        if method not in self.methods and method not in PLAIN_METHODS:
-            known = ", ".join(self.methods) or "plain decoding only"
-            raise UserError(f"The cost table has no rows of {method!r}; it has {known}. Run the benchmark with it.")
-        return [row for row in self.rows if row["k"] == 0 or row["method"] == method]
-
-    def acceptance(self, method: str) -> dict[int, float]:
-        """Acceptance length for each measured k, the mean over batches; below the first one from its positions.
-
-        A position's rate is cumulative (all drafts up to it were accepted). Noise is held to what can be: a length does
-        not fall with k, and grows by at most the chance that all drafts before were accepted.
-        """
-        rows = [row for row in self.of(method) if row["k"] > 0 and row.get("acceptance_length")]
-        if not rows:
-            return {}
-        ks = sorted({int(row["k"]) for row in rows})
-        measured = {k: float(np.mean([row["acceptance_length"] for row in rows if row["k"] == k])) for k in ks}
-        positions = [row.get("acceptance_per_position") or [] for row in rows if row["k"] == ks[0]]
-        for k in range(1, ks[0]):
-            known = [1.0 + sum(rates[:k]) for rates in positions if len(rates) >= k]
-            measured |= {k: float(np.mean(known))} if known else {}
-        return _possible(measured)
-
-
-def _possible(lengths: Mapping[int, float]) -> dict[int, float]:
-    """Acceptance lengths by k, moved into what conditional rates between 0 and 1 can give."""
-    found: dict[int, float] = {}
-    before, alpha, reached = 0, 1.0, 1.0
-    for k in sorted(lengths):
-        gap = k - before
-        gain = min(max(lengths[k] - alpha, 0.0), gap * reached)
-        rate = rate_for(gap, 1.0 + gain / reached) if gain > 0 else 0.0
-        before, alpha, reached = k, alpha + gain, reached * rate**gap
-        found[k] = alpha
-    return found
-
-
-def read_cost_table(path: str | Path) -> CostTable:
-    """Read the cost table that `forerun bench` wrote.
+def benchmarked_cost_model(nominal: CostModel, table: CostTable, method: str) -> CostModel:
+    """The nominal model with an engine that `forerun bench` measured; the learner stays nominal.
 
     Raises:
-        UserError: no such file, not the schema, or a number that cannot be; the row is named.
+        UserError: the table has no rows of the method.
     """
-    path = Path(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read the cost table {path}: {error}; forerun bench writes one.") from None
-    held = data if isinstance(data, dict) else {}
-    missing = [name for name in ("machine", "versions", "policy", "rows") if name not in held]
-    if missing or not isinstance(held["rows"], list):
-        lacks = f"it lacks {', '.join(missing)}" if missing else "its rows are no list"
-        raise UserError(f"{path} is no cost table: {lacks}; forerun bench writes one.")
-    for number, row in enumerate(data["rows"], 1):
-        _check_row(row, f"Row {number} of {path}")
-    return CostTable(data["machine"], data["versions"], data["policy"], tuple(data["rows"]))
+    rows = table.of(method)
+    engine = replace(fit_engine(rows, nominal.engine.cached_s), capacity_tokens=nominal.engine.capacity_tokens)
+    error = held_out_error(rows)
+    vague = f" Not identified: {'; '.join(engine.not_identified)}." if engine.not_identified else ""
+    return replace(
+        nominal,
+        engine=engine,
+        engine_band=error,
+        cost_band=error,
+        origin=f"The engine's costs come from {len(rows)} rows of a cost table, off by {error:.0%} on batch sizes that "
+        f"were held out; the learner's are nominal, within a factor of {1 + nominal.band:.0f}.{vague}",
+    )
 
 
-def _check_row(row: Row, where: str) -> None:
-    drafts = isinstance(row, Mapping) and bool(row.get("k"))
-    for name in (*NEEDED, *(DRAFTING_NEEDED if drafts else ())):
-        value = row.get(name) if isinstance(row, Mapping) else None
-        if value is None or (name != "method" and not isinstance(value, int | float)):
-            needs = ", ".join((*NEEDED, *DRAFTING_NEEDED))
-            raise UserError(f"{where} has {name}={value!r}; it needs numbers in {needs}.")
-    if min(row["batch"], row["plain_step_s"]) <= 0 or min(row["k"], row["context"]) < 0:
-        raise UserError(
-            f"{where} has batch {row['batch']}, plain_step_s {row['plain_step_s']}, k {row['k']} and context "
-            f"{row['context']}; batch and seconds must be positive, the others not negative."
-        )
-    if drafts and row["round_s"] <= 0:
-        raise UserError(f"{where} has round_s {row['round_s']}; it must be positive.")
-    parts_s = (row.get("draft_s") or 0.0) + (row.get("verify_s") or 0.0)
-    if drafts and parts_s > PARTS_SLACK * row["round_s"]:
-        raise UserError(
-            f"{where} has draft_s + verify_s = {parts_s:.4g} s in a round of {row['round_s']:.4g} s; they are parts of "
-            "it."
-        )
-
-
-CONTEXT_SPAN = 1.5  # longest over shortest context from which the price of the cache can be told
-
-
-def fit_engine(rows: Sequence[Row], cached_s: float = 0.0) -> FittedEngine:
+def fit_engine(rows: Sequence[Row], cached_s: float = 0.0) -> LinearEngine:
     """Fit an engine to cost-table rows of one method.
 
     Args:
@@ -299,26 +68,36 @@ def fit_engine(rows: Sequence[Row], cached_s: float = 0.0) -> FittedEngine:
     if not rows:
         raise UserError("There are no benchmark rows to fit an engine to; run forerun bench first.")
     for number, given in enumerate(rows, 1):
-        _check_row({"method": "", **given}, f"Benchmark row {number}")
+        check_row({"method": "", **given}, f"Benchmark row {number}")
     table = _columns(rows)
-    batch, k, context, plain_s, round_s, draft_s = table.values()
-    ones, drafted = np.ones_like(batch), k > 0
+    batch, context, plain_s = table["batch"], table["context"], table["plain_step_s"]
+    columns = np.stack([np.ones_like(batch), batch, batch * context], 1)
     if _same_context(context):
-        step, sequence = positive_least_squares(np.stack([ones, batch], 1), plain_s - cached_s * batch * context)
-        cached = cached_s
+        step_s, sequence_s = nonnegative_least_squares(columns[:, :2], plain_s - cached_s * columns[:, 2])
     else:
-        step, sequence, cached = positive_least_squares(np.stack([ones, batch, batch * context], 1), plain_s)
-    fixed = row = draft_fixed = draft_row = 0.0
-    if drafted.any():
-        columns = np.stack([k, k * batch], 1)[drafted]
-        if (draft_s[drafted] > 0).all():
-            draft_fixed, draft_row = positive_least_squares(columns, draft_s[drafted])
-        extra_s = (round_s - draft_s - plain_s)[drafted]
-        fixed, row = _verify_constants(batch[drafted], k[drafted], extra_s, round_s[drafted])
-    a, b, c, d, e, f, g = map(float, (step, sequence, cached, fixed, row, draft_fixed, draft_row))
-    engine = FittedEngine(a, b, c, d, e, f, g, prompt_token_s=b)  # a prompt's token is one more row of a pass
-    error = float(np.median(np.abs(_off(engine, table))))
+        step_s, sequence_s, cached_s = nonnegative_least_squares(columns, plain_s)
+    engine = LinearEngine(
+        float(step_s),
+        float(sequence_s),
+        float(cached_s),
+        *_round_constants({name: values[table["k"] > 0] for name, values in table.items()}),
+        prompt_token_s=float(sequence_s),  # a prompt's token is one more row of a pass
+    )
+    error = float(np.median(np.abs(_engine_errors(engine, table))))
     return replace(engine, error=error, not_identified=_unidentified(table))
+
+
+def _round_constants(drafted: Mapping[str, Floats]) -> tuple[float, float, float, float]:
+    """`verify_fixed_s`, `row_s`, `draft_fixed_s` and `draft_row_s` from the drafting rows; 0 without any."""
+    k, rows, draft_s, round_s = drafted["k"], drafted["k"] * drafted["batch"], drafted["draft_s"], drafted["round_s"]
+    if not k.size:
+        return 0.0, 0.0, 0.0, 0.0
+    draft_fixed_s = draft_row_s = 0.0
+    if (draft_s > 0).all():
+        draft_fixed_s, draft_row_s = nonnegative_least_squares(np.stack([k, rows], 1), draft_s)
+    added_s = round_s - draft_s - drafted["plain_step_s"]
+    fixed_s, row_s = nonnegative_least_squares(np.stack([np.ones_like(k), rows], 1), added_s, round_s)
+    return float(fixed_s), float(row_s), float(draft_fixed_s), float(draft_row_s)
 
 
 def _same_context(context: Floats) -> bool:
@@ -328,16 +107,16 @@ def _same_context(context: Floats) -> bool:
 def held_out_error(rows: Sequence[Row]) -> float:
     """90th percentile of the relative error on each batch size when the engine is fitted without it.
 
-    With fewer than three batch sizes nothing can be held out: the error on the fitted rows, three times over.
+    With fewer than three batch sizes nothing can be held out: three times the error on the fitted rows.
     """
     batches = sorted({float(row["batch"]) for row in rows})
     if len(batches) < 3:
-        return 3.0 * float(np.quantile(np.abs(_off(fit_engine(rows), _columns(rows))), 0.9))
-    off = []
+        return 3.0 * float(np.quantile(np.abs(_engine_errors(fit_engine(rows), _columns(rows))), 0.9))
+    errors = []
     for batch in batches:
-        kept = [row for row in rows if row["batch"] != batch]
-        off.append(_off(fit_engine(kept), _columns([row for row in rows if row["batch"] == batch])))
-    return float(np.quantile(np.abs(np.concatenate(off)), 0.9))
+        engine = fit_engine([row for row in rows if row["batch"] != batch])
+        errors.append(_engine_errors(engine, _columns([row for row in rows if row["batch"] == batch])))
+    return float(np.quantile(np.abs(np.concatenate(errors)), 0.9))
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, Floats]:
@@ -345,31 +124,17 @@ def _columns(rows: Sequence[Row]) -> dict[str, Floats]:
     return {name: np.array([float(row.get(name) or 0.0) for row in rows]) for name in names}
 
 
-def _off(engine: FittedEngine, table: Mapping[str, Floats]) -> Floats:
+def _engine_errors(engine: LinearEngine, table: Mapping[str, Floats]) -> Floats:
     """Relative errors of plain steps, and of rounds where a row drafts."""
-    batch, k, context, plain_s, round_s, _ = table.values()
+    batch, k, context = table["batch"], table["k"], table["context"]
     drafted = k > 0
-    plain = np.asarray(engine.plain_s(batch, context)) / plain_s - 1
-    rounds = np.asarray(engine.round_s(batch, k, context))[drafted] / round_s[drafted] - 1
+    plain = np.asarray(engine.plain_s(batch, context)) / table["plain_step_s"] - 1
+    rounds = np.asarray(engine.round_s(batch, k, context))[drafted] / table["round_s"][drafted] - 1
     return np.concatenate([plain, rounds])
 
 
-def _verify_constants(batch: Floats, k: Floats, extra_s: Floats, round_s: Floats) -> tuple[float, float]:
-    """What verification adds to a plain step: fixed seconds, and seconds per draft token and sequence."""
-    columns, weight = np.stack([np.ones_like(k), k * batch], 1), 1 / round_s
-    best, best_error = (0.0, 0.0), np.inf
-    for use in ([0, 1], [0], [1], []):
-        candidate = np.zeros(2)
-        if use:
-            candidate[use] = np.linalg.lstsq(columns[:, use] * weight[:, None], extra_s * weight, rcond=None)[0]
-        error = float((((columns @ candidate - extra_s) * weight) ** 2).sum())
-        if (candidate >= 0).all() and error < best_error:
-            best, best_error = (float(candidate[0]), float(candidate[1])), error
-    return best
-
-
 def _unidentified(table: Mapping[str, Floats]) -> tuple[str, ...]:
-    """Sentences on what the rows cannot tell apart."""
+    """Sentences on the constants that the rows do not identify."""
     drafted = table["k"] > 0
     found = []
     if len(np.unique(table["batch"])) < 2:
@@ -383,3 +148,247 @@ def _unidentified(table: Mapping[str, Floats]) -> tuple[str, ...]:
     if drafted.any() and not (table["draft_s"][drafted] > 0).all():
         found.append("draft_fixed_s and draft_row_s: draft_s is missing, drafting is part of row_s")
     return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of a run. The arrays have one entry per rollout, in the order of admission."""
+
+    step: int
+    seconds: dict[str, float]  # of the five stages; generation without the reward functions, train without the drafter
+    reward_s: float
+    drafter_s: float
+    tokens: Floats  # generated
+    rounds: Floats  # passes that each rollout took part in
+    trained_tokens: float  # prompt and answer tokens of the rollouts with a gradient
+    prompt_tokens: float  # mean
+    groups: int  # prompts
+    drafted: bool
+    compare_s: float | None  # the same prompts, generated plainly
+    compare_tokens: float
+
+    @property
+    def scored_tokens(self) -> float:
+        """Prompt and answer tokens of all rollouts."""
+        return float(self.tokens.sum()) + len(self.tokens) * self.prompt_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class RunCalibration:
+    """A machine calibrated on a run, and its errors on the steps that were not fitted."""
+
+    machine: CostModel
+    k: int
+    fitted_steps: tuple[int, ...]
+    tested_steps: tuple[int, ...]
+    errors: dict[str, dict[str, float]]  # per stage and for "step"
+    plain_error: dict[str, float]  # of the plain generation that was compared; {} without
+    constants: dict[str, float]
+    not_identified: tuple[str, ...]
+    engines: dict[str, LinearEngine] = field(default_factory=dict)  # readings for other k: "per round", "per draft"
+
+
+def calibrate(steps: Sequence[StepRecord], nominal: CostModel, k: int, slots: int, work: LearnerWork) -> RunCalibration:
+    """Fit a machine on half of a run's steps and judge it on the other half.
+
+    Args:
+        steps: at least four.
+        nominal: the machine that the constants are fitted around.
+        k: draft tokens per round of the run, 0 for a plain one.
+        work: passes and updates of a step; its tokens are those of the steps.
+
+    Raises:
+        UserError: fewer than four steps.
+    """
+    if len(steps) < STEPS_NEEDED:
+        raise UserError(
+            f"The run has {len(steps)} finished steps; calibrating on half and testing on the rest needs "
+            f"{STEPS_NEEDED} at least."
+        )
+    fitted, tested = [s for s in steps if s.step % 2], [s for s in steps if s.step % 2 == 0]
+    if not fitted or not tested:
+        raise UserError(
+            f"All {len(steps)} steps of the run are {'odd' if fitted else 'even'}: nothing would be tested."
+        )
+    engine, vague = _fit_generation(fitted, nominal.engine, k, slots)
+    learner, learner_vague = _fit_learner(fitted, nominal, work)
+    machine = replace(learner, engine=engine)
+    errors = _errors(tested, machine, k, slots, work)
+    plain_error = _plain_errors(tested, engine, slots)
+    machine = _with_bands(machine, errors, plain_error, len(fitted), len(tested))
+    return RunCalibration(
+        machine=machine,
+        k=k,
+        fitted_steps=tuple(s.step for s in fitted),
+        tested_steps=tuple(s.step for s in tested),
+        errors=errors,
+        plain_error=plain_error,
+        constants=_constants(machine, k),
+        not_identified=(*vague, *learner_vague),
+        engines=_readings(engine, k),
+    )
+
+
+def decode_work(rounds: Floats, tokens: Floats, step: StepRecord, slots: int) -> DecodeWork:
+    """Work of a generation whose rollouts take `rounds` passes each, `slots` of them at once."""
+    drained = simulate_rollout(
+        PASS_COUNTER,
+        rounds,
+        replicas=1,
+        budget=fixed_budget(0),
+        acceptance=constant_acceptance(0.0),
+        prompt_tokens=0.0,
+        slots=slots,
+    )
+    cached = float((rounds * (step.prompt_tokens + tokens / 2)).sum())
+    return DecodeWork(drained.seconds, float(rounds.sum()), cached, step.groups * step.prompt_tokens)
+
+
+def plain_decode_work(step: StepRecord, slots: int) -> DecodeWork:
+    """Work of the plain generation of the same prompts: the step's lengths, scaled to the tokens that it made."""
+    tokens = np.maximum(step.tokens * step.compare_tokens / step.tokens.sum(), 1.0)
+    return decode_work(tokens, tokens, step, slots)
+
+
+def _fit_generation(
+    steps: Sequence[StepRecord], nominal: LinearEngine, k: int, slots: int
+) -> tuple[LinearEngine, tuple[str, ...]]:
+    """Four factors on the nominal engine: pass and row of plain decoding, added seconds of a round per pass and row."""
+    runs = [(decode_work(s.rounds, s.tokens, s, slots), k if s.drafted else 0, s.seconds["generation"]) for s in steps]
+    runs += [(plain_decode_work(s, slots), 0, s.compare_s) for s in steps if s.compare_s is not None]
+    count = 4 if k else 2
+
+    def predict(factors: Floats) -> Floats:
+        engine = _scaled(nominal, factors)
+        return np.array([engine.generation_s(work, drafts) for work, drafts, _ in runs])
+
+    measured = np.array([seconds for *_, seconds in runs])
+    fit = map_fit(predict, measured, np.ones(count), np.full(count, PRIOR_SPREAD), NOISE)
+    names = ("seconds per pass", "seconds per row", "what a round adds per pass", "what a round adds per row")
+    return _scaled(nominal, fit.values), fit.unidentified(names[:count])
+
+
+def _scaled(engine: LinearEngine, factors: Floats) -> LinearEngine:
+    per_pass, per_row, round_pass, round_row = map(float, (*factors, 1.0, 1.0)[:4])
+    return replace(
+        engine,
+        step_s=engine.step_s * per_pass,
+        sequence_s=engine.sequence_s * per_row,
+        prompt_token_s=engine.prompt_token_s * per_row,
+        verify_fixed_s=engine.verify_fixed_s * round_pass,
+        draft_fixed_s=engine.draft_fixed_s * round_pass,
+        row_s=engine.row_s * round_row,
+        draft_row_s=engine.draft_row_s * round_row,
+    )
+
+
+def _readings(engine: LinearEngine, k: int) -> dict[str, LinearEngine]:
+    """One k does not identify which part of a round grows with k: all that a pass adds, or none of it."""
+    if not k:
+        return {}
+    added_s = engine.verify_fixed_s + k * engine.draft_fixed_s
+    return {
+        "per round": replace(engine, verify_fixed_s=added_s, draft_fixed_s=0.0),
+        "per draft": replace(engine, verify_fixed_s=0.0, draft_fixed_s=added_s / k),
+    }
+
+
+def _fit_learner(
+    steps: Sequence[StepRecord], nominal: CostModel, work: LearnerWork
+) -> tuple[CostModel, tuple[str, ...]]:
+    """Medians of the simple stages; seconds per trained token and per update around the nominal ones."""
+    found = replace(
+        nominal,
+        score_token_s=_median([s.seconds["logprob"] / (s.scored_tokens * work.score_passes) for s in steps]),
+        prepare_s=_median([s.seconds["prepare"] for s in steps]),
+        data_s=_median([s.seconds["data"] for s in steps]),
+        reward_s=_median([s.reward_s for s in steps]),
+        drafter_s=_median([s.drafter_s for s in steps]),
+    )
+    trained = [s for s in steps if s.trained_tokens > 0]
+    if not trained:
+        return found, ("seconds per trained token: no fitted step had a gradient",)
+    tokens = np.array([s.trained_tokens for s in trained]) * work.train_passes / 3.0
+    seconds = np.array([s.seconds["train"] for s in trained])
+    prior = np.array([nominal.train_token_s, nominal.update_s])
+    fit = map_fit(lambda x: tokens * x[0] + work.updates * x[1], seconds, prior, np.full(2, PRIOR_SPREAD), NOISE)
+    train_token_s, update_s = map(float, fit.values)
+    vague = fit.unidentified(("seconds per trained token", "seconds per update"))
+    return replace(found, train_token_s=train_token_s, update_s=update_s), vague
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(values))
+
+
+def _errors(
+    steps: Sequence[StepRecord], machine: CostModel, k: int, slots: int, work: LearnerWork
+) -> dict[str, dict[str, float]]:
+    """Relative errors on steps that were not fitted, per stage and for the step."""
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in (*STAGES, "step")}
+    for s in steps:
+        ours = predict_step(s, machine, k, slots, work)
+        measured = s.seconds | {"generation": s.seconds["generation"] + s.reward_s}
+        measured["train"] += s.drafter_s
+        for name, seconds in ours.items():
+            if name != "train" or s.trained_tokens > 0 or s.drafter_s > 0:
+                pairs[name].append((seconds, measured[name]))
+        pairs["step"].append((sum(ours.values()), sum(measured.values())))
+    return {name: summary(found) for name, found in pairs.items()}
+
+
+def predict_step(s: StepRecord, machine: CostModel, k: int, slots: int, work: LearnerWork) -> dict[str, float]:
+    """Seconds by stage of a step whose lengths and rounds are known."""
+    generation_s = machine.engine.generation_s(decode_work(s.rounds, s.tokens, s, slots), k if s.drafted else 0)
+    own = replace(work, tokens=s.scored_tokens, trained=s.trained_tokens / s.scored_tokens)
+    stages = machine.stages(own, generation_s)
+    return {name: getattr(stages, f"{name}_s") for name in STAGES}
+
+
+def _plain_errors(steps: Sequence[StepRecord], engine: LinearEngine, slots: int) -> dict[str, float]:
+    compared = [(s, s.compare_s) for s in steps if s.compare_s is not None]
+    pairs = [(engine.generation_s(plain_decode_work(s, slots), 0), seconds) for s, seconds in compared]
+    return summary(pairs) if pairs else {}
+
+
+def summary(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Relative errors of (predicted, measured): count, median, worst, and that of the sums; zeros do not count."""
+    kept = [(ours, measured) for ours, measured in pairs if measured > 0]
+    if not kept:
+        return {"steps": 0.0}
+    off = np.abs([ours / measured - 1 for ours, measured in kept])
+    total = sum(ours for ours, _ in kept) / sum(measured for _, measured in kept) - 1
+    return {"steps": float(len(kept)), "median": float(np.median(off)), "worst": float(off.max()), "total": total}
+
+
+def _with_bands(
+    machine: CostModel, errors: Mapping[str, Data], plain_error: Data, fitted: int, tested: int
+) -> CostModel:
+    """Bands from the worst errors on tested steps; a stage without a tested step keeps its nominal band."""
+    learner = [errors[name].get("worst", machine.band) for name in ("logprob", "train")]
+    engine = errors["generation"]["worst"]
+    cost = ((1 + engine) * (1 + plain_error["worst"]) - 1) if plain_error else machine.cost_band
+    origin = (
+        f"This machine's constants come from {fitted} steps of the run; on the {tested} others the step was off by "
+        f"{errors['step']['median']:.0%} (median) and {errors['step']['worst']:.0%} (worst)."
+    )
+    return replace(machine, band=max(learner), engine_band=engine, cost_band=cost, origin=origin)
+
+
+def _constants(machine: CostModel, k: int) -> dict[str, float]:
+    """The constants by the names that the text prints, in seconds."""
+    engine = machine.engine
+    found = {"plain pass": engine.step_s, "plain row": engine.sequence_s}
+    if k:
+        found |= {
+            "round, added per pass": engine.verify_fixed_s + k * engine.draft_fixed_s,
+            "round, added per row": k * (engine.row_s + engine.draft_row_s),
+        }
+    return found | {
+        "scored token": machine.score_token_s,
+        "trained token": machine.train_token_s,
+        "update": machine.update_s,
+        "prepare": machine.prepare_s,
+        "rewards": machine.reward_s,
+        "drafter's training": machine.drafter_s,
+    }

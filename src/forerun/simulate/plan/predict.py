@@ -1,9 +1,8 @@
-"""A step before it is run, and how right that was: what `forerun train` prints before its first step and at its end.
+"""A step before it is run, and the error of that prediction: what `forerun train` prints at its start and at its end.
 
-Conventions: seconds; `compare` reads metric lines under the names of `tracking/metrics.py`. A prediction's error has
-two parts, told apart: what was not known before the run (lengths, acceptance, groups without a gradient) and what the
-machine's constants get wrong. Numpy only; a prediction takes well below 0.2 s.
-Left out: evaluation, checkpoints and the cold start, which are outside the step.
+Seconds; `compare` reads metric lines under the names of `tracking/metrics.py`. The error has two parts: what was
+unknown before the run (lengths, acceptance, groups without a gradient), and the machine's constants. Evaluation,
+checkpoints and the cold start are outside the step. A prediction takes well below 0.2 s.
 """
 
 from __future__ import annotations
@@ -14,19 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from forerun.simulate.core.machine import Machine
+from forerun.simulate.core.cost_model import CostModel
 from forerun.simulate.core.rollout import lengths_with_mean
 from forerun.simulate.core.step import Stages
-from forerun.simulate.plan.calibrate import CostTable
-from forerun.simulate.plan.planner import speedup_of
+from forerun.simulate.plan.cost_table import CostTable
+from forerun.simulate.plan.planner import speedups
 from forerun.simulate.plan.recipe import RecipePlan, combined_band, hardware_named, read_recipe
 from forerun.simulate.plan.render import comparison_text, prediction_text
-from forerun.simulate.plan.spec import Planner
+from forerun.simulate.plan.step_model import K_MAX, StepModel
 from forerun.types import STAGES
 
 Data = Mapping[str, Any]
 TRAINED_BAND = 1.0  # of the train stage: any share of the groups may turn out without a gradient
 CLUSTER_BAND = 0.5  # of an analytical engine's and an assumed MFU's seconds: nothing of this cluster was measured
+DATA_BAND = 9.0  # of the data stage: milliseconds, right within a factor of ten
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Prediction:
 
 def predict_recipe(
     recipe: Data,
-    machine: Machine | None = None,
+    machine: CostModel | None = None,
     *,
     device: str = "cpu",
     shape: Data | None = None,
@@ -68,9 +68,9 @@ def predict_recipe(
 
     Args:
         recipe: the recipe as plain data (`Recipe.model_dump()`).
-        machine: constants of a finished run (`run.calibrate_run`); None: those of `table`, or nominal ones of `device`.
+        machine: the cost model of a finished run (`run.calibrate_run`); None: from `table`, or nominal for `device`.
         device: "cpu", or the accelerator's name as torch gives it.
-        shape: the policy's configuration as a dict, where it is at hand.
+        shape: the policy's configuration as a dict, where it is known.
         table: what `forerun bench` measured on this machine.
 
     Raises:
@@ -81,44 +81,34 @@ def predict_recipe(
 
 
 def _predict(basis: RecipePlan) -> Prediction:
-    planner = Planner(basis.spec, basis.costs, basis.machine, basis.model)
-    spec = basis.spec
-    k = 0 if not basis.drafts else best_k(planner) if spec.k is None else spec.k
-    plain, fast = planner.split(0, spec.gpus, spec.lag), planner.split(k, spec.gpus, spec.lag)
+    steps = StepModel(basis.spec, basis.costs, basis.machine, basis.model)
+    k = 0 if not basis.drafts else best_k(steps) if basis.spec.k is None else basis.spec.k
+    plain, fast = steps.split(0), steps.split(k)
+    error = combined_band(steps.cost_error, basis.acceptance_band)
     return Prediction(
         recipe=basis.name,
         k=k,
-        alpha=planner.alpha(k),
-        rollouts=len(planner.lengths),
-        tokens=float(planner.lengths.sum()),
+        alpha=steps.alpha(k),
+        rollouts=len(steps.lengths),
+        tokens=float(steps.lengths.sum()),
         stages={name: float(getattr(fast.stages, f"{name}_s")) for name in STAGES},
         step_s=float(fast.step.step_s),
         plain_generation_s=float(plain.stages.generation_s),
-        speedup=_speedup(planner, basis, k),
+        speedup=speedups(steps, plain, fast, error) if k else {},
         bands=_bands(basis, fast.stages, k),
-        origin=planner.provenance,
+        origin=steps.provenance,
         assumed=basis.assumed,
         basis=basis,
     )
 
 
-def _speedup(planner: Planner, basis: RecipePlan, k: int) -> dict[str, float]:
-    """Speed-ups whose band holds the unknown acceptance beside the error of the round cost."""
-    if not k:
-        return {}
-    spec = basis.spec
-    plain, fast = planner.split(0, spec.gpus, spec.lag), planner.split(k, spec.gpus, spec.lag)
-    return speedup_of(planner, plain, fast, combined_band(planner.cost_error, basis.acceptance_band))
-
-
-def best_k(planner: Planner, k_max: int = 8) -> int:
+def best_k(steps: StepModel) -> int:
     """The k with the shortest step."""
-    spec = planner.spec
-    return min(range(k_max + 1), key=lambda k: (planner.split(k, spec.gpus, spec.lag).step.step_s, k))
+    return min(range(K_MAX + 1), key=lambda k: (steps.split(k).step.step_s, k))
 
 
 def _bands(basis: RecipePlan, stages: Stages, k: int) -> dict[str, float]:
-    """Relative error to expect of each stage, and of the step as their mean; the milliseconds of data: tenfold."""
+    """Relative error to expect of each stage, and of the step as their mean."""
     machine = basis.machine
     learner = machine.band if machine else CLUSTER_BAND
     engine = machine.engine_band if machine else CLUSTER_BAND
@@ -133,21 +123,21 @@ def _bands(basis: RecipePlan, stages: Stages, k: int) -> dict[str, float]:
         "logprob": learning,
         "train": train,
         "prepare": learner,
-        "data": 9.0,
+        "data": DATA_BAND,
         "step": step,
     }
 
 
 def compare(prediction: Prediction, metrics: Sequence[Data]) -> dict[str, Any]:
-    """A prediction beside the run.
+    """A prediction against the run.
 
     Args:
         metrics: the lines of `metrics.jsonl`; those without `time/generation` are passed over.
 
     Returns:
         Per stage and for the step `predicted`, `measured`, `error` (relative), `within` (the band) and `error_given`:
-        the error of a second prediction that knows the run's mean length, acceptance and share of trained tokens, so
-        what is left is the machine's constants; `inputs`: predicted and measured tokens and α; `text`.
+        the error of a prediction that is given the run's mean length, acceptance and share of trained tokens, which is
+        that of the machine's constants; `inputs`: predicted and measured tokens and α; `text`.
     """
     rows = [row for row in metrics if row.get("time/generation") is not None]
     if not rows:

@@ -1,9 +1,8 @@
 """From a recipe to what the planner needs: shapes, batch, lengths, acceptance, and the machine that it runs on.
 
-Conventions: a recipe is its plain data (`Recipe.model_dump()`), so that nothing here needs pydantic or torch. Whatever
-a recipe cannot say before it has run (answer lengths, acceptance) is looked up in a cost table, then in the drafter's
-own config.json, then assumed; each assumption is a sentence and widens the band.
-Left out: several drafters in one run; pipeline layouts.
+A recipe is plain data (`Recipe.model_dump()`), so that nothing here needs pydantic or torch. What a recipe cannot say
+before it has run (answer lengths, acceptance) is looked up in a cost table, then in the drafter's own config.json, then
+assumed; each assumption is a sentence and widens the band. Not supported: pipeline layouts.
 """
 
 from __future__ import annotations
@@ -17,22 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from forerun.errors import UserError
-from forerun.simulate.core.decode import METHODS, make_drafter, with_vocab
-from forerun.simulate.core.hardware import Hardware, load_hardware, measure_cpu, this_device
-from forerun.simulate.core.machine import Machine, benched_machine, nominal_machine
+from forerun.simulate.core.cost_model import CostModel, LinearEngine, nominal_cost_model
+from forerun.simulate.core.decode import COSTS_AS, FUSES_HIDDEN_STATES
+from forerun.simulate.core.hardware import Hardware, load_hardware, measure_cpu
 from forerun.simulate.core.rollout import lengths_with_mean
 from forerun.simulate.core.shapes import ModelShape, load_model
-from forerun.simulate.plan.calibrate import CostTable, FittedEngine, fit_engine
+from forerun.simulate.plan.calibrate import benchmarked_cost_model, fit_engine
+from forerun.simulate.plan.cost_table import CostTable
 from forerun.simulate.plan.planner import PlanResult, plan
 from forerun.simulate.plan.spec import PlanSpec, spec_from_dict
+from forerun.simulate.plan.step_model import drafter_of
+from forerun.tracking.environment import accelerator_name
 
 Data = Mapping[str, Any]
 
-METHOD_OF = {"trie": "ngram", "graft": "tree"}  # what costs alike under another name
 PROMPT_TOKENS = 100
-LENGTH_SHARE, LENGTH_SIGMA = 0.5, 0.5  # of max_new_tokens; spread of the lognormal lengths
+LENGTH_SHARE = 0.5  # mean answer over max_new_tokens, where nothing is known
+LENGTH_SIGMA = 0.5  # spread of the lognormal lengths
 RATE_OF = {"ngram": 0.55}  # conditional acceptance where nothing is known; other drafters: PlanSpec's default
-LENGTH_BANDS = {"given": 0.0, "drafter": 0.25, "assumed": 1.0}  # relative error of seconds that the lengths leave
+LENGTH_BANDS = {"given": 0.0, "drafter": 0.25, "assumed": 1.0}  # relative error of seconds, by source of the lengths
 ACCEPTANCE_BANDS = {"given": 0.0, "table": 0.1, "drafter": 0.15, "assumed": 0.35}
 
 
@@ -43,12 +45,12 @@ class RecipePlan:
     name: str
     spec: PlanSpec
     model: ModelShape
-    machine: Machine | None
-    costs: FittedEngine | None
+    machine: CostModel | None
+    costs: LinearEngine | None
     drafts: bool  # whether the recipe itself speculates
     assumed: tuple[str, ...]
-    length_band: float  # relative error of generation seconds that unknown lengths leave
-    acceptance_band: float  # and unknown acceptance
+    length_band: float  # relative error of generation seconds for want of lengths
+    acceptance_band: float  # likewise, of acceptance
 
 
 def plan_recipe(
@@ -66,7 +68,7 @@ def read_recipe(
     shape: Data | None = None,
     here: Hardware | None = None,
 ) -> RecipePlan:
-    """What a recipe asks for.
+    """The plan that a recipe asks for.
 
     Args:
         recipe: the recipe as plain data, defaults included.
@@ -81,13 +83,13 @@ def read_recipe(
     """
     changes = dict(changes)
     named = changes.pop("hardware", changes.pop("gpu", None))
-    hardware = here if here and named is None else hardware_named(str(named or this_device()))
+    hardware = here if here and named is None else hardware_named(str(named or accelerator_name() or "cpu"))
     cluster = hardware.name != "CPU" and (named is not None or recipe["rollout"]["engine"] == "vllm")
     model = load_model(dict(shape) if shape else str(changes.get("model") or recipe["policy"]["model"]))
-    known = _Known(recipe, changes, table)
-    values = _fixed(recipe, hardware, cluster) | known.lengths() | known.speculation() | changes
+    inputs = _Inputs(recipe, changes, table)
+    values = _fixed(recipe, hardware, cluster) | inputs.lengths() | inputs.speculation() | changes
     spec = spec_from_dict({**values, "model": model.name, "gpu": hardware.name})
-    assumed = known.sentences
+    assumed = inputs.sentences
     if cluster and recipe["rollout"]["engine"] == "local" and "engine" not in changes:
         assumed.append("The recipe's local engine is one process; planned is rollout.engine=vllm.")
     machine, costs = None, None
@@ -95,11 +97,17 @@ def read_recipe(
         costs = fit_engine(table.of(_measured_method(recipe, table))) if table else None
     else:
         spec, machine = _on_one_machine(recipe, spec, hardware, model, table, assumed)
-    drafts = recipe["speculation"]["method"] != "none" and recipe["speculation"]["k"] != 0
     return RecipePlan(
-        str(recipe.get("name") or "recipe"), spec, model, machine, costs, drafts, tuple(assumed),
-        LENGTH_BANDS[known.length_source], ACCEPTANCE_BANDS[known.acceptance_source],
-    )  # fmt: skip
+        name=str(recipe.get("name") or "recipe"),
+        spec=spec,
+        model=model,
+        machine=machine,
+        costs=costs,
+        drafts=recipe["speculation"]["method"] != "none" and recipe["speculation"]["k"] != 0,
+        assumed=tuple(assumed),
+        length_band=LENGTH_BANDS[inputs.length_source],
+        acceptance_band=ACCEPTANCE_BANDS[inputs.acceptance_source],
+    )
 
 
 def hardware_named(device: str) -> Hardware:
@@ -112,7 +120,7 @@ def hardware_named(device: str) -> Hardware:
 
 
 def _fixed(recipe: Data, hardware: Hardware, cluster: bool) -> dict[str, Any]:
-    """What the recipe says outright."""
+    """What the recipe sets itself."""
     train, rollout = recipe["train"], recipe["rollout"]
     return {
         "gpus": 1,
@@ -137,11 +145,13 @@ def _precision(dtype: str, hardware: Hardware) -> str:
     return "fp32" if emulated else "bf16"
 
 
-class _Known:
-    """What can be known of lengths and acceptance before the run, best source first; `sentences` say which it was."""
+class _Inputs:
+    """Lengths and acceptance as far as known before the run, best source first; `sentences` name the sources."""
 
     def __init__(self, recipe: Data, changes: Data, table: CostTable | None) -> None:
-        self.recipe, self.changes, self.table = recipe, changes, table
+        self.recipe = recipe
+        self.changes = changes
+        self.table = table
         self.config = drafter_config(recipe["speculation"]["draft"])
         self.sentences: list[str] = []
         self.length_source = self.acceptance_source = "given"
@@ -151,9 +161,9 @@ class _Known:
         cap = self.recipe["rollout"]["max_new_tokens"]
         if "mean_tokens" in self.changes or "trace" in self.changes:
             return {"sigma": LENGTH_SIGMA}
-        made = self.config.get("forerun") or {}
-        if made.get("tokens") and made.get("rollouts"):
-            mean, self.length_source = made["tokens"] / made["rollouts"], "drafter"
+        trained = self.config.get("forerun") or {}
+        if trained.get("tokens") and trained.get("rollouts"):
+            mean, self.length_source = trained["tokens"] / trained["rollouts"], "drafter"
             self.sentences.append(f"Answers of {mean:.0f} tokens on average, as those that the drafter was trained on.")
         else:
             mean, self.length_source = LENGTH_SHARE * cap, "assumed"
@@ -162,16 +172,15 @@ class _Known:
                 "mean_tokens=."
             )
         train = self.recipe["train"]
-        count = int(self.changes.get("prompts", train["prompts_per_step"])) * int(
-            self.changes.get("samples", train["samples_per_prompt"])
-        )
-        lengths = lengths_with_mean(float(mean), LENGTH_SIGMA, cap, max(count, 1))
+        prompts = int(self.changes.get("prompts", train["prompts_per_step"]))
+        samples = int(self.changes.get("samples", train["samples_per_prompt"]))
+        lengths = lengths_with_mean(float(mean), LENGTH_SIGMA, cap, max(prompts * samples, 1))
         return {"mean_tokens": min(float(mean), float(cap)), "sigma": LENGTH_SIGMA, "trace": tuple(map(float, lengths))}
 
     def speculation(self) -> dict[str, Any]:
         """Method, k and acceptance."""
         speculation = self.recipe["speculation"]
-        method = METHOD_OF.get(speculation["method"], speculation["method"])
+        method = COSTS_AS.get(speculation["method"], speculation["method"])
         values: dict[str, Any] = {"k": None if speculation["k"] == "auto" else speculation["k"]}
         if method == "none":
             method, values["k"] = "eagle3", None
@@ -183,7 +192,7 @@ class _Known:
         return values | self._acceptance(method)
 
     def _draft_vocab(self, method: str) -> int:
-        if method not in ("eagle3", "tree"):
+        if method not in FUSES_HIDDEN_STATES:
             return 0
         return int(self.config.get("draft_vocab_size") or self.recipe["draft"]["vocab"])
 
@@ -243,23 +252,20 @@ def _measured_method(recipe: Data, table: CostTable) -> str:
 
 def _on_one_machine(
     recipe: Data, spec: PlanSpec, hardware: Hardware, model: ModelShape, table: CostTable | None, assumed: list[str]
-) -> tuple[PlanSpec, Machine]:
+) -> tuple[PlanSpec, CostModel]:
     if spec.lag and spec.gpus < 2:
         spec = replace(spec, lag=0)
         assumed.append("One machine generates and trains in turn: planned without lag; gpus=2 plans a second machine.")
-    if spec.method not in METHODS:
-        raise UserError(f"There is no drafter called {spec.method!r}; there are {', '.join(METHODS)}.")
     if spec.method == "tree":
         assumed.append("A tree's verified nodes are counted as a chain of k: its rounds are dearer than planned here.")
-    draft = load_model(spec.draft) if spec.draft else None
-    drafter = with_vocab(make_drafter(spec.method, model, draft=draft), spec.draft_vocab)
+    drafter = drafter_of(spec, model, measured=table is not None)
     assumed.append("Every group is taken to carry a gradient; one whose samples got equal rewards is not trained on.")
     if recipe["speculation"].get("train", "off") != "off":
         assumed.append("The drafter's own training beside the policy is not in these seconds.")
     context = spec.prompt_tokens + spec.mean_tokens / 2
-    machine = nominal_machine(hardware, model, drafter, spec.precision, context)
+    machine = nominal_cost_model(hardware, model, drafter, spec.precision, context)
     if table is not None:
-        machine = benched_machine(machine, table, _measured_method(recipe, table))
+        machine = benchmarked_cost_model(machine, table, _measured_method(recipe, table))
     return spec, machine
 
 

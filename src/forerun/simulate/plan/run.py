@@ -1,14 +1,13 @@
-"""A finished run as the planner's best witness: its folder read, its machine calibrated, and how it would go otherwise.
+"""A finished run: its folder read, its machine calibrated, and its step predicted under other settings.
 
-Conventions: `metrics.jsonl` under the names of `tracking/metrics.py`; of `rollouts.jsonl`, which keeps only the first
-rollouts of each step, lengths and rounds; where not all are kept they are scaled to the step's own mean and longest.
-Left out: runs of engines on several GPUs (their stages are in the file, but not which GPUs they ran on).
+Metrics are read under the names of `tracking/metrics.py`. `rollouts.jsonl` may keep only some rollouts of a step: their
+lengths are then scaled to the step's own mean and longest. Not supported: engines on several GPUs, whose run folder
+does not name them.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import UserError
+from forerun.simulate.core.cost_model import CostModel, LearnerWork
+from forerun.simulate.core.decode import COSTS_AS, METHODS
 from forerun.simulate.core.hardware import Hardware, load_hardware, nominal_cpu
-from forerun.simulate.core.machine import Machine
 from forerun.simulate.core.shapes import read_config
+from forerun.simulate.plan.calibrate import RULE, RunCalibration, StepRecord, calibrate
 from forerun.simulate.plan.planner import plan
 from forerun.simulate.plan.predict import acceptance_of
 from forerun.simulate.plan.recipe import RecipePlan, read_recipe
-from forerun.simulate.plan.run_calibration import RULE, RunFit, StepRecord, calibrate
-from forerun.simulate.plan.spec import K_MAX, Planner, PlanSpec, spec_from_dict
+from forerun.simulate.plan.spec import PlanSpec, spec_from_dict
+from forerun.simulate.plan.step_model import K_MAX, StepModel
+from forerun.tracking.reader import read_json, read_lines, read_metrics
 from forerun.types import STAGES
 
 Floats = NDArray[np.float64]
@@ -33,7 +35,7 @@ Data = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What a run folder holds that bears on time."""
+    """What the calibration reads of a run folder."""
 
     path: Path
     rows: list[dict[str, Any]]  # metric lines of finished steps, merged per step, ascending
@@ -55,33 +57,15 @@ def read_run(folder: Path | str) -> RunRecord:
     path = Path(folder)
     if not is_run(path):
         raise UserError(f"{path} holds no metrics.jsonl; give the folder of a run, for example runs/latest.")
-    merged: dict[int, dict[str, Any]] = {}
-    for line in _lines(path / "metrics.jsonl"):
-        merged.setdefault(line["step"], {}).update(line)
-    rows = [merged[step] for step in sorted(merged) if merged[step].get("time/generation") is not None]
+    broken: list[str] = []  # of a run that was killed: a torn last line is no error
+    metrics = read_metrics(path / "metrics.jsonl", broken)
+    rows = [row for row in metrics if row.get("time/generation") is not None]
     if not rows:
         raise UserError(f"The run in {path} has not finished a step yet; there is nothing to calibrate on.")
     samples: dict[int, list[dict[str, Any]]] = {}
-    for line in _lines(path / "rollouts.jsonl"):
+    for line in read_lines(path / "rollouts.jsonl", broken):
         samples.setdefault(line["step"], []).append(line)
-    env = _lines(path / "env.json", whole=True)
-    return RunRecord(path, rows, samples, env[0] if env else {})
-
-
-def _lines(path: Path, whole: bool = False) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one per line or one in all; a torn last line is passed over."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    found = []
-    for line in [text] if whole else text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and (whole or isinstance(value.get("step"), int)):
-            found.append(value)
-    return found
+    return RunRecord(path, rows, samples, read_json(path / "env.json", broken))
 
 
 def records(run: RunRecord, recipe: Data) -> list[StepRecord]:
@@ -124,7 +108,7 @@ def _record(row: Data, kept: Sequence[Data], recipe: Data) -> StepRecord:
 
 
 def _spread(kept: Floats, count: int, row: Data) -> Floats:
-    """Lengths of all rollouts of a step: the kept ones, or so many like them that sum and longest are right."""
+    """Lengths of all rollouts of a step: the kept ones, or as many like them with the step's sum and longest."""
     if len(kept) == count:
         return kept
     shape = np.resize(kept, count) if len(kept) else np.full(count, float(row["length/mean"]))
@@ -156,30 +140,34 @@ def _trained(tokens: Floats, kept: Sequence[Data], row: Data, prompt_tokens: flo
     return share * float((tokens + prompt_tokens).sum())
 
 
-def calibrate_run(folder: Path | str, recipe: Data) -> RunFit:
+def calibrate_run(folder: Path | str, recipe: Data) -> RunCalibration:
     """This machine's constants from a run on it.
 
     Args:
         recipe: the run's own recipe as plain data (its config.resolved.yaml).
 
     Raises:
-        UserError: no run, too few steps, or a recipe that the simulator does not know.
+        UserError: no run, too few steps, or a model that the simulator does not know.
     """
     run = read_run(folder)
     return _calibrated(run, recipe, _basis(run, recipe))
 
 
 def _basis(run: RunRecord, recipe: Data) -> RecipePlan:
-    """The run's recipe on a nominal machine like the one that env.json describes; its own policy where it was saved."""
+    """The run's recipe on a nominal machine like the one of env.json; its own policy where it was saved."""
     saved = run.path / "hf" / "policy" / "config.json"
     shape = read_config(saved) | {"_name_or_path": recipe["policy"]["model"]} if saved.is_file() else None
-    basis = read_recipe(recipe, {}, None, shape, hardware_of(run.env))
+    method = str(recipe["speculation"]["method"])
+    known = method == "none" or COSTS_AS.get(method, method) in METHODS
+    # The steps of the run price a drafter that the simulator does not know: its nominal costs are verification alone.
+    nominal = recipe if known else {**recipe, "speculation": {**recipe["speculation"], "method": "ngram"}}
+    basis = read_recipe(nominal, {}, None, shape, hardware_of(run.env))
     if basis.machine is None:
         raise UserError(
             f"The run in {run.path} used rollout.engine={recipe['rollout']['engine']}, whose GPUs it does not name; "
             "only runs of the local engine can be calibrated."
         )
-    return basis
+    return basis if known else replace(basis, spec=replace(basis.spec, method=method))
 
 
 def hardware_of(env: Data) -> Hardware:
@@ -191,14 +179,13 @@ def hardware_of(env: Data) -> Hardware:
     return nominal_cpu(int(cpu.get("cores") or 2), cpu.get("flags") or (), env.get("memory_gib"))
 
 
-def _calibrated(run: RunRecord, recipe: Data, basis: RecipePlan) -> RunFit:
+def _calibrated(run: RunRecord, recipe: Data, basis: RecipePlan) -> RunCalibration:
     assert basis.machine is not None
-    steps = records(run, recipe)
-    drafted = [row["spec/k_mean"] for row in run.rows if row.get("spec/k_mean")]
-    k = 0 if not drafted else basis.spec.k if basis.spec.k and basis.drafts else round(float(np.mean(drafted)))
     spec = basis.spec
-    work = {"score_passes": spec.logprob_passes, "train_passes": spec.train_passes, "updates": spec.updates}
-    return calibrate(steps, basis.machine, k, spec.slots, work)
+    drafted = [row["spec/k_mean"] for row in run.rows if row.get("spec/k_mean")]
+    k = 0 if not drafted else spec.k if spec.k and basis.drafts else round(float(np.mean(drafted)))
+    work = LearnerWork(0.0, spec.logprob_passes, spec.train_passes, spec.updates)
+    return calibrate(records(run, recipe), basis.machine, k, spec.slots, work)
 
 
 def plan_run(folder: Path | str, recipe: Data, changes: Data | None = None) -> dict[str, Any]:
@@ -213,8 +200,7 @@ def plan_run(folder: Path | str, recipe: Data, changes: Data | None = None) -> d
 
     Returns:
         `run`, `rule`, `calibration` (fitted and tested steps, constants in seconds, errors per stage, what was not
-        identified), `now` (a typical step of the run), `what_if` (other k, lag, batch, slots), `plan` (the whole
-        `PlanResult` of this machine).
+        identified), `now` (the run's mean step), `what_if` (other k, lag, batch, slots), `plan` (a `PlanResult`).
     """
     changes = changes or {}
     other = next((key for key in ("hardware", "gpu", "model", "precision", "engine") if key in changes), None)
@@ -247,13 +233,13 @@ def plan_run(folder: Path | str, recipe: Data, changes: Data | None = None) -> d
     }
 
 
-def _remarks(fit: RunFit) -> list[str]:
+def _remarks(fit: RunCalibration) -> list[str]:
     if fit.k:
         return []
     return ["The run did not draft: what a round adds is nominal, so its speed-ups are right within 40 % at best."]
 
 
-def _typical(run: RunRecord, recipe: Data, spec: PlanSpec, fit: RunFit) -> PlanSpec:
+def _typical(run: RunRecord, recipe: Data, spec: PlanSpec, fit: RunCalibration) -> PlanSpec:
     """The spec of the run's median step: its lengths first, then those of the steps most like it."""
     steps = records(run, recipe)
     middle = float(np.median([s.seconds["generation"] for s in steps]))
@@ -284,17 +270,14 @@ def _now(run: RunRecord) -> dict[str, float]:
     }
 
 
-def _what_if(spec: PlanSpec, fit: RunFit, basis: RecipePlan) -> list[dict[str, Any]]:
+def _what_if(spec: PlanSpec, fit: RunCalibration, basis: RecipePlan) -> list[dict[str, Any]]:
     """Other k, lag, batch and slots, each against the run as it was: all predicted by the calibrated machine."""
-
-    def step(changed: PlanSpec, k: int, machine: Machine) -> tuple[float, float, float]:
-        planner = Planner(changed, machine=machine, model=basis.model)
-        split = planner.split(k, changed.gpus, changed.lag)
-        return split.stages.generation_s, split.step.step_s, float(planner.lengths.sum()) / split.step.step_s
-
-    base = step(spec, fit.k, fit.machine)[2]
+    now = _predicted(spec, fit.k, fit.machine, basis)["tokens_per_s"]
     readings = [replace(fit.machine, engine=engine) for engine in fit.engines.values()]
-    rows = [_row(f"k = {k}", spec, k, fit.machine, step, base, readings) for k in range(K_MAX + 1)]
+    rows = []
+    for k in range(K_MAX + 1):
+        rates = [_predicted(spec, k, reading, basis)["tokens_per_s"] for reading in readings]
+        rows.append(_compared(f"k = {k}", _predicted(spec, k, fit.machine, basis), now, rates))
     others = {
         "lag 1, generation on a second machine like this": replace(spec, gpus=2, lag=1),
         "half the prompts": replace(spec, prompts=max(1, spec.prompts // 2)),
@@ -303,20 +286,21 @@ def _what_if(spec: PlanSpec, fit: RunFit, basis: RecipePlan) -> list[dict[str, A
         "twice the slots": replace(spec, slots=2 * spec.slots),
         "twice prompts and slots": replace(spec, prompts=2 * spec.prompts, slots=2 * spec.slots),
     }
-    return rows + [_row(name, changed, fit.k, fit.machine, step, base, []) for name, changed in others.items()]
+    return rows + [
+        _compared(name, _predicted(other, fit.k, fit.machine, basis), now, []) for name, other in others.items()
+    ]
 
 
-def _row(
-    name: str,
-    spec: PlanSpec,
-    k: int,
-    machine: Machine,
-    step: Callable[[PlanSpec, int, Machine], tuple[float, float, float]],
-    base: float,
-    readings: Sequence[Machine],
-) -> dict[str, Any]:
-    """One answer; `low` and `high` bound its throughput over what the run leaves open."""
-    generated_s, step_s, rate = step(spec, k, machine)
-    rates = [step(spec, k, reading)[2] / base for reading in readings] or [rate / base]
-    found = {"change": name, "generation_s": generated_s, "step_s": step_s, "tokens_per_s": rate}
-    return found | {"against_now": rate / base, "low": min(*rates, rate / base), "high": max(*rates, rate / base)}
+def _predicted(spec: PlanSpec, k: int, machine: CostModel, basis: RecipePlan) -> dict[str, float]:
+    steps = StepModel(spec, machine=machine, model=basis.model)
+    split = steps.split(k)
+    step_s = split.step.step_s
+    tokens_per_s = float(steps.lengths.sum()) / step_s
+    return {"generation_s": split.stages.generation_s, "step_s": step_s, "tokens_per_s": tokens_per_s}
+
+
+def _compared(change: str, found: dict[str, float], now: float, rates: Sequence[float]) -> dict[str, Any]:
+    """One answer; `low` and `high` bound its throughput over what the run does not identify."""
+    against = [rate / now for rate in (found["tokens_per_s"], *rates)]
+    bounds = {"against_now": against[0], "low": min(against), "high": max(against)}
+    return {"change": change, **found, **bounds}

@@ -1,7 +1,7 @@
-"""The surfaces around one plan: by k, over k and acceptance, over GPUs and lag, under other assumptions.
+"""Sweeps around one plan: by k, over k and acceptance, over GPUs and lag, under other assumptions.
 
-Conventions: each function takes a `Planner` and returns rows of plain data, one per cell; speed-ups are plain over
-speculative; a cell that cannot be (α beyond k + 1) is absent. Left out: drawing, see `report/plan_page.py`.
+Each function takes a `StepModel` and returns rows of plain data, one per cell; speed-ups are plain over speculative; a
+cell that cannot be (α beyond k + 1) is absent.
 """
 
 from __future__ import annotations
@@ -10,71 +10,72 @@ from typing import Any
 
 import numpy as np
 
-from forerun.simulate.core.decode import Speculator, best_budget, constant_acceptance, rate_for
+from forerun.simulate.core.constants import ROUNDS, round_constants
+from forerun.simulate.core.decode import AnalyticalEngine, best_budget, constant_acceptance, rate_for
 from forerun.simulate.core.step import Stages
-from forerun.simulate.plan.spec import K_MAX, ROUNDS, Planner, round_tuning
+from forerun.simulate.plan.step_model import K_MAX, StepModel
 
-HEAT_LENGTHS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)
+LENGTHS = (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0)
 RATES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 LAGS = (0, 1, 2)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def by_k(planner: Planner) -> list[dict[str, float]]:
+def sweep_k(steps: StepModel) -> list[dict[str, float]]:
     """Every k at the planned lag, each on its own best split; `round_cost` is the batch's mean, prefill included."""
-    spec, rows = planner.spec, []
+    rows: list[dict[str, float]] = []
     for k in range(K_MAX + 1):
-        split, alpha = planner.split(k, spec.gpus, spec.lag), planner.alpha(k)
-        plain_s = planner.generation_s(0, split.generation_gpus, spec.lag)
+        split, alpha = steps.split(k), steps.alpha(k)
+        plain_s = steps.generation_s(0, split.generation_gpus, steps.spec.lag)
         generation = plain_s / split.stages.generation_s
         row = {"k": k, "alpha": alpha, "generation_s": split.stages.generation_s, "step_s": split.step.step_s}
         rows.append(row | {"generation_speedup": generation, "round_cost": alpha / generation})
     return [row | {"step_speedup": rows[0]["step_s"] / row["step_s"]} for row in rows]
 
 
-def heat_map(planner: Planner) -> list[dict[str, float]]:
-    """Speed-ups over k and acceptance length, synchronous on all GPUs (2604.26779 draws these two axes).
+def sweep_k_and_acceptance(steps: StepModel) -> list[dict[str, float]]:
+    """Speed-ups over k and acceptance length, synchronous on all GPUs (the axes of a figure of 2604.26779).
 
     `rate` is the constant conditional rate that gives the cell's α at its k.
     """
-    gpus, cells = planner.spec.gpus, []
-    plain = planner.stages(0, gpus, gpus, 0)
+    plain, cells = _synchronous(steps, 0), []
     for k in range(1, K_MAX + 1):
-        for alpha in (length for length in HEAT_LENGTHS if length <= k + 1):
-            fast = planner.stages(k, gpus, gpus, 0, alpha)
+        for alpha in (length for length in LENGTHS if length <= k + 1):
             cell: dict[str, float] = {"k": k, "alpha": alpha, "rate": rate_for(k, alpha)}
-            cells.append(cell | _speedups(plain, fast))
+            cells.append(cell | _speedups(plain, _synchronous(steps, k, alpha)))
     return cells
 
 
-def acceptance_curve(planner: Planner, k: int) -> list[dict[str, float]]:
+def sweep_acceptance(steps: StepModel, k: int) -> list[dict[str, float]]:
     """Speed-ups against the conditional rate: of the planned k, and of the k that is best at that rate; synchronous."""
-    gpus, rows = planner.spec.gpus, []
-    plain = planner.stages(0, gpus, gpus, 0)
+    plain, rows = _synchronous(steps, 0), []
     for rate in RATES:
         lengths = constant_acceptance(rate).length(np.arange(K_MAX + 1.0))
-        steps = [planner.stages(j, gpus, gpus, 0, float(alpha)) for j, alpha in enumerate(lengths)]
-        best = int(np.argmin([stages.total_s for stages in steps]))
+        by_k = [_synchronous(steps, j, float(alpha)) for j, alpha in enumerate(lengths)]
+        best = int(np.argmin([stages.total_s for stages in by_k]))
         row = {"rate": rate, "alpha": float(constant_acceptance(rate).length(k)), "best_k": best}
-        planned = planner.stages(k, gpus, gpus, 0, row["alpha"])
-        at_best = {f"best_{name}": value for name, value in _speedups(plain, steps[best]).items()}
-        rows.append(row | _speedups(plain, planned) | at_best)
+        planned = _speedups(plain, _synchronous(steps, k, row["alpha"]))
+        at_best = {f"best_{name}": value for name, value in _speedups(plain, by_k[best]).items()}
+        rows.append(row | planned | at_best)
     return rows
+
+
+def _synchronous(steps: StepModel, k: int, alpha: float | None = None) -> Stages:
+    return steps.stages(k, steps.spec.gpus, steps.spec.gpus, 0, alpha)
 
 
 def _speedups(plain: Stages, fast: Stages) -> dict[str, float]:
     return {"generation": plain.generation_s / fast.generation_s, "step": plain.total_s / fast.total_s}
 
 
-def sweep(planner: Planner, k: int) -> list[dict[str, float]]:
-    """Step speed-up against GPU count (a machine: how many like it) and lag."""
-    unit, rows = planner.layout.gpus, []
-    counts = [planner.spec.gpus * factor // 4 for factor in (1, 2, 4, 8, 16)]
+def sweep_gpus_and_lag(steps: StepModel, k: int) -> list[dict[str, float]]:
+    """Step speed-up against GPU count (one machine: how many like it) and lag."""
+    unit, rows = steps.layout.gpus, []
+    counts = [steps.spec.gpus * factor // 4 for factor in (1, 2, 4, 8, 16)]
     for gpus in sorted({count // unit * unit for count in counts if count >= unit}):
-        for lag in LAGS:
-            if lag and gpus < 2 * unit:
-                continue
-            plain, fast = planner.split(0, gpus, lag), planner.split(k, gpus, lag)
+        for lag in LAGS if gpus >= 2 * unit else LAGS[:1]:
+            plain, fast = steps.split(0, gpus, lag), steps.split(k, gpus, lag)
+            plain_s = steps.generation_s(0, fast.generation_gpus, lag)
             rows.append(
                 {
                     "gpus": gpus,
@@ -82,36 +83,33 @@ def sweep(planner: Planner, k: int) -> list[dict[str, float]]:
                     "generation_gpus": fast.generation_gpus,
                     "plain_step_s": plain.step.step_s,
                     "step_s": fast.step.step_s,
-                    "generation_speedup": planner.generation_s(0, fast.generation_gpus, lag) / fast.stages.generation_s,
+                    "generation_speedup": plain_s / fast.stages.generation_s,
                     "step_speedup": plain.step.step_s / fast.step.step_s,
                 }
             )
     return rows
 
 
-def what_if(planner: Planner, k: int) -> list[dict[str, Any]]:
+def sweep_assumptions(steps: StepModel, k: int) -> list[dict[str, Any]]:
     """Acceptance a tenth lower and higher, and the round constants of other engines; synchronous."""
-    gpus, alpha = planner.spec.gpus, planner.alpha(k)
-    plain, rows = planner.stages(0, gpus, gpus, 0), []
-    for name, accepted in (("drafts accepted -10 %", 0.9), ("as planned", 1.0), ("drafts accepted +10 %", 1.1)):
-        fast = planner.stages(k, gpus, gpus, 0, min(1 + accepted * (alpha - 1), k + 1.0))
-        rows.append(_changed(name, plain, fast))
-    if isinstance(planner.costs, Speculator):
+    alpha, changed = steps.alpha(k), {}
+    for name, factor in (("drafts accepted -10 %", 0.9), ("as planned", 1.0), ("drafts accepted +10 %", 1.1)):
+        changed[name] = _synchronous(steps, k, min(1 + factor * (alpha - 1), k + 1.0))
+    if isinstance(steps.costs, AnalyticalEngine):
         for name in ROUNDS:
-            other = Planner(planner.spec, planner.speculator(round_tuning(name)), model=planner.model)
-            rows.append(_changed(f"rounds={name}", plain, other.stages(k, gpus, gpus, 0)))
+            other = StepModel(steps.spec, steps.analytical_engine(round_constants(name)), model=steps.model)
+            changed[f"rounds={name}"] = _synchronous(other, k)
+    plain, rows = _synchronous(steps, 0), []
+    for name, stages in changed.items():
+        found = _speedups(plain, stages)
+        rows.append({"change": name, "generation_speedup": found["generation"], "step_speedup": found["step"]})
     return rows
 
 
-def _changed(name: str, plain: Stages, fast: Stages) -> dict[str, Any]:
-    found = _speedups(plain, fast)
-    return {"change": name, "generation_speedup": found["generation"], "step_speedup": found["step"]}
-
-
-def schedule(planner: Planner) -> list[dict[str, float]]:
+def draft_schedule(steps: StepModel) -> list[dict[str, float]]:
     """The k for each running batch that yields most tokens per second, as the row budget would choose."""
-    context = planner.spec.prompt_tokens + float(np.mean(planner.lengths**2) / (2 * np.mean(planner.lengths)))
-    slots = planner.spec.slots
-    batches = sorted({min(batch, slots) for batch in BATCHES})
-    budget = best_budget(planner.costs, planner.acceptance, context, batches, K_MAX)
-    return [{"batch_up_to": min(edge, float(slots)), "k": k} for edge, k in budget.steps]
+    spec, lengths = steps.spec, steps.lengths
+    context = spec.prompt_tokens + float(np.mean(lengths**2) / (2 * np.mean(lengths)))
+    batches = sorted({min(batch, spec.slots) for batch in BATCHES})
+    budget = best_budget(steps.costs, steps.acceptance, context, batches, K_MAX)
+    return [{"batch_up_to": min(edge, float(spec.slots)), "k": k} for edge, k in budget.steps]

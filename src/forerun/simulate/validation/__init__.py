@@ -1,1 +1,1 @@
-"""The simulator against published and measured numbers."""
+"""The simulator against published and measured numbers, and the constants that ship from them."""

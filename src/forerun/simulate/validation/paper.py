@@ -1,27 +1,25 @@
-"""Every number that 2604.26779 publishes on time, beside the simulator's.
+"""Every number that 2604.26779 publishes on time, against the simulator's.
 
-Conventions: seconds and ratios; each row says whether its published cell was used to calibrate ("calibration") or not
-("test"). The paper is silent on batch, lengths, layouts and training tokens: they are the fields of `Measured` and
-`Projected`, each with the value we assume and its reason. Calibration is done here, from the cells named in
-`CALIBRATION`, never stored. Left out: accuracy curves, and figures of which no value could be read.
+Seconds and ratios; each row says whether its published cell was used to calibrate ("calibration") or not ("test"). The
+paper does not give batch, lengths, layouts and training tokens: the fields of `Measured` and `Projected` hold our
+assumptions and their reasons. Calibrated from the cells that `CALIBRATION` names.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from forerun.simulate.core.constants import serving_constants
 from forerun.simulate.core.decode import (
     IDEAL,
-    RoundTuning,
-    Speculator,
+    AnalyticalEngine,
+    RoundConstants,
     constant_acceptance,
     fixed_budget,
     make_drafter,
@@ -41,9 +39,10 @@ from forerun.simulate.core.step import (
     learner_stages,
     refit_s,
 )
-from forerun.simulate.plan.calibrate import shipped_constants
+from forerun.simulate.core.tables import load_table
 from forerun.types import STAGES
 
+Floats = NDArray[np.float64]
 Row = dict[str, Any]
 
 CALIBRATION = {
@@ -87,23 +86,15 @@ class Projected:
     prompt_tokens: int = 150
 
 
-@cache
 def published() -> dict[str, Any]:
     """The published cells."""
-    return json.loads((files("forerun.simulate.core") / "data" / "paper.json").read_text())
+    return load_table("paper", "validation")
 
 
 def _row(table: str, cell: str, unit: str, reference: float, predicted: float, role: str) -> Row:
     error = predicted / reference - 1 if reference else float("nan")
-    return {
-        "table": table,
-        "cell": cell,
-        "unit": unit,
-        "published": reference,
-        "predicted": predicted,
-        "error": error,
-        "role": role,
-    }
+    row = {"table": table, "cell": cell, "unit": unit, "published": reference, "predicted": predicted}
+    return row | {"error": error, "role": role}
 
 
 def _solve(function: Callable[[float], float], target: float, low: float, high: float, steps: int = 25) -> float:
@@ -114,10 +105,30 @@ def _solve(function: Callable[[float], float], target: float, low: float, high: 
     return float(np.sqrt(low * high))
 
 
-def _set(rounds: RoundTuning, name: str, value: float) -> RoundTuning:
-    """One constant changed by name."""
-    constants: dict[str, Any] = {name: value}
-    return replace(rounds, **constants)
+@dataclass(frozen=True, slots=True)
+class _Rollouts:
+    """Rollouts of one engine: rounds of k at acceptance length α, on all replicas that fit on `gpus`."""
+
+    engine: AnalyticalEngine
+    prompt_tokens: int
+    group: int
+
+    def drain_s(self, lengths: Floats, k: int, alpha: float, gpus: int) -> float:
+        """Seconds until one batch is done."""
+        return simulate_rollout(self.engine, lengths, **self._settings(k, alpha, gpus)).seconds
+
+    def stream_s(self, lengths: Floats, k: int, alpha: float, gpus: int, in_flight: float) -> float:
+        """Seconds per batch when `in_flight` batches overlap."""
+        return stream_s(self.engine, lengths, in_flight=in_flight, **self._settings(k, alpha, gpus))
+
+    def _settings(self, k: int, alpha: float, gpus: int) -> dict[str, Any]:
+        return {
+            "replicas": gpus // self.engine.replica.layout.gpus,
+            "budget": fixed_budget(k),
+            "acceptance": constant_acceptance(rate_for(k, alpha) if k else 0.0),
+            "prompt_tokens": self.prompt_tokens,
+            "group": self.group,
+        }
 
 
 class Runs8B:
@@ -125,78 +136,59 @@ class Runs8B:
 
     def __init__(self, assumed: Measured) -> None:
         self.assumed = assumed
-        self.model, self.gpu = load_model("Qwen3-8B"), load_hardware("GB200")
-        self.engine = shipped_constants().tuning(("Qwen3-8B", "GB200", "vllm"), "dense")
-        self.rounds = RoundTuning(token_s=0.0, fixed_s=0.0, fast_k=assumed.fast_k)
+        self.model = load_model("Qwen3-8B")
+        self.gpu = load_hardware("GB200")
+        self.tuning = serving_constants().tuning(("Qwen3-8B", "GB200", "vllm"), "dense")
+        self.rounds = RoundConstants(token_s=0.0, fixed_s=0.0, fast_k=assumed.fast_k)
         plain = {name: cells["plain"]["generation"] for name, cells in published()["stages"].items()}
         self.lengths = {name: self._lengths(seconds) for name, seconds in plain.items()}
         self.rounds = self._round_constants()
         self.learner = self._learner()
 
-    def _draw(self, mean_tokens: float) -> NDArray[np.float64]:
+    def _rollouts(self, method: str = "eagle3", rounds: RoundConstants | None = None) -> _Rollouts:
         a = self.assumed
-        return Lengths(mean_tokens, a.sigma, a.cap_tokens - a.prompt_tokens).sample(a.sequences)
+        replica = Replica(self.model, self.gpu, Layout(tensor=a.tensor), "bf16", 2.0, self.tuning)
+        engine = AnalyticalEngine(replica, make_drafter(method, self.model), rounds or self.rounds)
+        return _Rollouts(engine, a.prompt_tokens, a.group)
 
-    def _lengths(self, generation_s: float) -> NDArray[np.float64]:
+    def _lengths(self, generation_s: float) -> Floats:
         """Lengths whose plain rollout takes as long as published."""
-        mean = _solve(lambda m: self._rollout_s(self._draw(m), 0, 1.0), generation_s, 50.0, 1e5)
-        return self._draw(mean)
-
-    def _engine(self, method: str = "eagle3") -> Speculator:
-        replica = Replica(self.model, self.gpu, Layout(tensor=self.assumed.tensor), "bf16", 2.0, self.engine)
-        return Speculator(replica, make_drafter(method, self.model), self.rounds)
-
-    def _rollout_s(self, lengths: NDArray[np.float64], k: int, alpha: float, method: str = "eagle3") -> float:
         a = self.assumed
-        result = simulate_rollout(
-            self._engine(method),
-            lengths,
-            replicas=a.gpus // a.tensor,
-            budget=fixed_budget(k),
-            acceptance=constant_acceptance(rate_for(k, alpha) if k else 0.0),
-            prompt_tokens=a.prompt_tokens,
-            group=a.group,
-        )
-        return result.seconds
 
-    def _stream_s(self, lengths: NDArray[np.float64], k: int, alpha: float, gpus: int, in_flight: float) -> float:
-        a = self.assumed
-        return stream_s(
-            self._engine(),
-            lengths,
-            replicas=gpus // a.tensor,
-            in_flight=in_flight,
-            budget=fixed_budget(k),
-            acceptance=constant_acceptance(rate_for(k, alpha) if k else 0.0),
-            prompt_tokens=a.prompt_tokens,
-            group=a.group,
-        )
+        def sample(mean_tokens: float) -> Floats:
+            return Lengths(mean_tokens, a.sigma, a.cap_tokens - a.prompt_tokens).sample(a.sequences)
 
-    def generation_s(self, workload: str, k: int, alpha: float, method: str = "eagle3") -> float:
-        """Seconds of one rollout of a workload."""
-        return self._rollout_s(self.lengths[workload], k, alpha, method)
+        rollouts = self._rollouts()
+        return sample(_solve(lambda m: rollouts.drain_s(sample(m), 0, 1.0, a.gpus), generation_s, 50.0, 1e5))
 
-    def _round_constants(self) -> RoundTuning:
+    def generation_s(
+        self, workload: str, k: int, alpha: float, method: str = "eagle3", rounds: RoundConstants | None = None
+    ) -> float:
+        """Seconds of one rollout of a workload; `rounds` None: the calibrated constants."""
+        return self._rollouts(method, rounds).drain_s(self.lengths[workload], k, alpha, self.assumed.gpus)
+
+    def _round_constants(self) -> RoundConstants:
         """`row_s` from RL-Zero's k = 3, `slow_row_s` from its k = 7, the lookup from its n-gram run."""
-        plain_s, found = published()["stages"]["RL-Zero"]["plain"]["generation"], self.rounds
+        plain_s = published()["stages"]["RL-Zero"]["plain"]["generation"]
+        cells = {c["k"]: c for c in published()["drafts"] if (c["workload"], c["table"]) == ("RL-Zero", "4")}
+        found = self.rounds
         for name, k in (("row_s", 3), ("slow_row_s", 7)):
-            cell = next(
-                d for d in published()["drafts"] if d["workload"] == "RL-Zero" and d["table"] == "4" and d["k"] == k
-            )
-            found = self._with(found, name, 10e-6, plain_s / cell["speedup"], k, cell["alpha"], "eagle3")
+            found = self._fit(found, name, 10e-6, plain_s / cells[k]["speedup"], k, cells[k]["alpha"], "eagle3")
         lookup = published()["ngram"][0]
-        return self._with(found, "scan_s", 1e-9, lookup["generation_s"], self.assumed.ngram_k, lookup["alpha"], "ngram")
+        return self._fit(found, "scan_s", 1e-9, lookup["generation_s"], self.assumed.ngram_k, lookup["alpha"], "ngram")
 
-    def _with(
-        self, rounds: RoundTuning, name: str, unit: float, target_s: float, k: int, alpha: float, method: str
-    ) -> RoundTuning:
+    def _fit(
+        self, rounds: RoundConstants, name: str, unit: float, target_s: float, k: int, alpha: float, method: str
+    ) -> RoundConstants:
         """`rounds` with the constant `name` such that RL-Zero takes `target_s`: a rollout is linear in each of them."""
-        taken_s = []
-        for value in (0.0, unit):
-            self.rounds = _set(rounds, name, value)
-            taken_s.append(self.generation_s("RL-Zero", k, alpha, method))
-        slope = (taken_s[1] - taken_s[0]) / unit
-        return _set(rounds, name, max((target_s - taken_s[0]) / slope, 0.0) if slope > 0 else 0.0)
+
+        def changed(value: float) -> RoundConstants:
+            constants: dict[str, Any] = {name: value}
+            return replace(rounds, **constants)
+
+        none_s, unit_s = (self.generation_s("RL-Zero", k, alpha, method, changed(value)) for value in (0.0, unit))
+        slope = (unit_s - none_s) / unit
+        return changed(max((target_s - none_s) / slope, 0.0) if slope > 0 else 0.0)
 
     def _learner(self) -> Learner:
         """Constants of the learner from the plain column of RL-Zero; batches are padded to the cap (no packing)."""
@@ -212,9 +204,8 @@ class Runs8B:
     def stages(self, generation_s: float, *, gpus: int | None = None, share: float = 1.0) -> Stages:
         """Stages of a step around a generation time; `share` of the synchronous batch on `gpus` training GPUs."""
         a = self.assumed
-        return learner_stages(
-            self.learner, self.model, self.gpu, gpus or a.gpus, share * a.sequences, a.cap_tokens, generation_s
-        )
+        sequences = share * a.sequences
+        return learner_stages(self.learner, self.model, self.gpu, gpus or a.gpus, sequences, a.cap_tokens, generation_s)
 
     def asynchronous(self) -> dict[str, AsyncStep]:
         """The asynchronous run: its two plain cells calibrate batch and overlap, the speculative ones are a test.
@@ -226,10 +217,10 @@ class Runs8B:
         busy_s = cells["plain"]["step"] - cells["plain"]["exposed"]
         share = _solve(lambda x: self.stages(0.0, gpus=cells["training_gpus"], share=x).learner_s, busy_s, 0.05, 2.0)
         lengths = self.lengths[cells["workload"]]
-        batch = lengths[: round(share * len(lengths))]
+        batch, rollouts = lengths[: round(share * len(lengths))], self._rollouts()
 
         def run(in_flight: float, k: int) -> AsyncStep:
-            generation_s = self._stream_s(batch, k, alpha if k else 1.0, cells["generation_gpus"], in_flight)
+            generation_s = rollouts.stream_s(batch, k, alpha if k else 1.0, cells["generation_gpus"], in_flight)
             return async_step(self.stages(generation_s, gpus=cells["training_gpus"], share=share), cells["lag"])
 
         fewer = _solve(lambda x: run(1.0 / x, 0).step_s, cells["plain"]["step"], 0.5, 1.0, 15)
@@ -243,7 +234,7 @@ def measured_runs() -> Runs8B:
 
 
 def round_cost_rows() -> list[Row]:
-    """The published costs of a round beside ours: what `paper_rows` has under the unit "steps"."""
+    """The published costs of a round against ours: what `paper_rows` has under the unit "steps"."""
     runs = measured_runs()
     return [row for row in (*_draft_rows(runs), *_ngram_rows(runs)) if row["unit"] == "steps"]
 
@@ -254,7 +245,7 @@ def _rows_8b(runs: Runs8B) -> Iterator[Row]:
     yield from _ngram_rows(runs)
     cells, ours = published()["asynchronous"], runs.asynchronous()
     for arm in ("plain", "speculative"):
-        role = "calibration" if arm == "plain" else "test"
+        role = _role(arm == "plain")
         yield _row("async 8B", f"step, {arm}", "s", cells[arm]["step"], ours[arm].step_s, role)
         yield _row("async 8B", f"exposed generation, {arm}", "s", cells[arm]["exposed"], ours[arm].exposed_s, role)
     yield _row(
@@ -263,33 +254,33 @@ def _rows_8b(runs: Runs8B) -> Iterator[Row]:
 
 
 def _stage_rows(runs: Runs8B) -> Iterator[Row]:
+    drafts = [c for c in published()["drafts"] if (c["table"], c["k"]) == ("4", 3)]
+    alpha = {cell["workload"]: cell["alpha"] for cell in drafts}
     for workload, arms in published()["stages"].items():
-        alpha = {
-            d["workload"]: d["alpha"] for d in reversed(published()["drafts"]) if d["table"] == "4" and d["k"] == 3
-        }
         totals = {}
         for arm, cells in arms.items():
-            k = 0 if arm == "plain" else 3
-            stages = runs.stages(runs.generation_s(workload, k, alpha[workload]))
+            stages = runs.stages(runs.generation_s(workload, 0 if arm == "plain" else 3, alpha[workload]))
             totals[arm] = stages.total_s
             for stage in STAGES:
-                fitted = (workload == "RL-Zero" and (arm == "plain" or stage == "generation")) or (
-                    arm == "plain" and stage == "generation"
-                )
-                role = "calibration" if fitted else "test"
-                yield _row("1", f"{workload} {arm} {stage}", "s", cells[stage], getattr(stages, f"{stage}_s"), role)
-            role = "calibration" if (workload, arm) == ("RL-Zero", "plain") else "test"
+                plain_or_generation = arm == "plain" or stage == "generation"
+                fitted = (workload == "RL-Zero" and plain_or_generation) or (arm, stage) == ("plain", "generation")
+                ours_s = getattr(stages, f"{stage}_s")
+                yield _row("1", f"{workload} {arm} {stage}", "s", cells[stage], ours_s, _role(fitted))
+            role = _role((workload, arm) == ("RL-Zero", "plain"))
             yield _row("1", f"{workload} {arm} overall", "s", sum(cells.values()), stages.total_s, role)
         reference = published()["step_speedup"][workload]
         yield _row("1", f"{workload} step speed-up", "x", reference, totals["plain"] / totals["speculative"], "test")
+
+
+def _role(fitted: bool) -> str:
+    return "calibration" if fitted else "test"
 
 
 def _draft_rows(runs: Runs8B) -> Iterator[Row]:
     for cell in published()["drafts"]:
         workload, k = cell["workload"], cell["k"]
         ours = runs.generation_s(workload, 0, 1.0) / runs.generation_s(workload, k, cell["alpha"])
-        fitted = cell["table"] == "4" and workload == "RL-Zero" and k in (3, 7)
-        role = "calibration" if fitted else "test"
+        role = _role(cell["table"] == "4" and workload == "RL-Zero" and k in (3, 7))
         yield _row(cell["table"], f"{workload} {cell['variant']} k={k} speed-up", "x", cell["speedup"], ours, role)
         label = f"{workload} {cell['variant']} k={k} round cost"
         published_c = cell["alpha"] / cell["speedup"]
@@ -300,17 +291,11 @@ def _ngram_rows(runs: Runs8B) -> Iterator[Row]:
     for cell in published()["ngram"]:
         workload = cell["workload"]
         ours_s = runs.generation_s(workload, runs.assumed.ngram_k, cell["alpha"], "ngram")
-        ours, role = runs.generation_s(workload, 0, 1.0) / ours_s, "calibration" if workload == "RL-Zero" else "test"
+        ours, role = runs.generation_s(workload, 0, 1.0) / ours_s, _role(workload == "RL-Zero")
         yield _row("2", f"{workload} n-gram generation", "s", cell["generation_s"], ours_s, role)
         yield _row("2", f"{workload} n-gram speed-up", "x", cell["speedup"], ours, role)
-        yield _row(
-            "2 (c)",
-            f"{workload} n-gram round cost",
-            "steps",
-            cell["alpha"] / cell["speedup"],
-            cell["alpha"] / ours,
-            role,
-        )
+        published_c = cell["alpha"] / cell["speedup"]
+        yield _row("2 (c)", f"{workload} n-gram round cost", "steps", published_c, cell["alpha"] / ours, role)
 
 
 class Runs235B:
@@ -318,38 +303,19 @@ class Runs235B:
 
     def __init__(self, assumed: Projected) -> None:
         self.assumed = assumed
-        self.model, self.gpu = load_model("Qwen3-235B-A22B"), load_hardware("GB200")
+        self.model = load_model("Qwen3-235B-A22B")
+        self.gpu = load_hardware("GB200")
         tuning = Tuning(host_s=assumed.host_s, sequence_s=0.0)
         replica = Replica(self.model, self.gpu, assumed.layout, "fp8", 1.0, tuning)
-        self.engine = Speculator(replica, make_drafter("eagle3", self.model), IDEAL)
+        engine = AnalyticalEngine(replica, make_drafter("eagle3", self.model), IDEAL)
+        self.rollouts = _Rollouts(engine, assumed.prompt_tokens, assumed.group)
         cap = assumed.cap_tokens - assumed.prompt_tokens
         self.lengths = Lengths(assumed.mean_tokens, assumed.sigma, cap).sample(assumed.sequences)
         self.learner = self._learner()
 
     def rollout_s(self, k: int, alpha: float, gpus: int) -> float:
         """Seconds until one batch is done."""
-        return simulate_rollout(
-            self.engine,
-            self.lengths,
-            replicas=gpus // self.assumed.layout.gpus,
-            budget=fixed_budget(k),
-            acceptance=constant_acceptance(rate_for(k, alpha) if k else 0.0),
-            prompt_tokens=self.assumed.prompt_tokens,
-            group=self.assumed.group,
-        ).seconds
-
-    def stream_s(self, k: int, alpha: float, gpus: int, lag: int) -> float:
-        """Seconds per batch when batches overlap."""
-        return stream_s(
-            self.engine,
-            self.lengths,
-            replicas=gpus // self.assumed.layout.gpus,
-            in_flight=lag,
-            budget=fixed_budget(k),
-            acceptance=constant_acceptance(rate_for(k, alpha) if k else 0.0),
-            prompt_tokens=self.assumed.prompt_tokens,
-            group=self.assumed.group,
-        )
+        return self.rollouts.drain_s(self.lengths, k, alpha, gpus)
 
     def _learner(self) -> Learner:
         """One MFU for training and two logprob passes, so that the step cell of k = 3 at 512 GPUs is met."""
@@ -374,19 +340,22 @@ class Runs235B:
         cell = published()["projection_2048"]
         k, alpha, lag = cell["k"], cell["alpha"], cell["lag"]
 
+        def batch_s(gpus: int, k: int, alpha: float) -> float:
+            return self.rollouts.stream_s(self.lengths, k, alpha, gpus, lag)
+
         def stages_of(generating: int, training: int, k: int, alpha: float) -> Stages:
-            return self.stages(self.stream_s(k, alpha, generating, lag), training)
+            return self.stages(batch_s(generating, k, alpha), training)
 
         best = best_split(2048, self.assumed.layout.gpus, lag, partial(stages_of, k=k, alpha=alpha))
         own = best_split(2048, self.assumed.layout.gpus, lag, partial(stages_of, k=0, alpha=1.0))
-        plain = async_step(stages_of(best.generation_gpus, best.training_gpus, 0, 1.0), lag)
         gpus = best.generation_gpus
+        plain = async_step(stages_of(gpus, best.training_gpus, 0, 1.0), lag)
         return {
             "rollout": self.rollout_s(0, 1.0, gpus) / self.rollout_s(k, alpha, gpus),
             "step": plain.step_s / best.step.step_s,
             "step_own_splits": own.step.step_s / best.step.step_s,
             "rollout_all_gpus": self.rollout_s(0, 1.0, 2048) / self.rollout_s(k, alpha, 2048),
-            "rollout_throughput": self.stream_s(0, 1.0, gpus, lag) / self.stream_s(k, alpha, gpus, lag),
+            "rollout_throughput": batch_s(gpus, 0, 1.0) / batch_s(gpus, k, alpha),
             "generation_gpus": float(gpus),
         }
 
@@ -396,7 +365,7 @@ def _rows_235b(runs: Runs235B) -> Iterator[Row]:
     for index, cell in enumerate(published()["projection_512"]):
         ours_s = runs.rollout_s(cell["k"], cell["alpha"], 512)
         step = runs.stages(plain_s, 512).total_s / runs.stages(ours_s, 512).total_s
-        role = "test" if index else "calibration"
+        role = _role(index == 0)
         label = f"k={cell['k']} alpha={cell['alpha']:g}"
         yield _row("235B, 512 GPUs", f"{label} rollout", "x", cell["rollout"], plain_s / ours_s, role)
         yield _row("235B, 512 GPUs", f"{label} step", "x", cell["step"], step, role)
@@ -406,12 +375,12 @@ def _rows_235b(runs: Runs235B) -> Iterator[Row]:
 
 
 def paper_rows(measured: Measured | None = None, projected: Projected | None = None) -> list[Row]:
-    """All published cells beside ours, under the given assumptions."""
+    """All published cells against ours, under the given assumptions."""
     return [*_rows_8b(Runs8B(measured or Measured())), *_rows_235b(Runs235B(projected or Projected()))]
 
 
 def sensitivity() -> list[Row]:
-    """What each assumption moves: one changed at a time, median and worst error of the test ratios it bears on."""
+    """Each assumption changed alone: median and worst error of the test ratios that depend on it."""
     rows = []
     base8, base235 = Measured(), Projected()
     eight = [
@@ -443,5 +412,18 @@ def _moved(model: str, change: str, rows: list[Row]) -> Row:
     tests = [row for row in rows if row["role"] == "test" and row["unit"] == "x"]
     sizes = np.array([abs(row["error"]) for row in tests])
     worst = tests[int(np.argmax(sizes))]
-    return {"model": model, "change": change, "median": float(np.median(sizes)), "worst": float(sizes.max()),
-            "worst_cell": f"{worst['table']}: {worst['cell']}"}  # fmt: skip
+    found = {"model": model, "change": change, "median": float(np.median(sizes)), "worst": float(sizes.max())}
+    return found | {"worst_cell": f"{worst['table']}: {worst['cell']}"}
+
+
+def paper_table() -> dict[str, Any]:
+    """Every published number against ours, the calibration, the assumptions and their sensitivity, as plain data."""
+    rows = paper_rows()
+    return {
+        "rows": rows,
+        "calibration": dict(CALIBRATION),
+        "assumptions": {"8B": asdict(Measured()), "235B": asdict(Projected())},
+        "sensitivity": sensitivity(),
+        "other_readings_of_2048": Runs235B(Projected()).at_2048(),
+        "beyond_10_percent": [row for row in rows if row["role"] == "test" and not abs(row["error"]) <= 0.10],
+    }

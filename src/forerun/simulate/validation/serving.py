@@ -1,15 +1,15 @@
-"""Measured serving rows: reading them, and predicting their time per output token.
+"""Measured serving rows: read, predicted, and engine constants fitted on half of them.
 
-Conventions: columns as in aiconfigurator's `silicon_sample.csv`; `batch_size` counts concurrent requests on the
-replica; time per output token contains the prefill of the other requests (closed loop, fixed lengths).
-The measured time to first token is never read. Left out: pipeline parallel layouts, disaggregated prefill.
+Columns as in aiconfigurator's `silicon_sample.csv`; `batch_size` counts concurrent requests on the replica; time per
+output token contains the prefill of the other requests (closed loop, fixed lengths). The measured time to first token
+is not read. Not supported: pipeline parallel layouts, disaggregated prefill.
 """
 
 from __future__ import annotations
 
 import csv
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import UserError
+from forerun.simulate.core.constants import TUNING_NAMES, FittedConstants, ServingConstants
+from forerun.simulate.core.fitting import map_fit
 from forerun.simulate.core.hardware import load_hardware, peak_flops
 from forerun.simulate.core.operators import (
     Layout,
@@ -46,7 +48,29 @@ COLUMNS = (
     "moe_ep_size",
     "silicon_tpot_ms",
 )
-GROWTH_SHARE = 0.7  # of the output length that an engine holds cache for when it decides how many requests run
+GROWTH_SHARE = 0.7  # of the output length for which an engine reserves cache when it admits requests
+SPLIT_RULE = "fit where crc32('model|gpu|backend|isl|osl|batch') is even, test where it is odd"
+# Prior spread of each constant, in logarithms: first for an engine and family, then for a group within it.
+ENGINE_SPREAD = {
+    "host_s": 0.7,
+    "sequence_s": 1.0,
+    "overhead": 0.5,
+    "memory": 0.15,
+    "cache": 0.3,
+    "compute": 0.3,
+    "link": 0.5,
+    "experts": 0.4,
+}
+GROUP_SPREAD = {
+    "host_s": 0.7,
+    "sequence_s": 0.7,
+    "overhead": 0.4,
+    "memory": 0.1,
+    "cache": 0.25,
+    "compute": 0.25,
+    "link": 0.4,
+    "experts": 0.35,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +105,6 @@ class ServingRow:
         key = (self.replica.model.name, self.replica.gpu.name, self.engine.split()[0])
         numbers = (self.prompt_tokens, self.output_tokens, self.batch)
         return zlib.crc32("|".join(map(str, key + numbers)).encode()) % 2 == 0
-
-
-SPLIT_RULE = "fit where crc32('model|gpu|backend|isl|osl|batch') is even, test where it is odd"
 
 
 def read_rows(path: str | Path) -> tuple[list[ServingRow], list[str]]:
@@ -150,7 +171,7 @@ def _count(text: str, default: int) -> int:
 def _layout(record: dict[str, str], is_moe: bool) -> Layout:
     """Read the five parallel sizes. Two quirks of the source are undone.
 
-    "64 / 8 / 8" is TP8 with EP8 (the same measurements stand under both labels), and a tensor size beyond one
+    "64 / 8 / 8" is TP8 with EP8 (the same measurements appear under both labels), and a tensor size beyond one
     8-GPU board is attention copied per GPU with experts spread over all of them.
     """
     tp, dp = _count(record["tp_size"], 1), _count(record["attention_dp_size"], 1)
@@ -186,9 +207,41 @@ def _output_token_s(
     replica: Replica, prompt: NDArray[np.float64], output: NDArray[np.float64], batch: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Eq. 9: decode iteration plus, once per output, the prefill of the other requests."""
-    # A measured row did run: where our estimate leaves no room for a cache, the batch is taken as it stands.
+    # A measured row did run: where our estimate leaves no room for a cache, its batch is not cut.
     room_tokens = cache_tokens(replica) if cache_room_bytes(replica) > 0 else np.inf
     running = np.minimum(batch, np.maximum(room_tokens / (prompt + GROWTH_SHARE * output), 1.0))
     decode_s = forward_s(replica, running, 1.0, prompt + output / 2) + host_s(replica, running)
     others = np.maximum(running / replica.layout.data - 1.0, 0.0)
     return decode_s + others / output * prefill_s(replica, prompt)
+
+
+def fit_serving(rows: Sequence[ServingRow]) -> ServingConstants:
+    """Fit each engine and model family, then each (model, GPU, engine) around it, on the rows whose `fitted` holds."""
+    chosen = [row for row in rows if row.fitted]
+    engines = {key: _fit(members, Tuning(), ENGINE_SPREAD) for key, members in _grouped(chosen, _engine_key).items()}
+    groups = {
+        key: _fit(members, engines[_engine_key(members[0])].tuning, GROUP_SPREAD)
+        for key, members in _grouped(chosen, lambda row: row.group).items()
+    }
+    return ServingConstants(engines, groups)
+
+
+def _engine_key(row: ServingRow) -> tuple[str, ...]:
+    return (row.family, row.engine.split()[0])
+
+
+def _grouped(
+    rows: Sequence[ServingRow], key_of: Callable[[ServingRow], tuple[str, ...]]
+) -> dict[tuple[str, ...], list[ServingRow]]:
+    grouped: dict[tuple[str, ...], list[ServingRow]] = {}
+    for row in rows:
+        grouped.setdefault(key_of(row), []).append(row)
+    return grouped
+
+
+def _fit(rows: Sequence[ServingRow], prior: Tuning, spread: Mapping[str, float]) -> FittedConstants:
+    measured = np.array([row.measured_s for row in rows])
+    centre = np.array([getattr(prior, name) for name in TUNING_NAMES])
+    widths = np.array([spread[name] for name in TUNING_NAMES])
+    fit = map_fit(lambda x: predict_s(rows, Tuning(*x)), measured, centre, widths)
+    return FittedConstants(Tuning(*map(float, fit.values)), len(rows), fit.unidentified(TUNING_NAMES))

@@ -1,14 +1,12 @@
 """The simulator against measurements: serving rows by family, group and limiting operator, and round costs.
 
-Conventions: errors are relative, |predicted / measured - 1|; constants are fitted on the half of a file's rows that
-`ServingRow.fitted` names and reported on the other half. The package's own constants (fitted on the fit half of its
-689 rows) are reported beside them on all rows that do not carry the fit mark. Left out: training steps, see `paper`.
+Errors are relative, |predicted / measured - 1|. Constants are fitted on the half of a file's rows that
+`ServingRow.fitted` names and reported on the other half, beside the package's own constants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,24 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import UserError
-from forerun.simulate.core.fitting import errors
-from forerun.simulate.core.operators import Tuning
-from forerun.simulate.plan.calibrate import ServingConstants, fit_serving, shipped_constants
+from forerun.simulate.core.constants import ServingConstants, serving_constants
+from forerun.simulate.core.fitting import relative_errors
+from forerun.simulate.core.operators import Tuning, operator_shares
 from forerun.simulate.validation.round_costs import engine_notes, round_errors
-from forerun.simulate.validation.serving import SPLIT_RULE, ServingRow, predict_s, read_rows
+from forerun.simulate.validation.serving import SPLIT_RULE, ServingRow, fit_serving, predict_s, read_rows
 
 Floats = NDArray[np.float64]
-# Which operator a constant of the tuning scales; the largest share of a row's time names what limits it.
-OPERATORS = {
-    "host_s": "host",
-    "sequence_s": "host",
-    "overhead": "launches",
-    "memory": "weights",
-    "cache": "cache reads",
-    "compute": "matrix compute and prefill",
-    "link": "collectives",
-    "experts": "experts",
-}
 TARGETS = {"dense": 0.08, "experts": 0.15}  # median error on the test half
 
 
@@ -59,7 +46,7 @@ def validate(data_path: str | Path | None) -> dict[str, Any]:
         first = skipped[0] if skipped else "the file is empty"
         raise UserError(f"None of the rows of {data_path} can be predicted; the first: {first}.")
     constants = fit_serving(rows)
-    predicted, shipped = predict_all(rows, constants), predict_all(rows, shipped_constants())
+    predicted, shipped = predict_all(rows, constants), predict_all(rows, serving_constants())
     limits = limiting_operators(rows, constants)
 
     def by(key_of: Callable[[int], str]) -> list[dict[str, Any]]:
@@ -96,7 +83,7 @@ def predict_all(rows: Sequence[ServingRow], constants: ServingConstants) -> Floa
 
 def _tuning(constants: ServingConstants, row: ServingRow) -> Tuning:
     found = constants.find(row.group, row.family)
-    return found.tuning if found else shipped_constants().tuning(row.group, row.family)
+    return found.tuning if found else serving_constants().tuning(row.group, row.family)
 
 
 def limiting_operators(rows: Sequence[ServingRow], constants: ServingConstants) -> list[str]:
@@ -112,17 +99,6 @@ def limiting_operators(rows: Sequence[ServingRow], constants: ServingConstants) 
     return found
 
 
-def operator_shares(seconds: Callable[[Tuning], Floats], tuning: Tuning) -> dict[str, Floats]:
-    """Share of each operator in a time that depends on the tuning, by finite differences."""
-    base, step = seconds(tuning), 1e-3
-    shares: dict[str, Floats] = {}
-    for field in fields(Tuning):
-        moved = replace(tuning, **{field.name: getattr(tuning, field.name) * (1 + step)})
-        share = (seconds(moved) / base - 1) / step
-        shares[OPERATORS[field.name]] = shares.get(OPERATORS[field.name], np.zeros_like(base)) + share
-    return shares
-
-
 def _by_key(
     rows: Sequence[ServingRow], predicted: Floats, shipped: Floats, key_of: Callable[[int], str]
 ) -> list[dict[str, Any]]:
@@ -131,9 +107,9 @@ def _by_key(
     table = []
     for key in sorted(set(keys)):
         fit, test = (keys == key) & fitted, (keys == key) & ~fitted
-        entry: dict[str, Any] = {"name": str(key), "fit": errors(predicted[fit], measured[fit])}
-        entry["test"] = errors(predicted[test], measured[test])
-        entry["shipped"] = errors(shipped[test], measured[test])
+        entry: dict[str, Any] = {"name": str(key), "fit": relative_errors(predicted[fit], measured[fit])}
+        entry["test"] = relative_errors(predicted[test], measured[test])
+        entry["shipped"] = relative_errors(shipped[test], measured[test])
         table.append(entry)
     return table
 

@@ -1,0 +1,242 @@
+"""The step of one spec: its layout, engine and learner, and the times that all answers are made of.
+
+Seconds per step; `k` draft tokens, 0: plain. Generation of a fixed k is prefill plus decode at α = 1 over α, so that
+one simulated drain per k answers for every acceptance. Two kinds of hardware: accelerators by name, with an analytical
+engine and a learner of an assumed MFU, or one machine with a `CostModel`.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forerun.errors import UserError
+from forerun.simulate.core.constants import round_constants, round_cost_error, serving_constants
+from forerun.simulate.core.cost_model import CostModel, LearnerWork
+from forerun.simulate.core.decode import (
+    METHODS,
+    Acceptance,
+    AnalyticalEngine,
+    Drafter,
+    EngineCosts,
+    RoundConstants,
+    acceptance_from_lengths,
+    constant_acceptance,
+    fixed_budget,
+    make_drafter,
+)
+from forerun.simulate.core.hardware import Hardware, load_hardware, peak_flops
+from forerun.simulate.core.operators import Layout, Replica, cache_room_bytes, cache_tokens, check_layout
+from forerun.simulate.core.rollout import Lengths, mean_prefill_s, simulate_rollout, stream_s, trace_lengths
+from forerun.simulate.core.shapes import ModelShape, load_model
+from forerun.simulate.core.step import Learner, Split, Stages, async_step, best_split, learner_stages
+from forerun.simulate.plan.spec import PlanSpec
+
+Floats = NDArray[np.float64]
+K_MAX = 8
+DENSE_MFU = 0.35
+EXPERTS_MFU = 0.20
+
+
+class StepModel:
+    """One spec, with everything that the answers share."""
+
+    def __init__(
+        self,
+        spec: PlanSpec,
+        costs: EngineCosts | None = None,
+        machine: CostModel | None = None,
+        model: ModelShape | None = None,
+    ) -> None:
+        """`costs` replaces the analytical engine, `machine` engine and learner, `model` the shape of the name."""
+        self.spec = spec
+        self.machine = machine
+        self.model = model or load_model(spec.model)
+        self.gpu = machine.hardware if machine else load_hardware(spec.gpu)
+        self.acceptance = _acceptance(spec)
+        self.lengths = _lengths(spec)
+        self.drafter = drafter_of(spec, self.model, measured=costs is not None or machine is not None)
+        self.layout = self._layout()
+        self.costs = costs or (machine.engine if machine else self.analytical_engine(round_constants(spec.rounds)))
+        self.learner = self._learner()
+        self._batches: dict[tuple[int, int, int], tuple[float, float, float]] = {}
+
+    def _layout(self) -> Layout:
+        spec = self.spec
+        peak_flops(self.gpu, spec.precision)
+        if spec.gpus < 1:
+            raise UserError(f"gpus={spec.gpus} cannot run anything; give 1 at least.")
+        if self.machine is not None:
+            layout = Layout()
+        elif not spec.tensor:
+            return auto_layout(self.model, self.gpu, spec, spec.prompt_tokens + float(self.lengths.max()))
+        else:
+            expert = spec.expert or (spec.tensor * spec.data if self.model.experts else 1)
+            layout = Layout(spec.tensor, spec.data, expert)
+        check_layout(Replica(self.model, self.gpu, layout, spec.precision))
+        if self.machine is None:
+            _check_gpus(spec.gpus, layout.gpus)
+        return layout
+
+    def _learner(self) -> Learner:
+        mfu = self.spec.train_mfu or (EXPERTS_MFU if self.model.experts else DENSE_MFU)
+        if not 0 < mfu <= 1:
+            raise UserError(f"train_mfu={mfu} cannot be; it is a share between 0 and 1.")
+        return Learner(mfu, mfu, self.spec.logprob_passes)
+
+    def analytical_engine(self, rounds: RoundConstants) -> AnalyticalEngine:
+        """The spec's engine from its operators, under given round constants."""
+        tuning = serving_constants().tuning(self._group(), self._family())
+        replica = Replica(self.model, self.gpu, self.layout, self.spec.precision, tuning=tuning)
+        return AnalyticalEngine(replica, self.drafter, rounds)
+
+    def _group(self) -> tuple[str, str, str]:
+        precision = "" if self.spec.precision == "bf16" else f" {self.spec.precision}"
+        return (self.model.name + precision, self.gpu.name, self.spec.engine)
+
+    def _family(self) -> str:
+        return "experts" if self.model.experts else "dense"
+
+    @property
+    def provenance(self) -> str:
+        """One sentence: where the engine's constants come from, and how many rows they were fitted on."""
+        if self.machine is not None:
+            return self.machine.origin
+        if not isinstance(self.costs, AnalyticalEngine):
+            return "The engine's costs were fitted to measurements of this engine."
+        found = serving_constants().find(self._group(), self._family())
+        if found is None:
+            return f"No measured rows of {self.spec.engine!r}: default constants, expect larger errors."
+        vague = ", ".join(found.not_identified) or "none"
+        return f"Engine constants: fitted on {found.rows} measured rows; not identified by them: {vague}."
+
+    def batch_s(self, k: int, gpus: int, lag: int) -> tuple[float, float, float]:
+        """Of one batch: prefill seconds, decode seconds at α = 1, and (without lag) the mean running batch."""
+        key = (k, gpus, lag)
+        if key not in self._batches:
+            self._batches[key] = self._stream(k, gpus, lag) if lag else self._drain(k, gpus)
+        return self._batches[key]
+
+    def _drain(self, k: int, gpus: int) -> tuple[float, float, float]:
+        result = simulate_rollout(
+            self.costs,
+            self.lengths,
+            replicas=max(gpus // self.layout.gpus, 1),
+            budget=fixed_budget(k),
+            acceptance=constant_acceptance(0.0),
+            prompt_tokens=self.spec.prompt_tokens,
+            group=self.spec.samples,
+            slots=self.spec.slots,
+        )
+        return result.prefill_s, result.seconds - result.prefill_s, result.mean_batch
+
+    def _stream(self, k: int, gpus: int, lag: int) -> tuple[float, float, float]:
+        spec = self.spec
+        replicas = max(gpus // self.layout.gpus, 1)
+        prefill_s = mean_prefill_s(self.costs, len(self.lengths), replicas, spec.prompt_tokens, spec.samples)
+        total_s = stream_s(
+            self.costs,
+            self.lengths,
+            replicas=replicas,
+            in_flight=lag,
+            budget=fixed_budget(k),
+            acceptance=constant_acceptance(0.0),
+            prompt_tokens=spec.prompt_tokens,
+            group=spec.samples,
+            slots=spec.slots,
+        )
+        return prefill_s, total_s - prefill_s, 0.0
+
+    def generation_s(self, k: int, gpus: int, lag: int, alpha: float | None = None) -> float:
+        """Seconds of generation per step: a drain, or with lag the overlap of `lag` batches."""
+        prefill_s, decode_s, _ = self.batch_s(k, gpus, lag)
+        return prefill_s + decode_s / (self.alpha(k) if alpha is None else alpha)
+
+    def alpha(self, k: int) -> float:
+        """Acceptance length at k."""
+        return float(self.acceptance.length(k))
+
+    @property
+    def cost_error(self) -> float:
+        """Relative error to expect of the cost of a round."""
+        return self.machine.cost_band if self.machine else round_cost_error()
+
+    @cached_property
+    def work(self) -> LearnerWork:
+        """The learner's work in one step of one machine."""
+        spec = self.spec
+        tokens = len(self.lengths) * (spec.prompt_tokens + float(self.lengths.mean()))
+        return LearnerWork(tokens, spec.logprob_passes, spec.train_passes, spec.updates, spec.trained)
+
+    def stages(self, k: int, generating: int, training: int, lag: int, alpha: float | None = None) -> Stages:
+        """The five stages on `generating` and `training` GPUs or machines."""
+        generation_s = self.generation_s(k, generating, lag, alpha)
+        if self.machine is not None:
+            return self.machine.stages(self.work, generation_s, training)
+        padded = self.spec.prompt_tokens + float(self.lengths.max())
+        return learner_stages(self.learner, self.model, self.gpu, training, len(self.lengths), padded, generation_s)
+
+    def split(self, k: int, gpus: int | None = None, lag: int | None = None) -> Split:
+        """All GPUs do both without lag; with lag, the split that is best for this k. None: the spec's."""
+        gpus = self.spec.gpus if gpus is None else gpus
+        lag = self.spec.lag if lag is None else lag
+        if lag == 0:
+            stages = self.stages(k, gpus, gpus, 0)
+            return Split(gpus, gpus, async_step(stages, 0), stages)
+        return best_split(gpus, self.layout.gpus, lag, lambda g, t: self.stages(k, g, t, lag))
+
+
+def _acceptance(spec: PlanSpec) -> Acceptance:
+    if spec.acceptance_lengths:
+        return acceptance_from_lengths(dict(spec.acceptance_lengths))
+    return constant_acceptance(spec.acceptance)
+
+
+def _lengths(spec: PlanSpec) -> Floats:
+    if spec.prompts < 1 or spec.samples < 1 or spec.prompt_tokens < 1:
+        raise UserError(
+            f"prompts={spec.prompts}, samples={spec.samples} and prompt_tokens={spec.prompt_tokens} cannot all be; "
+            "each must be 1 at least."
+        )
+    if spec.trace:
+        return np.resize(trace_lengths(spec.trace), spec.prompts * spec.samples)
+    return Lengths(spec.mean_tokens, spec.sigma, spec.cap_tokens).sample(spec.prompts * spec.samples)
+
+
+def drafter_of(spec: PlanSpec, model: ModelShape, measured: bool) -> Drafter:
+    """The spec's drafter; one that the simulator does not know must be measured, and then needs no shape.
+
+    Raises:
+        UserError: an unknown drafter without measured costs.
+    """
+    if measured and spec.method not in METHODS:
+        return Drafter(spec.method)
+    draft = load_model(spec.draft) if spec.draft else None
+    return make_drafter(spec.method, model, draft, spec.draft_vocab)
+
+
+def auto_layout(model: ModelShape, gpu: Hardware, spec: PlanSpec, sequence_tokens: float) -> Layout:
+    """The smallest power-of-two replica whose cache holds 16 sequences of `sequence_tokens`.
+
+    Raises:
+        UserError: no replica of at most `spec.gpus` GPUs fits.
+    """
+    size = 1
+    replica = Replica(model, gpu, Layout(), spec.precision)
+    while size <= spec.gpus and model.heads % size == 0:
+        replica = Replica(model, gpu, Layout(size, 1, size if model.experts else 1), spec.precision)
+        if cache_room_bytes(replica) > 0 and cache_tokens(replica) >= 16 * sequence_tokens:
+            return replica.layout
+        size *= 2
+    check_layout(replica)
+    return replica.layout
+
+
+def _check_gpus(gpus: int, unit: int) -> None:
+    if gpus < unit:
+        raise UserError(f"One replica takes {unit} GPUs, but there are {gpus}; use a smaller tensor or data size.")
+    if gpus % unit:
+        near = gpus // unit * unit
+        raise UserError(f"{gpus} GPUs cannot be filled with replicas of {unit}; {near} can.")
