@@ -23,7 +23,7 @@ from forerun.events import finish
 from forerun.models import load_policy
 from forerun.tracking.timeline import LEARNER, QUEUE, Event, Timeline, read_timeline
 from forerun.training.run import resumed_recipe, run
-from forerun.training.timing import WatchedEngine
+from forerun.training.timing import EngineStates
 from forerun.training.weights import publish
 from forerun.types import STAGES
 from tiny_models import save_tiny
@@ -170,10 +170,10 @@ def test_a_lost_replica_is_marked_and_starts_again(
     within = ReplicatedEngine("local", policy, None, plain, slots=2, replicas=2, maker="faulty_engines:patient")
     timeline = Timeline(tmp_path / "timeline.json")
     with closing(within):
-        engine = WatchedEngine(within, timeline)
-        engine.load(publish(3, policy, None, shared=False))
-        engine.begin("generate", 4)
-        stream = engine.stream([[5, 6, 7], [9, 3]], Sampling(40, ignore_eos=True), 4)
+        states = EngineStates(within, timeline)
+        within.load(publish(3, policy, None, shared=False))
+        states.begin("generate", 4)
+        stream = within.stream([[5, 6, 7], [9, 3]], Sampling(40, ignore_eos=True), 4)
         found = [next(stream)]
         os.kill(within.pids[1], signal.SIGKILL)
         assert len(found + list(stream)) == 8

@@ -56,11 +56,6 @@ from forerun.workers.scratch import ScratchFolder
 
 TICK_S = 0.2  # the longest wait between two looks at all replicas
 CERTAIN = 1e-3  # a log-probability may exceed 0 by rounding
-Watch = Callable[[int, str, int], None]  # replica, what it does from now on, with which version
-
-
-def unwatched(index: int, state: str, version: int) -> None:
-    """Nobody wants to know."""
 
 
 class ReplicasLost(UserError):
@@ -115,7 +110,6 @@ class ReplicatedEngine(RolloutEngine):
         self._broadcast = Broadcast(lambda text: self.warnings.append(text))
         self._job: Job | None = None
         self._paused = False
-        self.watch: Watch = unwatched  # hears "load", "generate", "idle" as they begin, and "lost": another one starts
         self._folder = ScratchFolder()
         block = _save(policy, drafter, speculation, self._folder.path)
         threads = max(1, torch.get_num_threads() // replicas)
@@ -393,7 +387,7 @@ class ReplicatedEngine(RolloutEngine):
 
     def _tell_watch(self, replica: Replica, state: str) -> None:
         version = self._held.version if self._weights is None else self._weights.version
-        self.watch(self._replicas.index(replica), state, version)
+        self.on_state(f"replica {self._replicas.index(replica)}", state, version)
 
     def _tell_busy(self, order: str) -> None:
         for index, replica in enumerate(self._replicas):

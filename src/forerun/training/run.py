@@ -48,7 +48,7 @@ from forerun.training.prefetch import Ahead, Prefetcher
 from forerun.training.prompts import Request, prepare_policy, request_of_step
 from forerun.training.restart import LOST, Restarts
 from forerun.training.rollout import OnDemand, RolloutBatch, generate
-from forerun.training.timing import WatchedEngine
+from forerun.training.timing import EngineStates, in_flight
 from forerun.training.weights import export, publish
 from forerun.workers.ray import starter
 from forerun.workers.ray_ranks import launcher
@@ -114,10 +114,9 @@ class Run:
         self.problems = self.task.problems("train")
         self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
         self.timeline = Timeline(folder.timeline, history.wall_s, history.step)
-        engine = build_engine(recipe.rollout, policy, drafter, recipe.speculation, starter(recipe))
-        self.shares_weights = engine.shares_weights
-        self.engine_states = WatchedEngine(engine, self.timeline)
-        self.engine = self.engine_states.engine
+        self.engine = build_engine(recipe.rollout, policy, drafter, recipe.speculation, starter(recipe))
+        self.engine_states = EngineStates(self.engine, self.timeline)
+        self.shares_weights = self.engine.shares_weights
         self.evaluator = self._evaluator()
         self.source = self._ahead() if recipe.loop.lag else self._on_demand()
         try:
@@ -223,7 +222,8 @@ class Run:
     def _generate(self, step: int, request: Request, stop: Callable[[], bool], *between: Any) -> Work[RolloutBatch]:
         self.engine_states.begin("generate", step + 1)
         n = self.recipe.train.samples_per_prompt
-        return generate(self.engine, self.policy, self.task, request, n, stop, *between)
+        work = generate(self.engine, self.policy, self.task, request, n, stop, *between)
+        return in_flight(self.timeline, step + 1, work)
 
 
 # ---- beginning ----

@@ -1,22 +1,22 @@
 """Who was busy with what: the learner's stages and the engine's states, on the run's `Timeline`.
 
-One clock reading feeds the trace and the metrics. A replicated engine reports the state of each replica
-(`ReplicatedEngine.watch`); one in this process is watched from outside.
+One clock reading feeds the trace and the metrics.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar
 
-from forerun.engine import RolloutEngine, Sampling, Weights
-from forerun.engine.base import Requests, nothing
-from forerun.engine.replicated import ReplicatedEngine
+from forerun.engine import RolloutEngine
 from forerun.events import Began, Ended, Work
 from forerun.tracking.timeline import IN_FLIGHT, LEARNER, Timeline, Window
-from forerun.types import STAGES, Rollout
+from forerun.types import STAGES
+
+if TYPE_CHECKING:
+    from forerun.training.rollout import RolloutBatch
 
 T = TypeVar("T")
 
@@ -67,68 +67,38 @@ class StageClock:
         self._windows.append((span.start_ns, span.end_ns))
 
 
-class WatchedEngine:
-    """A rollout engine that leaves its states on a timeline; in everything else it is the engine within."""
+class EngineStates:
+    """Writes to the timeline what an engine does, or each of its replicas."""
 
-    def __init__(self, within: RolloutEngine, timeline: Timeline) -> None:
-        """Watch `within` from now on."""
-        self._within, self._trace = within, timeline
-        self._work, self._step, self._version = "generate", 0, 0
-        self._own = None if isinstance(within, ReplicatedEngine) else timeline.engine("engine")
-        if isinstance(within, ReplicatedEngine):
-            within.watch = self._replica
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._within, name)
-
-    @property
-    def engine(self) -> RolloutEngine:
-        """Itself, which `__getattr__` makes a `RolloutEngine`."""
-        return cast("RolloutEngine", self)
+    def __init__(self, engine: RolloutEngine, timeline: Timeline) -> None:
+        engine.on_state = self.enter
+        self._timeline = timeline
+        self._work = "generate"
+        self._step = 0
 
     def begin(self, work: str, step: int) -> None:
         """What the next streams are for: "generate" or "evaluate", and whose step (counted from 1)."""
-        self._work, self._step = work, step
+        self._work = work
+        self._step = step
 
-    def load(self, weights: Weights) -> Weights:
-        """See `RolloutEngine.load`. A load belongs to the step that its version is the newest for."""
-        self._version, self._step = weights.version, max(self._step, weights.version + 1)
-        if self._own is None:
-            return self._within.load(weights)
-        self._own.enter("load", weights.version + 1, weights.version)
-        try:
-            return self._within.load(weights)
-        finally:
-            self._own.enter("idle", self._step)
-
-    def stream(
-        self,
-        prompts: Sequence[list[int]],
-        sampling: Sampling,
-        n: int = 1,
-        only: Requests | None = None,
-        between: Callable[[], None] = nothing,
-    ) -> Iterator[Rollout]:
-        """See `RolloutEngine.stream`."""
-        step, since_ns = self._step, self._trace.now_ns()
-        if self._own is not None:
-            self._own.enter(self._work, step, self._version)
-        try:
-            yield from self._within.stream(prompts, sampling, n, only, between)
-        finally:
-            if self._own is not None:
-                self._own.enter("idle", step)
-            self._trace.counts(IN_FLIGHT, since_ns, self._within.timeline, step)
-
-    def _replica(self, index: int, state: str, version: int) -> None:
-        """What a replica does from now on; "lost" is an instant, and its successor starts."""
-        lane = f"replica {index}"
-        if state == "lost":
-            self._trace.mark(lane, "lost", self._step)
-            self._trace.engine(lane).enter("start", self._step)
-        elif state == "load":
-            self._trace.engine(lane).enter("load", version + 1, version)
+    def enter(self, who: str, state: str, version: int) -> None:
+        """`who` does this from now on. "lost" is an instant, after which its successor starts."""
+        lane = self._timeline.engine(who)
+        if state == "load":  # a load belongs to the step that its version is the newest for
+            self._step = max(self._step, version + 1)
+            lane.enter("load", version + 1, version)
         elif state == "generate":
-            self._trace.engine(lane).enter(self._work, self._step, version)
+            lane.enter(self._work, self._step, version)
+        elif state == "lost":
+            self._timeline.mark(who, "lost", self._step)
+            lane.enter("start", self._step)
         else:
-            self._trace.engine(lane).enter("idle", self._step)
+            lane.enter("idle", self._step)
+
+
+def in_flight(timeline: Timeline, step: int, work: Work[RolloutBatch]) -> Work[RolloutBatch]:
+    """Generation, with the number of unfinished samples on the timeline. `step` is counted from 1."""
+    since_ns = timeline.now_ns()
+    batch = yield from work
+    timeline.counts(IN_FLIGHT, since_ns, batch.timeline, step)
+    return batch
