@@ -98,7 +98,7 @@ def test_parts_by_entry_point(recipe: str, monkeypatch: pytest.MonkeyPatch) -> N
     [
         ("speculation.method", "eagel3", "did you mean 'eagle3'"),
         ("rollout.engine", "lokal", "did you mean 'local'"),
-        ("train.algorithm", "gpro", "did you mean 'grpo'"),
+        ("train.algorithm", "grpoo", "did you mean 'grpo'"),
         ("trackers", ["wandbb"], "No tracker is called 'wandbb'"),
     ],
 )
