@@ -1,4 +1,4 @@
-"""Recipes: what ships is valid, what is wrong is told with the nearest right thing."""
+"""Recipes: shipped ones are valid, mistakes are reported with the nearest key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_shipped_recipes_are_valid_and_round_trip(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "sentence"),
     [
         ({"train.stepz": "3"}, "Unknown key 'train.stepz'; did you mean 'train.steps'?"),
         ({"trian.steps": "3"}, "did you mean 'train'?"),
@@ -35,10 +35,10 @@ def test_shipped_recipes_are_valid_and_round_trip(name: str, tmp_path: Path) -> 
         ({"cold_start.steps": "3"}, "keep one of the two"),
     ],
 )
-def test_mistakes_are_told(overrides: dict[str, str], words: str) -> None:
-    with pytest.raises(UserError) as told:
+def test_mistakes_are_reported(overrides: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UserError) as raised:
         load_recipe("quickstart", overrides)
-    assert words in str(told.value) and "\n" not in str(told.value)
+    assert sentence in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_overrides() -> None:

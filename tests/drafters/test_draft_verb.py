@@ -121,9 +121,9 @@ def test_a_recipe_without_a_drafter_leaves_nothing_behind(recipe: Path, tmp_path
 def test_kill_and_resume_on_the_command_line(recipe: Path, tmp_path: Path) -> None:
     """SIGKILL after the first epoch; the drafter is that of an undisturbed training, bit for bit."""
     changes, out = {"draft.epochs": 60, "draft.patience": 60}, tmp_path / "head"
-    words = [sys.executable, "-m", "forerun.cli", "draft", str(recipe), *[f"{k}={v}" for k, v in changes.items()]]
-    words, environment = [*words, "--out", str(out), "--json"], {**os.environ, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "forerun.cli", "draft", str(recipe), *[f"{k}={v}" for k, v in changes.items()]]
+    command, environment = [*command, "--out", str(out), "--json"], {**os.environ, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (out / "training" / "state.pt").exists() and time.monotonic() < deadline:
         assert process.poll() is None
@@ -131,9 +131,9 @@ def test_kill_and_resume_on_the_command_line(recipe: Path, tmp_path: Path) -> No
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert (out / "training" / "state.pt").exists() and not (out / "model.safetensors").exists()
-    refused = subprocess.run(words, env=environment, capture_output=True, text=True)
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert refused.returncode == 2 and "--resume" in refused.stderr
-    done = subprocess.run([*words, "--resume"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     made(load_recipe(str(recipe), changes), tmp_path / "whole")
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
@@ -200,7 +200,7 @@ class Listening(Console):
 
 @pytest.mark.parametrize("method", ["eagle3", "mtp", "model"])
 def test_a_drafter_learns_from_texts(recipe: Path, tmp_path: Path, method: str) -> None:
-    """Texts that the policy did not write; it teaches its own distribution on them all the same."""
+    """Texts that the policy did not write; its own distribution on them is the training target."""
     path, rng = tmp_path / "texts.jsonl", random.Random(0)
     rows = [{"text": "".join(rng.choices(ALPHABET[1:], k=30))} for _ in range(100)]
     path.write_text("\n".join(json.dumps(r) for r in rows))

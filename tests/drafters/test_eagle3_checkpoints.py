@@ -277,10 +277,10 @@ def policy_of(tiny: Callable[..., Path], published: Published) -> Policy:
 
 
 def features_of(policy: Policy, aux_layers: tuple[int, ...], text: list[int]) -> Tensor:
-    """What stands before the layers `aux_layers`, by Transformers' own count: [n, T·H]."""
+    """The inputs of layers `aux_layers`, by Transformers' own numbering: [n, T·H]."""
     with torch.no_grad():
         states = policy.model(torch.tensor([text]), output_hidden_states=True).hidden_states
-    return torch.cat([states[tap][0] for tap in aux_layers], dim=-1)
+    return torch.cat([states[layer][0] for layer in aux_layers], dim=-1)
 
 
 def first_draft(drafter: Eagle3Drafter, features: Tensor, text: list[int], k: int) -> Draft:
@@ -313,8 +313,8 @@ def test_published_head_drafts_as_its_layout_says(tiny: Callable[..., Path], tmp
 
 
 def wrong_readings(published: Published) -> list[Published]:
-    """The same file read against its layout: other taps, and the norms that leave no tensor switched."""
-    shifted = replace(published, aux_layers=tuple(tap - 1 if tap else 1 for tap in published.aux_layers))
+    """The same file read against its layout: other auxiliary layers, and the norms that leave no tensor switched."""
+    shifted = replace(published, aux_layers=tuple(layer - 1 if layer else 1 for layer in published.aux_layers))
     switched = [replace(published, norms=published.norms ^ {n}) for n in ("norm_before_residual", "norm_output")]
     unscaled = [replace(published, rope={})] if published.rope else []
     return [shifted, *switched, *unscaled]

@@ -260,14 +260,14 @@ def learn_everything(drafter: GraftDrafter, policy: Policy) -> None:
 
 def test_all_verified_nodes_are_learnt_from(policy: Policy) -> None:
     """Root, accepted and rejected nodes alike: the policy's likeliest successors after each of their paths."""
-    drafter, lessons = make(policy), []
+    drafter, updates = make(policy), []
     learn_everything(drafter, policy)
     original = drafter.adjacency.update
     drafter.adjacency.update = lambda tokens, likeliest: (  # type: ignore
-        lessons.append((tokens, likeliest)) or original(tokens, likeliest)
+        updates.append((tokens, likeliest)) or original(tokens, likeliest)
     )
     draft = first_tree(drafter, policy, TEXTS, 6, 1.0)
-    tokens, likeliest = lessons[0]
+    tokens, likeliest = updates[0]
     at, expected_tokens = count(), []
     for row, text in enumerate(TEXTS):
         for path in ((), *paths(draft, row)):
@@ -330,8 +330,8 @@ def exact_law(policy: Policy, temperature: float) -> dict[Path_, float]:
 
 def law_p_value(policy: Policy, temperature: float, fault: str | None = None) -> float:
     settings = GraftConfig(nodes=6, width=2, depth=3, checkpoints=(0,), thresholds=(0.3,), keep=(2,), template=(3, 3))
-    judge = {} if fault is None else {"tree_verifier": lambda _, *rest: BROKEN_TREE[fault].rule(*rest)}
-    engine = LocalEngine(policy, make(policy, settings), k=6, slots=1000, **judge)  # type: ignore[arg-type]
+    verifier = {} if fault is None else {"tree_verifier": lambda _, *rest: BROKEN_TREE[fault].rule(*rest)}
+    engine = LocalEngine(policy, make(policy, settings), k=6, slots=1000, **verifier)  # type: ignore[arg-type]
     rollouts = engine.generate(
         [contract.LAW_PROMPT], max_new_tokens=3, temperature=temperature, n=contract.LAW_SAMPLES, seed=1
     )
@@ -349,7 +349,7 @@ def test_engine_samples_the_policy(small: Policy, temperature: float) -> None:
 
 @pytest.mark.parametrize("fault", ["walk_no_residual", "parent_row_off_by_one"])
 def test_a_broken_rule_is_caught(small: Policy, fault: str) -> None:
-    """Power: drafted tokens become too frequent, or are judged by a cousin's row; both move the law by percents."""
+    """Power: drafts too frequent, or verified by another branch's row; both change the distribution by percents."""
     assert law_p_value(small, 1.0, fault) < 1e-6
 
 
@@ -399,7 +399,7 @@ def test_presets_and_recipes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "sentence"),
     [
         ({"keep": [3]}, "have 2, 2 and 1 entries"),
         ({"checkpoints": [1, 0]}, "must ascend"),
@@ -408,8 +408,8 @@ def test_presets_and_recipes() -> None:
         ({"nodes": 128}, "less than or equal to 127"),
     ],
 )
-def test_mistakes_in_settings_are_told(values: dict[str, object], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
+def test_mistakes_in_settings_are_reported(values: dict[str, object], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
         GraftConfig.model_validate(values)
 
 

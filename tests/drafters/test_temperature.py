@@ -1,4 +1,4 @@
-"""The drafts' temperature, learnt online: exact overlaps, where it settles, and that the rollouts' law stays."""
+"""The draft temperature, tuned online: exact overlaps, convergence, and losslessness."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rows_of(count: int, temperature: float) -> Rows:
     return Rows(zeros, zeros + 5, torch.arange(count), torch.full((count,), temperature))
 
 
-def judged(accepted: list[int]) -> VerifyResult:
+def verified(accepted: list[int]) -> VerifyResult:
     count = torch.tensor(accepted)
     return VerifyResult(count, torch.zeros(len(accepted), int(count.max()) + 1, dtype=torch.int64), torch.zeros(1))
 
@@ -58,7 +58,7 @@ def test_overlaps_are_those_of_the_reached_slots(columns: list[int] | None) -> N
         torch.zeros(4, 3, dtype=torch.int64), torch.tensor(lengths), log_q,
         None if columns is None else torch.tensor(columns),
     )  # fmt: skip
-    tuned.learn(rows, draft, logits, judged(accepted))
+    tuned.learn(rows, draft, logits, verified(accepted))
     expected = []
     for h in GRID:
         found = []
@@ -112,17 +112,17 @@ def test_a_round_is_looked_at_in_part() -> None:
 
     logits = torch.randn(30, 4, 50).as_subclass(Wide)
     draft = Draft(torch.zeros(30, 3, dtype=torch.int64), torch.full((30,), 3), torch.randn(30, 3, 50).log_softmax(-1))
-    tuned.learn(rows_of(30, 1.0), draft, logits, judged([3] * 30))
+    tuned.learn(rows_of(30, 1.0), draft, logits, verified([3] * 30))
     assert tuned.metrics()["draft_temperature_slots"] == 6
 
 
 def test_what_teaches_nothing() -> None:
     tuned, rows, logits = OnlineTemperature(start=0.9), rows_of(2, 1.0), torch.randn(2, 3, 5)
     tokens, lengths, log_q = torch.zeros(2, 2, dtype=torch.int64), torch.tensor([2, 2]), torch.zeros(2, 2, 5)
-    tuned.learn(rows, Draft(tokens, lengths), logits, judged([2, 1]))
-    tuned.learn(rows, Draft(tokens, lengths, log_q, parents=tokens - 1), logits, judged([2, 1]))
-    tuned.learn(rows_of(2, 0.0), Draft(tokens, lengths, log_q), logits, judged([2, 1]))
-    tuned.learn(rows, Draft(tokens[:, :0], lengths * 0, log_q[:, :0]), logits[:, :1], judged([0, 0]))
+    tuned.learn(rows, Draft(tokens, lengths), logits, verified([2, 1]))
+    tuned.learn(rows, Draft(tokens, lengths, log_q, parents=tokens - 1), logits, verified([2, 1]))
+    tuned.learn(rows_of(2, 0.0), Draft(tokens, lengths, log_q), logits, verified([2, 1]))
+    tuned.learn(rows, Draft(tokens[:, :0], lengths * 0, log_q[:, :0]), logits[:, :1], verified([0, 0]))
     assert tuned.value == 0.9 and tuned.metrics()["draft_temperature_slots"] == 0
 
 
@@ -138,7 +138,7 @@ def rounds(tuned: OnlineTemperature, best: float, count: int, noise: float, seed
         logits[:, :2] = scores / best + noise * torch.randn(8, 2, 40, generator=generator)
         log_q = (scores / (0.8 * tuned.value)).log_softmax(-1)
         draft = Draft(torch.zeros(8, 2, dtype=torch.int64), torch.full((8,), 2), log_q)
-        tuned.learn(rows_of(8, 0.8), draft, logits, judged([2] * 8))
+        tuned.learn(rows_of(8, 0.8), draft, logits, verified([2] * 8))
 
 
 @pytest.mark.parametrize("best", GRID)
@@ -174,11 +174,11 @@ def test_an_unsure_drafter_is_mended_at_work(policy: Policy) -> None:
     engine.generate(contract.PROMPTS, max_new_tokens=16, n=8, seed=2)
     after = engine.counters
     assert engine.metrics()["drafter"]["draft_temperature_slots"] > shown["draft_temperature_slots"]
-    learnt = (after.round_tokens - before.round_tokens) / (after.rounds - before.rounds)
+    online = (after.round_tokens - before.round_tokens) / (after.rounds - before.rounds)
     fixed = LocalEngine(policy, ModelDrafter(unsure(policy, 0.5), policy), k=3, rule="token", slots=16)
     fixed.generate(contract.PROMPTS, max_new_tokens=16, n=8, seed=2)
     assert fixed.metrics()["drafter"] == {}
-    assert learnt > fixed.metrics()["acceptance_length"] + 0.5
+    assert online > fixed.metrics()["acceptance_length"] + 0.5
 
 
 def test_greedy_rollouts_and_fixed_temperatures_learn_nothing(policy: Policy) -> None:

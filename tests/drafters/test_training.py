@@ -77,12 +77,12 @@ def expected_accepted(log_p: Tensor, log_q: Tensor) -> Tensor:
     depth, size = log_p.shape
     total = torch.zeros((), dtype=log_p.dtype)
     for path in itertools.product(range(size), repeat=depth):
-        drawn, stood = torch.ones((), dtype=log_p.dtype), torch.ones((), dtype=log_p.dtype)
+        drawn, accepted = torch.ones((), dtype=log_p.dtype), torch.ones((), dtype=log_p.dtype)
         for j, x in enumerate(path):
             drawn = drawn * log_q[j, x].exp()
         for j, x in enumerate(path):
-            stood = stood * torch.clamp((log_p[j, x] - log_q[j, x]).exp(), max=1)
-            total = total + drawn * stood
+            accepted = accepted * torch.clamp((log_p[j, x] - log_q[j, x]).exp(), max=1)
+            total = total + drawn * accepted
     return total
 
 

@@ -112,7 +112,7 @@ def test_a_prompt_votes_once_however_many_samples_it_has() -> None:
 
 
 def test_drafts_come_from_live_siblings() -> None:
-    """The second sample's first drafts are what the first one has committed; nobody else's tokens exist."""
+    """The second sample's first drafts are what the first one has committed; no other tokens exist."""
     drafter = make()
     drafter.open(4, 32, 4)
     drafter.prefill(2, torch.tensor([[4, 5, 6], [1, 2, 3]]), torch.tensor([3, 3]), None)
@@ -137,7 +137,7 @@ def test_window_forgets_epochs_of_a_prompt_and_counts_them() -> None:
     samples = [tokens for head, tokens in held(corpus) if head == 1]
     assert samples == [[0, 1, 2, 12], [0, 1, 2, 13]]  # epochs 3 and 4 of this prompt
     assert corpus.counts.expired_texts == 2 and corpus.counts.expired_tokens == 8
-    assert [0, 9] in [tokens for _, tokens in held(corpus)]  # another prompt, not seen since: its window stands still
+    assert [0, 9] in [tokens for _, tokens in held(corpus)]  # another prompt, not seen since: its window does not move
     assert corpus.counts.evicted_texts == 0
 
 
@@ -167,7 +167,7 @@ def test_a_sample_larger_than_the_corpus_is_forgotten_but_goes_on() -> None:
 
 
 def test_scoped_beats_global_where_prompts_disagree() -> None:
-    """Two prompts whose answers share their words but not their order; the other one is sampled ten times as often."""
+    """Two prompts whose answers share their tokens but not their order; the other one is sampled ten times as often."""
     rng = random.Random(3)
     answers = {prompt: [rng.randrange(6) for _ in range(200)] for prompt in (7, 8)}
     accepted = {}

@@ -152,11 +152,11 @@ def test_speculation_off_runs_no_drafter(policy: Policy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "words"),
+    ("prompts", "sentence"),
     [([[]], "empty"), ([[1, 2], [3] * 128], "128 tokens"), ([[1, 999]], "outside"), ([], "Nothing to generate")],
 )
-def test_bad_prompts_are_told(policy: Policy, prompts: list[list[int]], words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_bad_prompts_are_refused(policy: Policy, prompts: list[list[int]], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
         LocalEngine(policy, slots=2).generate(prompts, max_new_tokens=4)
 
 

@@ -61,9 +61,9 @@ def test_an_engine_has_both_makers(name: str) -> None:
     ],
 )
 def test_mistakes_name_the_nearest(overrides: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         load_recipe("quickstart", {"speculation.draft_temperature": 1.0, **overrides})
-    assert sentence in str(told.value)
+    assert sentence in str(raised.value)
 
 
 def test_an_entry_point_names_a_drafter(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_ends_are_those_of_the_local_engine(fresh: Any, small: Policy, drafter: 
 
 
 def test_a_sample_at_the_contexts_end_does_not_stop_the_others_drafts(small: Policy, drafter: Eagle3Drafter) -> None:
-    """vLLM drafts for nobody while one sequence has no room for k drafts: the engine keeps room behind its context."""
+    """vLLM drafts for no row while one sequence has no room for k drafts: the engine keeps room beyond its context."""
     engine = make(small, drafter, {"method": "eagle3", "draft": "given", "k": 3}, context=64)
     prompts = [[5, 6, 7], [20, 21], [7] * 60]
     ours = sorted(engine.stream(prompts, Sampling(30, 0.0, 0, ignore_eos=True)), key=lambda r: r.prompt_index)

@@ -25,7 +25,7 @@ def test_the_law_test_catches_the_kernel_without_its_repair(
 
 
 def test_vllm_still_needs_the_repair() -> None:
-    """Fails when vLLM has mended its kernel: engine/vllm/patches.py can go."""
+    """Fails when vLLM has fixed its kernel: engine/vllm/patches.py can go."""
     from vllm.utils import cpu_triton_utils
 
     from forerun.engine.vllm.patches import expand, works
@@ -35,7 +35,7 @@ def test_vllm_still_needs_the_repair() -> None:
 
 
 def test_vllms_scan_for_kernels_still_fails_beside_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails when vLLM has mended it: `let_scan_pass` can go."""
+    """Fails when vLLM has fixed it: `let_scan_pass` can go."""
     pytest.importorskip("llvmlite.binding")
     from vllm.triton_utils import dispatcher
 

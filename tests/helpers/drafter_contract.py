@@ -60,7 +60,7 @@ def check_greedy_identity(policy: Policy, make: Make, k: int) -> list[Rollout]:
 
 
 def check_every_end(policy: Policy, make: Make, temperature: float = 1.0) -> list[Rollout]:
-    """The end token ends a sample wherever in a draft it stands, and none outgrows the model's context."""
+    """The end token ends a sample wherever it is in a draft, and none exceeds the model's context."""
     engine = LocalEngine(policy, make(), k=4, slots=8)
     rollouts = engine.generate(PROMPTS, max_new_tokens=200, temperature=temperature, n=6, seed=5)
     assert {r.finish_reason for r in rollouts} == {"eos", "context"}

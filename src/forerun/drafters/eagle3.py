@@ -130,7 +130,6 @@ class Eagle3Head(TrainableHead):
     def unroll(
         self, policy: Policy, teacher: TeacherBatch, depth: int, temperature: float
     ) -> list[tuple[Tensor, Tensor]]:
-        """See `TrainableHead.unroll`."""
         length = teacher.tokens.shape[1]
         first = max(0, int(teacher.scored.any(0).float().argmax()) - 1)  # earliest base that any sequence scores
         embedded = self.embedding(policy)(teacher.tokens).detach()
@@ -261,7 +260,6 @@ class Eagle3Drafter(SampledDrafter):
 
     @classmethod
     def train(cls, policy: Policy, setup: TrainingSetup) -> Training[tuple[Drafter, Validation]]:
-        """See `Drafter.train`."""
         from forerun.drafters.training.eagle3 import new_head
         from forerun.drafters.training.heads import train_head
 
@@ -299,7 +297,6 @@ class Eagle3Drafter(SampledDrafter):
         return folder, head.state
 
     def trainable_head(self) -> Eagle3Head:
-        """See `Drafter.trainable_head`."""
         return self.head
 
     def open(self, rows: int, positions: int, k: int) -> None:

@@ -252,7 +252,6 @@ class GraftDrafter(Drafter):
 
     @classmethod
     def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> GraftDrafter:
-        """See `Drafter.from_config`."""
         if speculation.draft is None:
             raise UserError(
                 "speculation.method=graft needs speculation.draft, the folder or artifact of an EAGLE-3 drafter"

@@ -151,7 +151,6 @@ class MtpHead(TrainableHead):
         self._shared = (_shared(policy, _source_layer(policy)),)  # a tuple: its modules are not submodules
 
     def detached(self) -> MtpHead:
-        """See `TrainableHead.detached`."""
         head = copy.copy(self)
         del head._shared
         return head
@@ -165,7 +164,6 @@ class MtpHead(TrainableHead):
 
     @property
     def drafts_all_tokens(self) -> bool:  # type: ignore[override]
-        """See `TrainableHead`."""
         return self.draft_ids is None
 
     @property
@@ -186,7 +184,6 @@ class MtpHead(TrainableHead):
     def unroll(
         self, policy: Policy, teacher: TeacherBatch, depth: int, temperature: float
     ) -> list[tuple[Tensor, Tensor]]:
-        """See `TrainableHead.unroll`."""
         targets = None if self.drafts_all_tokens else teacher.log_p
         rows = unroll_mtp(self, teacher.tokens, teacher.features, teacher.scored, depth, targets)
         if self.drafts_all_tokens:
@@ -221,14 +218,12 @@ class MtpDrafter(SampledDrafter):
     def __init__(
         self, head: MtpHead, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
     ) -> None:
-        """See `SampledDrafter`."""
         super().__init__(proposal, draft_temperature)
         self.head = head.to(policy.device).eval()
         self.aux_layers = head.config.layers
 
     @classmethod
     def train(cls, policy: Policy, setup: TrainingSetup) -> Training[tuple[Drafter, Validation]]:
-        """See `Drafter.train`."""
         from forerun.drafters.training.heads import frequent_tokens, train_head
 
         tokens = frequent_tokens(setup.pairs, setup.config.vocab)
@@ -237,7 +232,6 @@ class MtpDrafter(SampledDrafter):
         return cls(head.to(policy.dtype), policy), result
 
     def trainable_head(self) -> MtpHead:
-        """See `Drafter.trainable_head`."""
         return self.head
 
     def open(self, rows: int, positions: int, k: int) -> None:

@@ -75,7 +75,6 @@ class NgramDrafter(Drafter):
 
     @classmethod
     def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> NgramDrafter:
-        """See `Drafter.from_config`."""
         refuse_draft_temperature(speculation)
         return cls(speculation.ngram)
 

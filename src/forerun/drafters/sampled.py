@@ -39,7 +39,6 @@ class SampledDrafter(Drafter):
 
     @classmethod
     def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> Self:
-        """See `Drafter.from_config`."""
         if speculation.draft is None:
             raise UserError(f"speculation.method={cls.name} needs speculation.draft, {cls.needs}")
         source, temperature = cls.locate(speculation.draft), speculation.draft_temperature

@@ -27,7 +27,6 @@ class VllmNativeDrafter(Drafter):
 
     @classmethod
     def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> VllmNativeDrafter:
-        """See `Drafter.from_config`."""
         return cls(speculation.vllm)
 
     @classmethod

@@ -93,19 +93,16 @@ class LocalEngine(RolloutEngine):
     def from_live(
         cls, policy: Policy, drafter: Drafter | None, speculation: SpeculationConfig, slots: int
     ) -> LocalEngine:
-        """See `RolloutEngine.from_live`."""
         k = speculation.tokens if drafter is not None else 0
         return cls(policy, drafter, k=k, rule=speculation.verify, slots=slots)
 
     @classmethod
     def from_folder(cls, policy: str, dtype: str, speculation: SpeculationConfig, slots: int) -> LocalEngine:
-        """See `RolloutEngine.from_folder`."""
         loaded = load_policy(policy, dtype)
         return cls.from_live(loaded, load_drafter(loaded, speculation), speculation, slots)
 
     @property
     def rule(self) -> str:
-        """See `RolloutEngine.rule`."""
         if self.drafter is None:
             return "plain"
         return self._tree_rule if self.drafter.trees else self._chain_rule
@@ -180,7 +177,6 @@ class LocalEngine(RolloutEngine):
         self._detector.restart(self.counters)
 
     def metrics(self) -> dict[str, Any]:
-        """See `RolloutEngine.metrics`."""
         counted = self.drafter.metrics() if self.drafter is not None else {}
         return engine_metrics(self._held, self.counters, self.warnings, counted) | {"rule": self.rule}
 

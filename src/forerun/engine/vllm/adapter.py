@@ -147,12 +147,10 @@ class VllmEngine(RolloutEngine):
 
     @classmethod
     def from_folder(cls, policy: str, dtype: str, speculation: SpeculationConfig, slots: int) -> VllmEngine:
-        """See `RolloutEngine.from_folder`."""
         return cls(policy, speculation, dtype=dtype, limits=Limits(slots=slots))
 
     @property
     def rule(self) -> str:
-        """See `RolloutEngine.rule`."""
         return self._rule
 
     # ---- the contract ----
