@@ -8,6 +8,7 @@ engine and a learner of an assumed MFU, or one machine with a `CostModel`.
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,34 +121,24 @@ class StepModel:
         return self._batches[key]
 
     def _drain(self, k: int, gpus: int) -> tuple[float, float, float]:
-        result = simulate_rollout(
-            self.costs,
-            self.lengths,
-            replicas=max(gpus // self.layout.gpus, 1),
-            budget=fixed_budget(k),
-            acceptance=constant_acceptance(0.0),
-            prompt_tokens=self.spec.prompt_tokens,
-            group=self.spec.samples,
-            slots=self.spec.slots,
-        )
+        result = simulate_rollout(self.costs, self.lengths, **self._rollout(k, gpus))
         return result.prefill_s, result.seconds - result.prefill_s, result.mean_batch
 
     def _stream(self, k: int, gpus: int, lag: int) -> tuple[float, float, float]:
-        spec = self.spec
-        replicas = max(gpus // self.layout.gpus, 1)
-        prefill_s = mean_prefill_s(self.costs, len(self.lengths), replicas, spec.prompt_tokens, spec.samples)
-        total_s = stream_s(
-            self.costs,
-            self.lengths,
-            replicas=replicas,
-            in_flight=lag,
-            budget=fixed_budget(k),
-            acceptance=constant_acceptance(0.0),
-            prompt_tokens=spec.prompt_tokens,
-            group=spec.samples,
-            slots=spec.slots,
-        )
-        return prefill_s, total_s - prefill_s, 0.0
+        spec, settings = self.spec, self._rollout(k, gpus)
+        requests = len(self.lengths)
+        prefill_s = mean_prefill_s(self.costs, requests, settings["replicas"], spec.prompt_tokens, spec.samples)
+        return prefill_s, stream_s(self.costs, self.lengths, in_flight=lag, **settings) - prefill_s, 0.0
+
+    def _rollout(self, k: int, gpus: int) -> dict[str, Any]:
+        return {
+            "replicas": max(gpus // self.layout.gpus, 1),
+            "budget": fixed_budget(k),
+            "acceptance": constant_acceptance(0.0),
+            "prompt_tokens": self.spec.prompt_tokens,
+            "group": self.spec.samples,
+            "slots": self.spec.slots,
+        }
 
     def generation_s(self, k: int, gpus: int, lag: int, alpha: float | None = None) -> float:
         """Seconds of generation per step: a drain, or with lag the overlap of `lag` batches."""
@@ -186,6 +177,10 @@ class StepModel:
             stages = self.stages(k, gpus, gpus, 0)
             return Split(gpus, gpus, async_step(stages, 0), stages)
         return best_split(gpus, self.layout.gpus, lag, lambda g, t: self.stages(k, g, t, lag))
+
+    def best_k(self) -> int:
+        """The k with the shortest step."""
+        return min(range(K_MAX + 1), key=lambda k: (self.split(k).step.step_s, k))
 
 
 def _acceptance(spec: PlanSpec) -> Acceptance:
