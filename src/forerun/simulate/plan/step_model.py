@@ -7,6 +7,7 @@ engine and a learner of an assumed MFU, or one machine with a `CostModel`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import UserError
-from forerun.simulate.core.constants import round_constants, round_cost_error, serving_constants
+from forerun.simulate.core.constants import group_of, round_constants, round_cost_error, serving_constants
 from forerun.simulate.core.cost_model import CostModel, LearnerWork
 from forerun.simulate.core.decode import (
     METHODS,
@@ -89,16 +90,9 @@ class StepModel:
 
     def analytical_engine(self, rounds: RoundConstants) -> AnalyticalEngine:
         """The spec's engine from its operators, under given round constants."""
-        tuning = serving_constants().tuning(self._group(), self._family())
-        replica = Replica(self.model, self.gpu, self.layout, self.spec.precision, tuning=tuning)
-        return AnalyticalEngine(replica, self.drafter, rounds)
-
-    def _group(self) -> tuple[str, str, str]:
-        precision = "" if self.spec.precision == "bf16" else f" {self.spec.precision}"
-        return (self.model.name + precision, self.gpu.name, self.spec.engine)
-
-    def _family(self) -> str:
-        return "experts" if self.model.experts else "dense"
+        replica = Replica(self.model, self.gpu, self.layout, self.spec.precision)
+        tuning = serving_constants().tuning(group_of(replica, self.spec.engine), self.model.family)
+        return AnalyticalEngine(replace(replica, tuning=tuning), self.drafter, rounds)
 
     @property
     def provenance(self) -> str:
@@ -107,7 +101,7 @@ class StepModel:
             return self.machine.origin
         if not isinstance(self.costs, AnalyticalEngine):
             return "The engine's costs were fitted to measurements of this engine."
-        found = serving_constants().find(self._group(), self._family())
+        found = serving_constants().find(group_of(self.costs.replica, self.spec.engine), self.model.family)
         if found is None:
             return f"No measured rows of {self.spec.engine!r}: default constants, expect larger errors."
         vague = ", ".join(found.not_identified) or "none"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import UserError
-from forerun.simulate.core.constants import TUNING_NAMES, FittedConstants, ServingConstants
+from forerun.simulate.core.constants import TUNING_NAMES, FittedConstants, Group, ServingConstants, group_of
 from forerun.simulate.core.fitting import map_fit
 from forerun.simulate.core.hardware import load_hardware, peak_flops
 from forerun.simulate.core.operators import (
@@ -69,13 +69,12 @@ class ServingRow:
     @property
     def family(self) -> str:
         """Operator family: "dense" or "experts"."""
-        return "dense" if self.replica.model.experts is None else "experts"
+        return self.replica.model.family
 
     @property
-    def group(self) -> tuple[str, str, str]:
+    def group(self) -> Group:
         """Rows that share an engine's constants: model, GPU, engine."""
-        precision = "" if self.replica.precision == "bf16" else f" {self.replica.precision}"
-        return (self.replica.model.name + precision, self.replica.gpu.name, self.engine)
+        return group_of(self.replica, self.engine)
 
     @property
     def fitted(self) -> bool:
