@@ -15,8 +15,8 @@ from forerun.simulate.plan.planner import plan
 from forerun.simulate.plan.render import paper_text, validation_text
 from forerun.simulate.plan.spec import PlanSpec
 from forerun.simulate.validation.paper import Measured, Projected, Runs8B, Runs235B, paper_table, published
+from forerun.types import STAGES
 
-STAGES = ("data", "prepare", "generation", "logprob", "train")
 SMALL = {"model": "Qwen3-8B", "gpu": "H100", "gpus": 8, "prompts": 16, "samples": 8, "mean_tokens": 1500}
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_calibrate import bench_rows, write_table
 
+from cost_tables import bench_rows, write_table
 from forerun.config import load_recipe
 from forerun.errors import UserError
 from forerun.simulate.core.cost_model import LinearEngine
@@ -21,9 +21,9 @@ from forerun.simulate.plan.predict import compare, predict_recipe
 from forerun.simulate.plan.recipe import combined_band, plan_recipe, read_recipe
 from forerun.simulate.plan.render import comparison_text, prediction_text
 from forerun.simulate.plan.step_model import StepModel
+from forerun.types import STAGES
 
 HERE = cpu(100e9, 12e9, ("avx2",), 16e9)
-STAGES = ("data", "prepare", "generation", "logprob", "train")
 
 
 def recipe(name: str = "quickstart", **changes: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The simulator and planner: what speculation will bring, before it is run or on hardware that one does not have yet.
 
-Entry points: `recipes.plan_recipe`, `run.plan_run`, `plan.plan`, `plan.plan_paper`, `predict.predict_recipe` and
-`predict.compare`, `calibrate.read_cost_table`, `validate.validate`; text rows in `render`. Takes plain data, needs
-numpy only and imports in well under a second.
+`core` prices a step on some hardware, `plan` answers for recipes and finished runs, `validation` compares both with
+published and measured numbers and fits the constants that ship in `core/data/`. Imports point downward, in that order;
+all take plain data and import in well under a second.
 """

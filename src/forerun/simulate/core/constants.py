@@ -13,9 +13,10 @@ from typing import Any
 
 from forerun.errors import UserError
 from forerun.simulate.core.decode import IDEAL, RoundConstants
-from forerun.simulate.core.operators import Tuning
+from forerun.simulate.core.operators import Replica, Tuning
 from forerun.simulate.core.tables import load_table
 
+Group = tuple[str, str, str]
 TUNING_NAMES = tuple(field.name for field in fields(Tuning))
 ROUNDS = ("rl", "serving", "ideal")
 
@@ -29,6 +30,12 @@ class FittedConstants:
     not_identified: tuple[str, ...]
 
 
+def group_of(replica: Replica, engine: str) -> Group:
+    """Measurements that share constants: model (and precision other than bf16), GPU, engine."""
+    precision = "" if replica.precision == "bf16" else f" {replica.precision}"
+    return (replica.model.name + precision, replica.gpu.name, engine)
+
+
 @dataclass(frozen=True, slots=True)
 class ServingConstants:
     """Fitted constants by (family, backend), and by (model, GPU, engine)."""
@@ -36,11 +43,11 @@ class ServingConstants:
     engines: dict[tuple[str, ...], FittedConstants]
     groups: dict[tuple[str, ...], FittedConstants]
 
-    def find(self, group: tuple[str, str, str], family: str) -> FittedConstants | None:
+    def find(self, group: Group, family: str) -> FittedConstants | None:
         """The group's constants, else its backend's for the family; None where neither was measured."""
         return self.groups.get(group) or self.engines.get((family, group[2].partition(" ")[0]))
 
-    def tuning(self, group: tuple[str, str, str], family: str) -> Tuning:
+    def tuning(self, group: Group, family: str) -> Tuning:
         """The constants that `find` gives, or the defaults."""
         found = self.find(group, family)
         return found.tuning if found else Tuning()

@@ -73,12 +73,8 @@ class RolloutResult:
     """Times of a simulated rollout."""
 
     seconds: float
-    tokens: float
-    rounds: float  # policy passes of all replicas together
     prefill_s: float  # of the slowest replica
-    tail_s: float  # of the slowest replica, with at most a tenth of its peak batch
     mean_batch: float  # running sequences per replica, weighted by time
-    replica_s: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +85,10 @@ class Pace:
     budget: Budget
     acceptance: Acceptance
 
-    def advance(self, tokens: Floats, batch: Floats, context: Floats | float) -> tuple[Floats, Floats]:
-        """Rounds, and seconds, until each of `batch` sequences per replica has emitted `tokens` more."""
+    def seconds(self, tokens: Floats, batch: Floats, context: Floats) -> Floats:
+        """Seconds until each of `batch` sequences per replica has emitted `tokens` more."""
         k = self.budget.k(batch)
-        rounds = tokens / self.acceptance.length(k)
-        return rounds, rounds * self.costs.round_s(batch, k, context)
+        return tokens / self.acceptance.length(k) * self.costs.round_s(batch, k, context)
 
 
 def simulate_rollout(
@@ -124,15 +119,8 @@ def simulate_rollout(
     drain = drain_together if queue.shape[1] <= limit else drain_by_events
     clocks = drain(Pace(costs, budget, acceptance), queue, limit, prompt_tokens, prompt_s)
     slowest = int(np.argmax(clocks.seconds))
-    return RolloutResult(
-        seconds=float(clocks.seconds[slowest]),
-        tokens=float(lengths.sum()),
-        rounds=float(clocks.rounds.sum()),
-        prefill_s=float(clocks.prefill_s[slowest]),
-        tail_s=float(clocks.tail_s[slowest]),
-        mean_batch=float(clocks.batch_seconds.sum() / max(clocks.seconds.sum(), 1e-12)),
-        replica_s=clocks.seconds,
-    )
+    mean_batch = float(clocks.batch_seconds.sum() / max(clocks.seconds.sum(), 1e-12))
+    return RolloutResult(float(clocks.seconds[slowest]), float(clocks.prefill_s[slowest]), mean_batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +128,7 @@ class Clocks:
     """Totals of each of R replicas."""
 
     seconds: Floats  # [R]
-    rounds: Floats  # [R]
     prefill_s: Floats  # [R]
-    tail_s: Floats  # [R]
     batch_seconds: Floats  # [R], running sequences integrated over time
 
 
@@ -151,37 +137,30 @@ def drain_together(pace: Pace, queue: Floats, limit: int, prompt_tokens: float, 
     ends = np.sort(queue, axis=1)
     begins = np.concatenate([np.zeros((len(queue), 1)), ends[:, :-1]], axis=1)
     batch = np.arange(queue.shape[1], 0, -1.0)[None, :] * np.ones_like(ends)
-    rounds, seconds = pace.advance(ends - begins, batch, prompt_tokens + (begins + ends) / 2)
+    seconds = pace.seconds(ends - begins, batch, prompt_tokens + (begins + ends) / 2)
     requests = (queue > 0).sum(1)
     prefill_s = requests * prompt_s
-    tail = batch <= 0.1 * np.maximum(requests, 1)[:, None]
-    batch_seconds = (batch * seconds).sum(1) + requests * prefill_s
-    return Clocks(seconds.sum(1) + prefill_s, rounds.sum(1), prefill_s, (seconds * tail).sum(1), batch_seconds)
+    return Clocks(seconds.sum(1) + prefill_s, prefill_s, (batch * seconds).sum(1) + requests * prefill_s)
 
 
 def drain_by_events(pace: Pace, queue: Floats, limit: int, prompt_tokens: float, prompt_s: float) -> Clocks:
     """At most `limit` of a replica's requests [R, Q] run at once; the next in order enters as one ends."""
-    clocks = Clocks(*(np.zeros(len(queue)) for _ in range(5)))
-    peak = np.maximum(np.minimum((queue > 0).sum(1), limit), 1)
+    clocks = Clocks(*(np.zeros(len(queue)) for _ in range(3)))
     left, done = queue, np.zeros_like(queue)  # tokens to emit and emitted; nothing left: finished, or no request
     prefilled = np.zeros_like(queue, dtype=bool)
     while (left > 0).any():
         waiting = left > 0
         running = waiting & (np.cumsum(waiting, axis=1) <= limit)
         batch = running.sum(1).astype(float)
-        live = batch > 0
+        live, size = batch > 0, np.maximum(batch, 1.0)
         step = np.where(live, np.where(running, left, np.inf).min(1, initial=np.inf), 0.0)
-        size = np.maximum(batch, 1.0)
         context = prompt_tokens + np.where(running, done, 0.0).sum(1) / size + step / 2
-        rounds, decode_s = pace.advance(step, size, context)
         prefill_s = (running & ~prefilled).sum(1) * prompt_s
-        prefilled |= running
-        spent_s = np.where(live, decode_s + prefill_s, 0.0)
+        spent_s = np.where(live, pace.seconds(step, size, context) + prefill_s, 0.0)
         clocks.seconds[:] += spent_s
-        clocks.rounds[:] += rounds
         clocks.prefill_s[:] += prefill_s
-        clocks.tail_s[:] += np.where(batch <= 0.1 * peak, spent_s, 0.0)
         clocks.batch_seconds[:] += batch * spent_s
+        prefilled |= running
         left = np.where(running, left - step[:, None], left)
         done = np.where(running, done + step[:, None], done)
     return clocks
@@ -226,7 +205,7 @@ def stream_s(
     batch = float(np.clip(in_flight * len(lengths) / replicas * mean / longest, 1e-9, limit))
     context = prompt_tokens + float(np.mean(lengths**2)) / (2 * mean)
     size = np.array([max(batch, 1.0)])
-    _, token_s = Pace(costs, budget, acceptance).advance(np.ones(1), size, np.array([context]))
+    token_s = Pace(costs, budget, acceptance).seconds(np.ones(1), size, np.array([context]))
     decode_s = float(token_s[0]) * len(lengths) * mean / (replicas * batch)
     return decode_s + mean_prefill_s(costs, len(lengths), replicas, prompt_tokens, group)
 

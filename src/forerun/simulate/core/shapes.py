@@ -56,6 +56,11 @@ class ModelShape:
     latent: LatentAttention | None = None
 
     @property
+    def family(self) -> str:
+        """Operator family: "dense" or "experts"."""
+        return "experts" if self.experts else "dense"
+
+    @property
     def attention_params(self) -> int:
         """Parameters of one layer's attention projections."""
         if self.latent is None:

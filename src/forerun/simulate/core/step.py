@@ -8,7 +8,7 @@ models, evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from forerun.errors import UserError
 from forerun.simulate.core.hardware import Hardware
@@ -144,8 +144,3 @@ def best_split(gpus: int, unit: int, lag: int, stages_of: Callable[[int, int], S
         stages = stages_of(generating * unit, gpus - generating * unit)
         tried.append(Split(generating * unit, gpus - generating * unit, async_step(stages, lag), stages))
     return min(tried, key=lambda split: (split.step.step_s, split.generation_gpus))
-
-
-def without_generation(stages: Stages) -> Stages:
-    """The same step with free rollouts: the bound of any speed-up of generation."""
-    return replace(stages, generation_s=0.0)

@@ -18,7 +18,7 @@ from forerun.simulate.core.cost_model import CostModel, LinearEngine
 from forerun.simulate.core.decode import AnalyticalEngine, EngineCosts
 from forerun.simulate.core.operators import WEIGHT_BYTES, Tuning, operator_shares
 from forerun.simulate.core.shapes import ModelShape
-from forerun.simulate.core.step import Split, async_step, step_bound, without_generation
+from forerun.simulate.core.step import Split, async_step, step_bound
 from forerun.simulate.plan import sweeps
 from forerun.simulate.plan.render import plan_text
 from forerun.simulate.plan.spec import PlanSpec, check_k_and_lag, spec_from_dict
@@ -79,7 +79,7 @@ def plan(
     check_k_and_lag(spec)
     steps = StepModel(spec, costs, machine, model)
     by_k = sweeps.sweep_k(steps)
-    best_k = int(min(by_k, key=lambda row: (row["step_s"], row["k"]))["k"])
+    best_k = steps.best_k()
     k = best_k if spec.k is None else spec.k
     plain, fast = steps.split(0), steps.split(k)
     return PlanResult(
@@ -122,7 +122,7 @@ def speedups(steps: StepModel, plain: Split, fast: Split, error: float) -> dict[
         async_step(replace(fast.stages, generation_s=generation_s * factor), lag)
         for factor in (1 + error, 1 / (1 + error))
     )
-    free = without_generation(steps.stages(0, steps.spec.gpus, steps.spec.gpus, 0))
+    free = replace(steps.stages(0, steps.spec.gpus, steps.spec.gpus, 0), generation_s=0.0)
     generation = steps.generation_s(0, fast.generation_gpus, lag) / generation_s
     return {
         "generation": generation,

@@ -20,7 +20,7 @@ from forerun.simulate.plan.cost_table import CostTable
 from forerun.simulate.plan.planner import speedups
 from forerun.simulate.plan.recipe import RecipePlan, combined_band, hardware_named, read_recipe
 from forerun.simulate.plan.render import comparison_text, prediction_text
-from forerun.simulate.plan.step_model import K_MAX, StepModel
+from forerun.simulate.plan.step_model import StepModel
 from forerun.types import STAGES
 
 Data = Mapping[str, Any]
@@ -82,7 +82,7 @@ def predict_recipe(
 
 def _predict(basis: RecipePlan) -> Prediction:
     steps = StepModel(basis.spec, basis.costs, basis.machine, basis.model)
-    k = 0 if not basis.drafts else best_k(steps) if basis.spec.k is None else basis.spec.k
+    k = 0 if not basis.drafts else steps.best_k() if basis.spec.k is None else basis.spec.k
     plain, fast = steps.split(0), steps.split(k)
     error = combined_band(steps.cost_error, basis.acceptance_band)
     return Prediction(
@@ -102,11 +102,6 @@ def _predict(basis: RecipePlan) -> Prediction:
     )
 
 
-def best_k(steps: StepModel) -> int:
-    """The k with the shortest step."""
-    return min(range(K_MAX + 1), key=lambda k: (steps.split(k).step.step_s, k))
-
-
 def _bands(basis: RecipePlan, stages: Stages, k: int) -> dict[str, float]:
     """Relative error to expect of each stage, and of the step as their mean."""
     machine = basis.machine
@@ -117,15 +112,9 @@ def _bands(basis: RecipePlan, stages: Stages, k: int) -> dict[str, float]:
     shares = {name: getattr(stages, f"{name}_s") / stages.total_s for name in STAGES}
     learning = combined_band(learner, basis.length_band)
     train = combined_band(learning, TRAINED_BAND if machine else 0.0)
-    step = sum(share * {"generation": generation, "train": train}.get(name, learning) for name, share in shares.items())
-    return {
-        "generation": generation,
-        "logprob": learning,
-        "train": train,
-        "prepare": learner,
-        "data": DATA_BAND,
-        "step": step,
-    }
+    bands = {"generation": generation, "logprob": learning, "train": train}
+    step = sum(share * bands.get(name, learning) for name, share in shares.items())
+    return bands | {"prepare": learner, "data": DATA_BAND, "step": step}
 
 
 def compare(prediction: Prediction, metrics: Sequence[Data]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from forerun.errors import UserError
 from forerun.simulate.core.cost_model import CostModel, LinearEngine, nominal_cost_model
-from forerun.simulate.core.decode import COSTS_AS, FUSES_HIDDEN_STATES
+from forerun.simulate.core.decode import COSTS_AS, FUSES_HIDDEN_STATES, Acceptance
 from forerun.simulate.core.hardware import Hardware, load_hardware, measure_cpu
 from forerun.simulate.core.rollout import lengths_with_mean
 from forerun.simulate.core.shapes import ModelShape, load_model
@@ -231,13 +231,8 @@ def drafter_config(draft: str | None) -> dict[str, Any]:
 
 def _trained_lengths(config: Data) -> dict[int, float]:
     """α by k from the conditional rates that a drafter's training ended with."""
-    rates = (config.get("forerun") or {}).get("acceptance_per_position") or []
-    lengths, reached, alpha = {}, 1.0, 1.0
-    for k, rate in enumerate(rates, 1):
-        reached *= float(rate)
-        alpha += reached
-        lengths[k] = alpha
-    return lengths
+    rates = tuple(map(float, (config.get("forerun") or {}).get("acceptance_per_position") or ()))
+    return {k: float(Acceptance(rates).length(k)) for k in range(1, len(rates) + 1)}
 
 
 def _lengths_text(lengths: Mapping[int, float]) -> str:

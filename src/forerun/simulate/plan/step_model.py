@@ -7,13 +7,15 @@ engine and a learner of an assumed MFU, or one machine with a `CostModel`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import UserError
-from forerun.simulate.core.constants import round_constants, round_cost_error, serving_constants
+from forerun.simulate.core.constants import group_of, round_constants, round_cost_error, serving_constants
 from forerun.simulate.core.cost_model import CostModel, LearnerWork
 from forerun.simulate.core.decode import (
     METHODS,
@@ -88,16 +90,9 @@ class StepModel:
 
     def analytical_engine(self, rounds: RoundConstants) -> AnalyticalEngine:
         """The spec's engine from its operators, under given round constants."""
-        tuning = serving_constants().tuning(self._group(), self._family())
-        replica = Replica(self.model, self.gpu, self.layout, self.spec.precision, tuning=tuning)
-        return AnalyticalEngine(replica, self.drafter, rounds)
-
-    def _group(self) -> tuple[str, str, str]:
-        precision = "" if self.spec.precision == "bf16" else f" {self.spec.precision}"
-        return (self.model.name + precision, self.gpu.name, self.spec.engine)
-
-    def _family(self) -> str:
-        return "experts" if self.model.experts else "dense"
+        replica = Replica(self.model, self.gpu, self.layout, self.spec.precision)
+        tuning = serving_constants().tuning(group_of(replica, self.spec.engine), self.model.family)
+        return AnalyticalEngine(replace(replica, tuning=tuning), self.drafter, rounds)
 
     @property
     def provenance(self) -> str:
@@ -106,7 +101,7 @@ class StepModel:
             return self.machine.origin
         if not isinstance(self.costs, AnalyticalEngine):
             return "The engine's costs were fitted to measurements of this engine."
-        found = serving_constants().find(self._group(), self._family())
+        found = serving_constants().find(group_of(self.costs.replica, self.spec.engine), self.model.family)
         if found is None:
             return f"No measured rows of {self.spec.engine!r}: default constants, expect larger errors."
         vague = ", ".join(found.not_identified) or "none"
@@ -120,34 +115,24 @@ class StepModel:
         return self._batches[key]
 
     def _drain(self, k: int, gpus: int) -> tuple[float, float, float]:
-        result = simulate_rollout(
-            self.costs,
-            self.lengths,
-            replicas=max(gpus // self.layout.gpus, 1),
-            budget=fixed_budget(k),
-            acceptance=constant_acceptance(0.0),
-            prompt_tokens=self.spec.prompt_tokens,
-            group=self.spec.samples,
-            slots=self.spec.slots,
-        )
+        result = simulate_rollout(self.costs, self.lengths, **self._rollout(k, gpus))
         return result.prefill_s, result.seconds - result.prefill_s, result.mean_batch
 
     def _stream(self, k: int, gpus: int, lag: int) -> tuple[float, float, float]:
-        spec = self.spec
-        replicas = max(gpus // self.layout.gpus, 1)
-        prefill_s = mean_prefill_s(self.costs, len(self.lengths), replicas, spec.prompt_tokens, spec.samples)
-        total_s = stream_s(
-            self.costs,
-            self.lengths,
-            replicas=replicas,
-            in_flight=lag,
-            budget=fixed_budget(k),
-            acceptance=constant_acceptance(0.0),
-            prompt_tokens=spec.prompt_tokens,
-            group=spec.samples,
-            slots=spec.slots,
-        )
-        return prefill_s, total_s - prefill_s, 0.0
+        spec, settings = self.spec, self._rollout(k, gpus)
+        requests = len(self.lengths)
+        prefill_s = mean_prefill_s(self.costs, requests, settings["replicas"], spec.prompt_tokens, spec.samples)
+        return prefill_s, stream_s(self.costs, self.lengths, in_flight=lag, **settings) - prefill_s, 0.0
+
+    def _rollout(self, k: int, gpus: int) -> dict[str, Any]:
+        return {
+            "replicas": max(gpus // self.layout.gpus, 1),
+            "budget": fixed_budget(k),
+            "acceptance": constant_acceptance(0.0),
+            "prompt_tokens": self.spec.prompt_tokens,
+            "group": self.spec.samples,
+            "slots": self.spec.slots,
+        }
 
     def generation_s(self, k: int, gpus: int, lag: int, alpha: float | None = None) -> float:
         """Seconds of generation per step: a drain, or with lag the overlap of `lag` batches."""
@@ -186,6 +171,10 @@ class StepModel:
             stages = self.stages(k, gpus, gpus, 0)
             return Split(gpus, gpus, async_step(stages, 0), stages)
         return best_split(gpus, self.layout.gpus, lag, lambda g, t: self.stages(k, g, t, lag))
+
+    def best_k(self) -> int:
+        """The k with the shortest step."""
+        return min(range(K_MAX + 1), key=lambda k: (self.split(k).step.step_s, k))
 
 
 def _acceptance(spec: PlanSpec) -> Acceptance:

@@ -76,9 +76,7 @@ def round_points() -> list[RoundPoint]:
 def _replica(row: dict[str, Any]) -> Replica:
     """The replica under the shipped constants of its backend; where a plain step is published, host time meets it."""
     model = _model(row["model"])
-    tuning = serving_constants().tuning(
-        (model.name, row["gpu"], row["engine"]), "experts" if model.experts else "dense"
-    )
+    tuning = serving_constants().tuning((model.name, row["gpu"], row["engine"]), model.family)
     layout = Layout(tensor=row["tensor"])
     replica = Replica(model, load_hardware(row["gpu"]), layout, row["precision"], 2.0, tuning)
     if "plain_ms" not in row:

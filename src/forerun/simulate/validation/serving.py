@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import UserError
-from forerun.simulate.core.constants import TUNING_NAMES, FittedConstants, ServingConstants
+from forerun.simulate.core.constants import TUNING_NAMES, FittedConstants, Group, ServingConstants, group_of
 from forerun.simulate.core.fitting import map_fit
 from forerun.simulate.core.hardware import load_hardware, peak_flops
 from forerun.simulate.core.operators import (
@@ -32,45 +32,27 @@ from forerun.simulate.core.operators import (
 )
 from forerun.simulate.core.shapes import load_model
 
+Floats = NDArray[np.float64]
+Key = tuple[str, ...]
+
 COLUMNS = (
-    "backend",
-    "backend_version",
-    "model_path",
-    "system",
-    "gemm_quant_mode",
-    "isl",
-    "osl",
-    "batch_size",
-    "tp_size",
-    "pp_size",
-    "attention_dp_size",
-    "moe_tp_size",
-    "moe_ep_size",
-    "silicon_tpot_ms",
+    *("backend", "backend_version", "model_path", "system", "gemm_quant_mode", "isl", "osl", "batch_size"),
+    *("tp_size", "pp_size", "attention_dp_size", "moe_tp_size", "moe_ep_size", "silicon_tpot_ms"),
 )
 GROWTH_SHARE = 0.7  # of the output length for which an engine reserves cache when it admits requests
 SPLIT_RULE = "fit where crc32('model|gpu|backend|isl|osl|batch') is even, test where it is odd"
-# Prior spread of each constant, in logarithms: first for an engine and family, then for a group within it.
-ENGINE_SPREAD = {
-    "host_s": 0.7,
-    "sequence_s": 1.0,
-    "overhead": 0.5,
-    "memory": 0.15,
-    "cache": 0.3,
-    "compute": 0.3,
-    "link": 0.5,
-    "experts": 0.4,
+# Prior spread of each constant, in logarithms: for an engine and model family, then for a group around it.
+SPREADS = {
+    "host_s": (0.7, 0.7),
+    "sequence_s": (1.0, 0.7),
+    "overhead": (0.5, 0.4),
+    "memory": (0.15, 0.1),
+    "cache": (0.3, 0.25),
+    "compute": (0.3, 0.25),
+    "link": (0.5, 0.4),
+    "experts": (0.4, 0.35),
 }
-GROUP_SPREAD = {
-    "host_s": 0.7,
-    "sequence_s": 0.7,
-    "overhead": 0.4,
-    "memory": 0.1,
-    "cache": 0.25,
-    "compute": 0.25,
-    "link": 0.4,
-    "experts": 0.35,
-}
+ENGINE, GROUP = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +69,12 @@ class ServingRow:
     @property
     def family(self) -> str:
         """Operator family: "dense" or "experts"."""
-        return "dense" if self.replica.model.experts is None else "experts"
+        return self.replica.model.family
 
     @property
-    def group(self) -> tuple[str, str, str]:
+    def group(self) -> Group:
         """Rows that share an engine's constants: model, GPU, engine."""
-        precision = "" if self.replica.precision == "bf16" else f" {self.replica.precision}"
-        return (self.replica.model.name + precision, self.replica.gpu.name, self.engine)
+        return group_of(self.replica, self.engine)
 
     @property
     def fitted(self) -> bool:
@@ -186,7 +167,7 @@ def _layout(record: dict[str, str], is_moe: bool) -> Layout:
     return Layout(tensor=tp, data=gpus // tp, expert=moe_ep)
 
 
-def predict_s(rows: Sequence[ServingRow], tuning: Tuning) -> NDArray[np.float64]:
+def predict_s(rows: Sequence[ServingRow], tuning: Tuning) -> Floats:
     """Predicted seconds per output token of rows that share an engine, in their order."""
     predicted = np.zeros(len(rows))
     layouts: dict[tuple[str, str, Layout, str, float], list[int]] = {}
@@ -203,9 +184,7 @@ def predict_s(rows: Sequence[ServingRow], tuning: Tuning) -> NDArray[np.float64]
     return predicted
 
 
-def _output_token_s(
-    replica: Replica, prompt: NDArray[np.float64], output: NDArray[np.float64], batch: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _output_token_s(replica: Replica, prompt: Floats, output: Floats, batch: Floats) -> Floats:
     """Eq. 9: decode iteration plus, once per output, the prefill of the other requests."""
     # A measured row did run: where our estimate leaves no room for a cache, its batch is not cut.
     room_tokens = cache_tokens(replica) if cache_room_bytes(replica) > 0 else np.inf
@@ -218,11 +197,11 @@ def _output_token_s(
 def fit_serving(rows: Sequence[ServingRow]) -> ServingConstants:
     """Fit each engine and model family, then each (model, GPU, engine) around it, on the rows whose `fitted` holds."""
     chosen = [row for row in rows if row.fitted]
-    engines = {key: _fit(members, Tuning(), ENGINE_SPREAD) for key, members in _grouped(chosen, _engine_key).items()}
-    groups = {
-        key: _fit(members, engines[_engine_key(members[0])].tuning, GROUP_SPREAD)
-        for key, members in _grouped(chosen, lambda row: row.group).items()
-    }
+    by_engine = _grouped(chosen, _engine_key).items()
+    engines = {key: _fit(members, Tuning(), ENGINE) for key, members in by_engine}
+    groups = {}
+    for key, members in _grouped(chosen, lambda row: row.group).items():
+        groups[key] = _fit(members, engines[_engine_key(members[0])].tuning, GROUP)
     return ServingConstants(engines, groups)
 
 
@@ -230,18 +209,16 @@ def _engine_key(row: ServingRow) -> tuple[str, ...]:
     return (row.family, row.engine.split()[0])
 
 
-def _grouped(
-    rows: Sequence[ServingRow], key_of: Callable[[ServingRow], tuple[str, ...]]
-) -> dict[tuple[str, ...], list[ServingRow]]:
-    grouped: dict[tuple[str, ...], list[ServingRow]] = {}
+def _grouped(rows: Sequence[ServingRow], key_of: Callable[[ServingRow], Key]) -> dict[Key, list[ServingRow]]:
+    grouped: dict[Key, list[ServingRow]] = {}
     for row in rows:
         grouped.setdefault(key_of(row), []).append(row)
     return grouped
 
 
-def _fit(rows: Sequence[ServingRow], prior: Tuning, spread: Mapping[str, float]) -> FittedConstants:
+def _fit(rows: Sequence[ServingRow], prior: Tuning, level: int) -> FittedConstants:
     measured = np.array([row.measured_s for row in rows])
     centre = np.array([getattr(prior, name) for name in TUNING_NAMES])
-    widths = np.array([spread[name] for name in TUNING_NAMES])
-    fit = map_fit(lambda x: predict_s(rows, Tuning(*x)), measured, centre, widths)
+    spread = np.array([SPREADS[name][level] for name in TUNING_NAMES])
+    fit = map_fit(lambda x: predict_s(rows, Tuning(*x)), measured, centre, spread)
     return FittedConstants(Tuning(*map(float, fit.values)), len(rows), fit.unidentified(TUNING_NAMES))
