@@ -130,7 +130,7 @@ def verify(
     settings = load_recipe(recipe, parse_overrides([*(overrides or []), *chosen]))
     from forerun.lossless.harness import FULL, QUICK, verify_recipe
     from forerun.report.console import Console, follow
-    from forerun.report.verification import write_verification
+    from forerun.report.verify_page import write_verification
 
     work = verify_recipe(settings, effort=QUICK if quick else FULL, against=against, inject=inject)
     verdict = follow(work, Console(0, json=json))
@@ -145,7 +145,7 @@ def verify(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")], json: Json = False) -> None:
     """Write the offline HTML page of a run folder."""
-    from forerun.report.html import write_report
+    from forerun.report.run_page import write_report
 
     path = write_report(run)
     if json:

@@ -159,7 +159,7 @@ def test_env_names_machine_and_versions_and_no_user(tmp_path: Path) -> None:
 
 def test_the_room_imports_nothing_heavy() -> None:
     code = (
-        "import sys, forerun.report.html, forerun.report.console\n"
+        "import sys, forerun.report.run_page, forerun.report.console\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

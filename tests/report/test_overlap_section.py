@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from forerun.report import plots
-from forerun.report.html import write_report
+from forerun.report.run_page import write_report
 from forerun.tracking.reader import load_run
 from forerun.tracking.run_folder import RunFolder
 from forerun.tracking.timeline import Timeline, read_timeline
