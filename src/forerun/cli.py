@@ -230,14 +230,14 @@ def _names_recipe_key(key: str) -> bool:
 @app.command()
 def doctor(json: Json = False) -> None:
     """Say what this machine has, which extras work, and the command that mends each gap."""
-    from forerun.doctor import examine, rows
+    from forerun.doctor import examine, findings_table
+    from forerun.report.console import Console
 
     findings = examine()
     if json:
         _print_json(findings)
-        return
-    for mark, what, detail in rows(findings):
-        typer.echo(f"{mark:4} {what:14} {detail}")
+    else:
+        Console().print(findings_table(findings))
 
 
 def main() -> None:
