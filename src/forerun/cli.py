@@ -93,21 +93,15 @@ def bench(
 ) -> None:
     """Measure plain decoding against each drafter, k and batch on this machine; writes the cost table."""
     settings = load_recipe(recipe, parse_overrides(overrides or []))
-    from forerun.bench import bench_recipe
+    from forerun.bench import Grid, bench_recipe
     from forerun.report.bench_page import write_bench
     from forerun.report.console import Console, follow
 
     names = methods.split(",") if methods else list(dict.fromkeys([settings.speculation.method, "ngram"]))
-    work = bench_recipe(
-        settings,
-        [name for name in names if name != "none"],
-        _numbers(ks),
-        _numbers(batches),
-        parse_overrides(draft or []),
-        repeats,
-    )
+    drafters = [name for name in names if name != "none"]
+    grid = Grid(drafters, _numbers(ks), _numbers(batches), repeats, parse_overrides(draft or []))
     console = Console(0, json=json)
-    result = follow(work, console)
+    result = follow(bench_recipe(settings, grid), console)
     paths = write_bench(result, out)
     console.note(f"cost table {paths['table']}, page {paths['page']}")
     if json:
