@@ -1,4 +1,4 @@
-"""The page's figures of who was busy when, from the timeline and the metrics of a run."""
+"""The page's figures of learner and engines side by side, from timeline and metrics of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_page_draws_the_last_steps(run: RunFolder) -> None:
     assert bars["generates"]["customdata"][0].startswith("step 4, version 3: 0.00")
 
 
-def test_a_torn_timeline_is_told_and_the_rest_drawn(run: RunFolder) -> None:
+def test_a_torn_timeline_is_named_and_its_rest_drawn(run: RunFolder) -> None:
     write_steps(Timeline(run.timeline), range(1, 4))
     text = run.timeline.read_text()
     run.timeline.write_text(text[:-30])

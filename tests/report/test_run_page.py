@@ -104,7 +104,7 @@ def test_a_run_killed_early_says_how_far_it_came(run: RunFolder) -> None:
     assert "1.60x" in page.text  # the comparisons so far
 
 
-def test_broken_files_are_told_not_raised(run: RunFolder) -> None:
+def test_broken_files_are_named_on_the_page_and_no_error(run: RunFolder) -> None:
     run.summary.write_text("{")
     run.env.write_text("[1]")
     run.config.write_text("a: [")

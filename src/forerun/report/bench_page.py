@@ -31,9 +31,11 @@ def write_bench(result: Mapping[str, Any], folder: Path) -> dict[str, str]:
         page,
         "bench",
         f"{result['recipe']}: what drafting brings here",
-        result=result,
-        figures={method: speedup_map([row for row in drafted if row["method"] == method]) for method in methods},
-        rows=[_cells(row) for row in drafted],
+        {
+            "result": result,
+            "figures": {method: speedup_map([row for row in drafted if row["method"] == method]) for method in methods},
+            "rows": [_cells(row) for row in drafted],
+        },
     )
     return {"table": str(table), "page": str(page)}
 

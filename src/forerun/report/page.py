@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -32,7 +33,7 @@ class Chart:
     caption: str
 
 
-def write_page(path: Path, template: str, title: str, **context: Any) -> None:
+def write_page(path: Path, template: str, title: str, context: Mapping[str, Any]) -> None:
     """Write the page that `templates/<template>.html.j2` makes from `context`.
 
     Raises:
@@ -46,7 +47,7 @@ def write_page(path: Path, template: str, title: str, **context: Any) -> None:
         "css": Markup(_static("page.css")),
         "scripts": [Markup(script) for script in scripts],
     }
-    write_atomically(path, _TEMPLATES.get_template(f"{template}.html.j2").render(frame | context))
+    write_atomically(path, _TEMPLATES.get_template(f"{template}.html.j2").render(frame | dict(context)))
 
 
 def macro(template: str, name: str, *arguments: Any) -> Markup:

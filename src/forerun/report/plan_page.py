@@ -14,7 +14,7 @@ from typing import Any
 
 from forerun.report.format import percent, seconds, times
 from forerun.report.page import write_page
-from forerun.report.plots import CATEGORIES, STACKED_STAGES, Figure, Trace, bars, figure, heat_map, line, stage_bar
+from forerun.report.plots import CATEGORIES, STACKED_STAGES, Figure, Trace, bars, figure, heat_map, line, stage_bars
 from forerun.types import STAGES
 
 Data = Mapping[str, Any]
@@ -42,15 +42,17 @@ def write_plan(result: Data, path: Path | str) -> Path:
         path,
         "plan",
         f"{name}: Forerun plan",
-        name=name,
-        run=result.get("run"),
-        rule=result.get("rule", "").capitalize(),
-        plan=planned,
-        keys=_key_figures(planned),
-        verdict=_verdict(planned),
-        figures=_figures(planned),
-        rows=_rows(planned),
-        calibration=_calibration(result) if result.get("calibration") else None,
+        {
+            "name": name,
+            "run": result.get("run"),
+            "rule": result.get("rule", "").capitalize(),
+            "plan": planned,
+            "keys": _key_figures(planned),
+            "verdict": _verdict(planned),
+            "figures": _figures(planned),
+            "rows": _rows(planned),
+            "calibration": _calibration(result) if result.get("calibration") else None,
+        },
     )
     return path
 
@@ -165,7 +167,7 @@ def _stage_figure(planned: Data) -> Figure:
     data = []
     for stage in STAGES:
         values = [arm[f"{stage}_s"] for arm in arms.values()]
-        data.append(stage_bar(stage, list(arms), values, [_seconds(s) if s > least_s else "" for s in values]))
+        data.append(stage_bars(stage, list(arms), values, [_seconds(s) if s > least_s else "" for s in values]))
     return figure(data, "seconds", "", STACKED_STAGES)
 
 

@@ -57,22 +57,29 @@ def bars(name: str, xs: Sequence[Any], ys: Sequence[float], color: str, text: Se
     return trace | ({"text": list(text), "textposition": "outside", "cliponaxis": False} if text else {})
 
 
-def stage_bar(stage: str, bars: Sequence[str], seconds: Sequence[float], texts: Sequence[str]) -> Trace:
-    """One stage in horizontal bars of stacked stages (layout `STACKED_STAGES`), with a text inside each."""
+def horizontal_bars(
+    name: str, rows: Sequence[str], lengths: Sequence[float | None], texts: Sequence[str], color: str, hover: str
+) -> Trace:
+    """A horizontal bar in each of the rows, with its text inside."""
     return {
         "type": "bar",
         "orientation": "h",
-        "name": stage,
-        "y": list(bars),
-        "x": list(seconds),
+        "name": name,
+        "y": list(rows),
+        "x": list(lengths),
         "text": list(texts),
         "textposition": "inside",
         "insidetextanchor": "middle",
         "textangle": 0,
         "textfont": {"color": "--on-bar"},
-        "marker": {"color": BAND_COLORS[stage]},
-        "hovertemplate": "%{x:.2f} s",
+        "marker": {"color": color},
+        "hovertemplate": hover,
     }
+
+
+def stage_bars(stage: str, rows: Sequence[str], seconds: Sequence[float], texts: Sequence[str]) -> Trace:
+    """One stage of steps that are drawn as stacked horizontal bars (layout `STACKED_STAGES`)."""
+    return horizontal_bars(stage, rows, seconds, texts, BAND_COLORS[stage], "%{x:.2f} s")
 
 
 def heat_map(cells: Mapping[tuple[int, float], float], text: str, hover: str) -> Trace:
@@ -145,7 +152,7 @@ def mean_step_bars(run: RunData) -> Figure | None:
     for row in rows:
         seconds = [row.seconds, row.seconds + (plain - spec if row.name == "generation" else 0.0)]
         texts = [f"{value:.1f}" if value > 0.05 * total else "" for value in seconds]
-        data.append(stage_bar(row.name, ["speculative", "plain<br>(predicted)"], seconds, texts))
+        data.append(stage_bars(row.name, ["speculative", "plain<br>(predicted)"], seconds, texts))
     return figure(data, "seconds of the mean step", "", STACKED_STAGES | {"xaxis.showgrid": True})
 
 
@@ -239,25 +246,13 @@ def gantt(run: RunData) -> Figure | None:
 def _gantt_bars(label: str, events: Sequence[Event]) -> Trace:
     color, of_learner, of_engines = GANTT_KINDS[label]
     drawn = [e for e in events if e.seconds is not None and e.name in (of_learner if e.lane == LEARNER else of_engines)]
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "name": label,
-        "y": [e.lane for e in drawn],
-        "x": [e.seconds for e in drawn],
-        "base": [e.start_s for e in drawn],
-        "text": [str(e.step) if label in ("generates", "trains") else "" for e in drawn],
-        "textposition": "inside",
-        "insidetextanchor": "middle",
-        "textangle": 0,
-        "textfont": {"color": "--on-bar"},
-        "marker": {"color": color},
-        "customdata": [
-            f"step {e.step}" + (f", version {e.version}" if e.version is not None else "") + f": {e.seconds:.3f} s"
-            for e in drawn
-        ],
-        "hovertemplate": "%{y}: " + label + ", %{customdata}<extra></extra>",
-    }
+    texts = [str(e.step) if label in ("generates", "trains") else "" for e in drawn]
+    hover = "%{y}: " + label + ", %{customdata}<extra></extra>"
+    trace = horizontal_bars(label, [e.lane for e in drawn], [e.seconds for e in drawn], texts, color, hover)
+    versions = [f", version {e.version}" if e.version is not None else "" for e in drawn]
+    trace["base"] = [e.start_s for e in drawn]
+    trace["customdata"] = [f"step {e.step}{v}: {e.seconds:.3f} s" for e, v in zip(drawn, versions, strict=True)]
+    return trace
 
 
 def _gantt_losses(events: Sequence[Event]) -> Trace:

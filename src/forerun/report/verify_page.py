@@ -31,5 +31,5 @@ def write_verification(verdict: Mapping[str, Any], folder: Path) -> dict[str, st
     paths = {"json": folder / "verification.json", "page": folder / "verification.html"}
     write_atomically(paths["json"], json.dumps(verdict, indent=2, default=str) + "\n")
     title = f"{verdict['recipe']}: is it lossless?"
-    write_page(paths["page"], "verification", title, verdict=verdict, kinds=KINDS)
+    write_page(paths["page"], "verification", title, {"verdict": verdict, "kinds": KINDS})
     return {name: str(path) for name, path in paths.items()}
