@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,14 @@ def test_sections_can_be_added_and_none_is_named_as_absent(run: RunFolder) -> No
 def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds none of"):
         write_report(tmp_path)
+
+
+def test_the_page_defines_the_metrics_of_the_run_s_algorithm_without_torch(run: RunFolder) -> None:
+    code = (
+        "import sys; from forerun.report.run_page import write_report\n"
+        "print(write_report(sys.argv[1]), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(run.report), "False"]
+    text = Page(run.report).words
+    assert "Share of tokens whose probability ratio was clipped from below." in text and "Not defined" not in text

@@ -13,7 +13,7 @@ import pytest
 from forerun.errors import UserError
 from forerun.tracking.environment import describe_environment, machine_line
 from forerun.tracking.files import write_atomically
-from forerun.tracking.metrics import DEFINITIONS, definition_of, nearest_name, unit_of
+from forerun.tracking.metrics import DEFINITIONS, define, definition_of, nearest_name, unit_of
 from forerun.tracking.run_folder import RunFolder
 
 FULL = Path("/dev/full")
@@ -74,6 +74,10 @@ def test_every_definition_is_a_sentence_with_a_unit() -> None:
     for name, sentence in DEFINITIONS.items():
         assert ". Unit: " in sentence and sentence.endswith("."), name
     assert unit_of("time/step") == "seconds"
+    with pytest.raises(ValueError, match="must read"):
+        define({"mine/loss": "A loss without its unit."})
+    with pytest.raises(ValueError, match="already defined"):
+        define({"time/step": "Something else. Unit: seconds."})
     prefixes = [name for name in DEFINITIONS if any(other.startswith(name + "/") for other in DEFINITIONS)]
     assert prefixes == []  # some trackers store "a" and "a/b" in one place
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+from forerun.algorithms import ALGORITHMS
+from forerun.errors import UserError
 from forerun.report import plots
 from forerun.report.format import DASH, duration, number, times
 from forerun.report.page import Chart, macro, write_page
@@ -29,7 +32,7 @@ from forerun.report.summary import (
     verdict,
 )
 from forerun.tracking.environment import machine_line
-from forerun.tracking.metrics import TERMS, definition_of, unit_of
+from forerun.tracking.metrics import TERMS, define, definition_of, unit_of
 from forerun.tracking.reader import RunData, load_run
 
 Render = Callable[[RunData], str | None]
@@ -171,6 +174,7 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 def metrics_section(run: RunData) -> str | None:
     """Every metric of the run with its first, mean and last value and its definition."""
+    _define_metrics_of(run.algorithm)
     rows = []
     for name in run.names():
         values = run.series(name)[1]
@@ -179,6 +183,12 @@ def metrics_section(run: RunData) -> str | None:
             sentence = (definition_of(name) or "Not defined.").partition(" Unit: ")[0]
             rows.append((name, number(values[0]), number(mean), number(values[-1]), unit_of(name), sentence))
     return macro("sections", "metrics", rows) or None
+
+
+def _define_metrics_of(algorithm: str) -> None:
+    """Add the definitions that an algorithm brings; one that is not installed here leaves its metrics undefined."""
+    with suppress(UserError, ValueError):
+        define(ALGORITHMS.load(algorithm).metrics)
 
 
 def terms_section(run: RunData) -> str | None:

@@ -45,6 +45,12 @@ class RunData:
         """Names of all logged metrics in order of appearance."""
         return list(dict.fromkeys(name for row in self.metrics for name in row if name != "step"))
 
+    @property
+    def algorithm(self) -> str:
+        """The run's `train.algorithm`."""
+        train = _recipe(self.config).get("train")
+        return str(train.get("algorithm", "grpo")) if isinstance(train, dict) else "grpo"
+
 
 def load_run(run_dir: Path | str) -> RunData:
     """Read a run folder.
@@ -104,15 +110,19 @@ def overlap(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {key: statistics.median(values) for key, values in found.items() if values}
 
 
-def _recipe_facts(config: str) -> dict[str, Any]:
+def _recipe(config: str) -> dict[str, Any]:
+    """The recipe in config.resolved.yaml; empty for a broken one."""
     import yaml
 
     try:
         recipe = yaml.safe_load(config)
     except yaml.YAMLError:
         recipe = None
-    if not isinstance(recipe, dict):
-        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _recipe_facts(config: str) -> dict[str, Any]:
+    recipe = _recipe(config)
     speculation = recipe.get("speculation")
     return {
         "recipe": recipe.get("name") or recipe.get("recipe"),
@@ -145,6 +155,7 @@ def _read_text(path: Path) -> str:
 
 
 def read_json(path: Path, missing: list[str]) -> dict[str, Any]:
+    """A JSON object; empty where the file is absent or broken, the latter with a sentence in `missing`."""
     if not path.exists():
         return {}
     try:
