@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from forerun.algorithms import ALGORITHMS
+from forerun.algorithms import definitions
 from forerun.tracking.metrics import define
 from forerun.tracking.run_folder import RunFolder
 
@@ -59,7 +59,7 @@ def summary() -> dict[str, Any]:
 
 @pytest.fixture
 def run(tmp_path: Path, summary: dict[str, Any]) -> RunFolder:
-    define(ALGORITHMS.load("grpo").metrics)  # as the learner does
+    define(definitions("grpo"))  # as the learner does
     folder = RunFolder.create(tmp_path, "quickstart")
     folder.write_config(f"name: quickstart\nspeculation: {{method: eagle3, k: 3, verify: block}}\nprompt: '{NASTY}'\n")
     folder.write_env()

@@ -45,8 +45,8 @@ def test_a_latest_that_is_a_folder_is_not_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_refused_by_name_and_step(tmp_path: Path, value: float) -> None:
     run = RunFolder.create(tmp_path, "a")
-    with pytest.raises(UserError, match=r"policy/loss is -?(nan|inf) at step 7"):
-        run.log(7, {"reward/mean": 0.5, "policy/loss": value})
+    with pytest.raises(UserError, match=r"draft/loss is -?(nan|inf) at step 7"):
+        run.log(7, {"reward/mean": 0.5, "draft/loss": value})
     assert not run.metrics.exists()  # nothing of the step was written
 
 

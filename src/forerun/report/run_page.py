@@ -17,7 +17,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from forerun.algorithms import ALGORITHMS
+from forerun.algorithms import definitions
 from forerun.errors import UserError
 from forerun.report import plots
 from forerun.report.format import DASH, duration, number, times
@@ -188,7 +188,7 @@ def metrics_section(run: RunData) -> str | None:
 def _define_metrics_of(algorithm: str) -> None:
     """Add the definitions that an algorithm brings; one that is not installed here leaves its metrics undefined."""
     with suppress(UserError, ValueError):
-        define(ALGORITHMS.load(algorithm).metrics)
+        define(definitions(algorithm))
 
 
 def terms_section(run: RunData) -> str | None:
