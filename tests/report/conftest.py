@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from forerun.algorithms import definitions
+from forerun.tracking.metrics import define
 from forerun.tracking.run_folder import RunFolder
 
 NASTY = "</script><script>alert('text')</script><img src=x onerror=alert(1)> & \"quotes\""
@@ -57,6 +59,7 @@ def summary() -> dict[str, Any]:
 
 @pytest.fixture
 def run(tmp_path: Path, summary: dict[str, Any]) -> RunFolder:
+    define(definitions("grpo"))  # as the learner does
     folder = RunFolder.create(tmp_path, "quickstart")
     folder.write_config(f"name: quickstart\nspeculation: {{method: eagle3, k: 3, verify: block}}\nprompt: '{NASTY}'\n")
     folder.write_env()

@@ -13,7 +13,7 @@ import pytest
 from forerun.errors import UserError
 from forerun.tracking.environment import describe_environment, machine_line
 from forerun.tracking.files import write_atomically
-from forerun.tracking.metrics import DEFINITIONS, definition_of, nearest_name, unit_of
+from forerun.tracking.metrics import DEFINITIONS, define, definition_of, nearest_name, unit_of
 from forerun.tracking.run_folder import RunFolder
 
 FULL = Path("/dev/full")
@@ -45,8 +45,8 @@ def test_a_latest_that_is_a_folder_is_not_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_refused_by_name_and_step(tmp_path: Path, value: float) -> None:
     run = RunFolder.create(tmp_path, "a")
-    with pytest.raises(UserError, match=r"policy/loss is -?(nan|inf) at step 7"):
-        run.log(7, {"reward/mean": 0.5, "policy/loss": value})
+    with pytest.raises(UserError, match=r"draft/loss is -?(nan|inf) at step 7"):
+        run.log(7, {"reward/mean": 0.5, "draft/loss": value})
     assert not run.metrics.exists()  # nothing of the step was written
 
 
@@ -74,6 +74,10 @@ def test_every_definition_is_a_sentence_with_a_unit() -> None:
     for name, sentence in DEFINITIONS.items():
         assert ". Unit: " in sentence and sentence.endswith("."), name
     assert unit_of("time/step") == "seconds"
+    with pytest.raises(ValueError, match="must read"):
+        define({"mine/loss": "A loss without its unit."})
+    with pytest.raises(ValueError, match="already defined"):
+        define({"time/step": "Something else. Unit: seconds."})
     prefixes = [name for name in DEFINITIONS if any(other.startswith(name + "/") for other in DEFINITIONS)]
     assert prefixes == []  # some trackers store "a" and "a/b" in one place
 
@@ -159,7 +163,7 @@ def test_env_names_machine_and_versions_and_no_user(tmp_path: Path) -> None:
 
 def test_the_room_imports_nothing_heavy() -> None:
     code = (
-        "import sys, forerun.report.html, forerun.report.console\n"
+        "import sys, forerun.report.run_page, forerun.report.console\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

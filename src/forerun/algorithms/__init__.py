@@ -9,6 +9,7 @@ from forerun.algorithms.base import Aggregation, Algorithm, Loss, PolicyBatch
 from forerun.algorithms.losses import (
     CLIPPING,
     CONSTANT_LENGTH,
+    OBJECTIVE,
     SEQUENCE_MEAN,
     TOKEN_MEAN,
     clipped_loss,
@@ -16,7 +17,7 @@ from forerun.algorithms.losses import (
 )
 from forerun.registry import Registry
 
-__all__ = ["ALGORITHMS", "Aggregation", "Algorithm", "Loss", "PolicyBatch"]
+__all__ = ["ALGORITHMS", "Aggregation", "Algorithm", "Loss", "PolicyBatch", "definitions"]
 
 ALGORITHMS = Registry(
     "algorithm",
@@ -26,3 +27,8 @@ ALGORITHMS = Registry(
         "gspo": Algorithm(grpo_advantages, sequence_clipped_loss, SEQUENCE_MEAN, CLIPPING),  # 2507.18071
     },
 )
+
+
+def definitions(algorithm: str) -> dict[str, str]:
+    """Of every metric that an algorithm logs, a sentence and a unit. Raises UserError: there is no such algorithm."""
+    return OBJECTIVE | dict(ALGORITHMS.load(algorithm).metrics)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from forerun.algorithms import ALGORITHMS, Algorithm, PolicyBatch
+from forerun.algorithms import ALGORITHMS, Algorithm, PolicyBatch, definitions
 from forerun.algorithms.losses import objective
 from forerun.algorithms.off_policy import correct
 from forerun.config import TrainConfig
@@ -67,7 +67,7 @@ class Objective:
         self.config = config
         self.max_new_tokens = max_new_tokens
         self.algorithm: Algorithm = ALGORITHMS.load(config.algorithm)
-        define(self.algorithm.metrics)
+        define(definitions(config.algorithm))
 
     def plan(self, rollouts: Sequence[Rollout], advantages: Tensor, scored: Scored) -> Update:
         """Weigh the tokens and choose the rollouts that have a gradient. `advantages` is [P·n]."""

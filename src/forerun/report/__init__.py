@@ -1,1 +1,1 @@
-"""What a run writes down and shows: `metrics` (files), `console` (live lines, final table), `html` (the page)."""
+"""What people see of a run: console lines, tables, offline pages, plots."""

@@ -1,14 +1,13 @@
 """The report's figures as plotly's own JSON: {"data": [traces], "layout": {...}}.
 
-A colour is the name of a CSS variable ("--speculative"); the page resolves it for light and dark. Fonts, margins, grid
-and background belong to the page too, so a figure says only what it shows. Each function takes the run and returns
-None when the run has nothing for it.
-Left out: plotly's Python objects, which these dicts are the short form of.
+A colour is the name of a CSS variable ("--speculative"), which the page resolves for light and dark. Fonts, margins,
+grid and background are the page's (`static/page.js`). A layout key may be dotted. Each function of a run returns None
+when the run has no data for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from forerun.report.format import times
@@ -22,7 +21,7 @@ Trace = dict[str, Any]
 
 POSITION_COLORS = 8  # CSS variables --position-1 to --position-8, dark to light
 GANTT_STEPS = 4
-GANTT_KINDS = {  # what is drawn alike: {label: (colour, events of the learner, events of an engine)}
+GANTT_KINDS = {  # {label: (colour, events of the learner, events of an engine)}
     "data": ("--stage-data", ("data",), ()),
     "weights": ("--stage-prepare", ("prepare",), ("load",)),
     "waits for rollouts": ("--waiting", ("generation",), ()),
@@ -35,6 +34,8 @@ GANTT_KINDS = {  # what is drawn alike: {label: (colour, events of the learner, 
     "starts again": ("--warning-fill", (), ("start",)),
 }
 BAND_COLORS = {name: f"--stage-{name}" for name in (*STAGES, "other")}
+STACKED_STAGES = {"barmode": "stack", "hovermode": "closest", "yaxis.type": "category", "yaxis.showgrid": False}
+CATEGORIES = {"xaxis.type": "category", "yaxis.type": "category"}
 
 
 def line(name: str, xs: Sequence[float], ys: Sequence[float], color: str, dash: str = "solid") -> Trace:
@@ -51,9 +52,60 @@ def line(name: str, xs: Sequence[float], ys: Sequence[float], color: str, dash: 
 
 
 def bars(name: str, xs: Sequence[Any], ys: Sequence[float], color: str, text: Sequence[str] = ()) -> Trace:
-    """Vertical bars, with a word over each where `text` has one."""
+    """Vertical bars, each under its `text`."""
     trace: Trace = {"type": "bar", "name": name, "x": list(xs), "y": list(ys), "marker": {"color": color}}
     return trace | ({"text": list(text), "textposition": "outside", "cliponaxis": False} if text else {})
+
+
+def horizontal_bars(
+    name: str, rows: Sequence[str], lengths: Sequence[float | None], texts: Sequence[str], color: str, hover: str
+) -> Trace:
+    """A horizontal bar in each of the rows, with its text inside."""
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": name,
+        "y": list(rows),
+        "x": list(lengths),
+        "text": list(texts),
+        "textposition": "inside",
+        "insidetextanchor": "middle",
+        "textangle": 0,
+        "textfont": {"color": "--on-bar"},
+        "marker": {"color": color},
+        "hovertemplate": hover,
+    }
+
+
+def stage_bars(stage: str, rows: Sequence[str], seconds: Sequence[float], texts: Sequence[str]) -> Trace:
+    """One stage of steps that are drawn as stacked horizontal bars (layout `STACKED_STAGES`)."""
+    return horizontal_bars(stage, rows, seconds, texts, BAND_COLORS[stage], "%{x:.2f} s")
+
+
+def heat_map(cells: Mapping[tuple[int, float], float], text: str, hover: str) -> Trace:
+    """Speed-up over k (up) and another number (across): blue is faster than plain decoding, red slower.
+
+    Args:
+        cells: (k, other) -> speed-up; missing cells stay empty.
+        text: format of a cell's text, e.g. "{:.2f}x".
+        hover: plotly template.
+    """
+    ks = sorted({k for k, _ in cells})
+    others = sorted({other for _, other in cells})
+    values = [[cells.get((k, other)) for other in others] for k in ks]
+    return {
+        "type": "heatmap",
+        "x": [f"{other:g}" for other in others],
+        "y": [str(k) for k in ks],
+        "z": values,
+        "text": [["" if value is None else text.format(value) for value in row] for row in values],
+        "texttemplate": "%{text}",
+        "zmid": 1.0,
+        "colorscale": "RdBu",
+        "reversescale": True,
+        "showscale": False,
+        "hovertemplate": hover + "<extra></extra>",
+    }
 
 
 def figure(data: list[Trace], x: str, y: str, layout: dict[str, Any] | None = None) -> Figure:
@@ -62,7 +114,7 @@ def figure(data: list[Trace], x: str, y: str, layout: dict[str, Any] | None = No
 
 
 def over_steps(run: RunData, y: str, names: dict[str, tuple[str, str]], layout: dict[str, Any] | None = None) -> Figure:
-    """Lines over training steps from {metric: (label, colour)}; metrics that the run does not have are left out."""
+    """Lines over training steps from {metric: (label, colour)}, for the metrics that the run has."""
     data = []
     for metric, (label, color) in names.items():
         steps, values = run.series(metric)
@@ -99,25 +151,9 @@ def mean_step_bars(run: RunData) -> Figure | None:
     data = []
     for row in rows:
         seconds = [row.seconds, row.seconds + (plain - spec if row.name == "generation" else 0.0)]
-        data.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": row.name,
-                "y": ["speculative", "plain<br>(predicted)"],
-                "x": seconds,
-                "text": [f"{value:.1f}" if value > 0.05 * total else "" for value in seconds],
-                "textposition": "inside",
-                "insidetextanchor": "middle",
-                "textangle": 0,
-                "textfont": {"color": "--on-bar"},
-                "marker": {"color": BAND_COLORS[row.name]},
-                "hovertemplate": "%{x:.2f} s",
-            }
-        )
-    layout: dict[str, Any] = {"barmode": "stack", "hovermode": "closest", "yaxis.type": "category"}
-    layout |= {"xaxis.showgrid": True, "yaxis.showgrid": False}
-    return figure(data, "seconds of the mean step", "", layout)
+        texts = [f"{value:.1f}" if value > 0.05 * total else "" for value in seconds]
+        data.append(stage_bars(row.name, ["speculative", "plain<br>(predicted)"], seconds, texts))
+    return figure(data, "seconds of the mean step", "", STACKED_STAGES | {"xaxis.showgrid": True})
 
 
 def compared_bars(run: RunData) -> Figure | None:
@@ -192,7 +228,7 @@ def timeline(run: RunData) -> Figure | None:
 
 
 def gantt(run: RunData) -> Figure | None:
-    """The last steps: a row for the learner and one for each engine, a bar for everything that it did."""
+    """The last steps: a row for the learner and one for each engine, a bar per event."""
     stages = [event for event in run.timeline if event.lane == LEARNER and event.name in STAGES]
     if not stages:
         return None
@@ -210,25 +246,13 @@ def gantt(run: RunData) -> Figure | None:
 def _gantt_bars(label: str, events: Sequence[Event]) -> Trace:
     color, of_learner, of_engines = GANTT_KINDS[label]
     drawn = [e for e in events if e.seconds is not None and e.name in (of_learner if e.lane == LEARNER else of_engines)]
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "name": label,
-        "y": [e.lane for e in drawn],
-        "x": [e.seconds for e in drawn],
-        "base": [e.start_s for e in drawn],
-        "text": [str(e.step) if label in ("generates", "trains") else "" for e in drawn],
-        "textposition": "inside",
-        "insidetextanchor": "middle",
-        "textangle": 0,
-        "textfont": {"color": "--on-bar"},
-        "marker": {"color": color},
-        "customdata": [
-            f"step {e.step}" + (f", version {e.version}" if e.version is not None else "") + f": {e.seconds:.3f} s"
-            for e in drawn
-        ],
-        "hovertemplate": "%{y}: " + label + ", %{customdata}<extra></extra>",
-    }
+    texts = [str(e.step) if label in ("generates", "trains") else "" for e in drawn]
+    hover = "%{y}: " + label + ", %{customdata}<extra></extra>"
+    trace = horizontal_bars(label, [e.lane for e in drawn], [e.seconds for e in drawn], texts, color, hover)
+    versions = [f", version {e.version}" if e.version is not None else "" for e in drawn]
+    trace["base"] = [e.start_s for e in drawn]
+    trace["customdata"] = [f"step {e.step}{v}: {e.seconds:.3f} s" for e, v in zip(drawn, versions, strict=True)]
+    return trace
 
 
 def _gantt_losses(events: Sequence[Event]) -> Trace:
@@ -245,7 +269,7 @@ def _gantt_losses(events: Sequence[Event]) -> Trace:
 
 
 def idle_curves(run: RunData) -> Figure | None:
-    """Shares of the step in which the learner waited for rollouts, and the engine for anything to do."""
+    """Shares of the step in which the learner waited for rollouts, and the engine for work."""
     data = []
     for label, metric, color in (
         ("learner", "time/exposed_generation", "--stage-train"),
@@ -258,7 +282,7 @@ def idle_curves(run: RunData) -> Figure | None:
 
 
 def waiting_curve(run: RunData) -> Figure | None:
-    """Steps that were generated and waited for the learner."""
+    """Generated steps that waited for the learner."""
     names = {"async/steps_waiting": ("steps waiting", "--speculative")}
     most = max(run.series("async/steps_waiting")[1], default=0.0)
     return _or_none(over_steps(run, "steps", names, {"yaxis.rangemode": "tozero", "yaxis.dtick": 1 + int(most) // 6}))
@@ -297,7 +321,7 @@ def truncated_bars(run: RunData) -> Figure | None:
 
 
 def mismatch_curves(run: RunData) -> Figure | None:
-    """Disagreement of engine and learner about the same tokens, on a logarithmic axis."""
+    """Difference between engine and learner on the same tokens, on a logarithmic axis."""
     names = {
         "mismatch/kl": ("KL, nats per token", "--speculative"),
         "mismatch/logp_diff_max": ("largest log-probability difference", "--plain"),
@@ -334,5 +358,5 @@ def clip_curves(run: RunData) -> Figure | None:
 
 
 def drafter_curve(run: RunData) -> Figure | None:
-    """Loss of the drafter that learns beside the policy."""
+    """Loss of a drafter that trains during the run."""
     return _or_none(over_steps(run, "loss", {"draft/loss": ("drafter loss", "--stage-train")}))

@@ -1,9 +1,8 @@
-"""The figures of the final table as sentences and rows, for the console and the report alike.
+"""The final table as sentences and rows, for console and report.
 
-A summary is the content of summary.json. Every function takes a partial one: what is missing becomes a dash or no row.
-Plain step time is not measured, it is predicted: step - speculative generation + plain generation, where the two
-generation times are those of the compared steps. It is labelled as predicted wherever it is printed.
-Left out: anything that measures.
+A summary is the content of summary.json, complete or not: what is missing becomes a dash or no row. Plain step time is
+predicted, not measured, and labelled so: step - speculative generation + plain generation, the two generation times
+being those of the compared steps.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from forerun.types import STAGES
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the comparison: what, without speculation, with it, and how many times better with it."""
+    """One row of the comparison. `ratio` is above 1 where speculation is better."""
 
     label: str
     plain: str
@@ -38,19 +37,19 @@ class Stage:
 
 
 def compared(summary: Mapping[str, Any], key: str) -> float | None:
-    """Median of one figure over the compared steps, None when nothing was compared."""
+    """Median of one number over the compared steps; None when nothing was compared."""
     values = [row[key] for row in summary.get("compare") or [] if row.get(key) is not None]
     return statistics.median(values) if values else None
 
 
 def speedup_generation(summary: Mapping[str, Any]) -> float | None:
-    """Plain over speculative generation seconds: the summary's figure, else the median over its compared steps."""
+    """Plain over speculative generation seconds: the summary's own, else the median over its compared steps."""
     stated = summary.get("speedup_generation")
     return stated if stated is not None else compared(summary, "speedup")
 
 
 def predicted_plain_step_s(summary: Mapping[str, Any]) -> float | None:
-    """Seconds of a step had it generated plainly: step - speculative generation + plain generation."""
+    """Predicted seconds of a plain step: step - speculative generation + plain generation."""
     step, plain, spec = summary.get("step_seconds"), compared(summary, "plain_s"), compared(summary, "spec_s")
     if step is None or plain is None or spec is None:
         return None
@@ -58,12 +57,12 @@ def predicted_plain_step_s(summary: Mapping[str, Any]) -> float | None:
 
 
 def is_speculative(summary: Mapping[str, Any]) -> bool:
-    """Whether the run drafted at all."""
+    """Whether the run used a drafter."""
     return (summary.get("speculation") or {}).get("method", "none") not in (None, "none")
 
 
 def speculation_text(summary: Mapping[str, Any]) -> str:
-    """The speculation in words, with the rule in force, e.g. "eagle3, k = 5, block verification"."""
+    """Drafter, k and the rule in force, e.g. "eagle3, k = 5, block verification"."""
     if not is_speculative(summary):
         return "no speculation"
     block = summary["speculation"]
@@ -74,7 +73,7 @@ def speculation_text(summary: Mapping[str, Any]) -> str:
 
 
 def comparison_rows(summary: Mapping[str, Any]) -> list[Row]:
-    """The rows plain | speculative | ratio of the final table. Ratios above 1 mean that speculation is better."""
+    """The rows plain | speculative | ratio of the final table."""
     plain_step, step = predicted_plain_step_s(summary), summary.get("step_seconds")
     rows = [
         Row(
@@ -110,7 +109,7 @@ def _acceptance_text(summary: Mapping[str, Any]) -> str:
 
 
 def comparison_note(summary: Mapping[str, Any]) -> str:
-    """What the comparison rests on, e.g. "medians over 3 steps, same prompts, batch and temperature"."""
+    """How the comparison was measured, in a sentence."""
     count = len(summary.get("compare") or [])
     if not count:
         return "Plain decoding was not measured in this run."
@@ -119,7 +118,7 @@ def comparison_note(summary: Mapping[str, Any]) -> str:
 
 
 def stage_rows(summary: Mapping[str, Any]) -> list[Stage]:
-    """The five stages of the mean step, and as "other" what they leave of it; empty without stage times."""
+    """The five stages of the mean step, and its remainder as "other"; empty without stage times."""
     seconds = summary.get("stage_seconds") or {}
     known = [(name, float(seconds[name])) for name in STAGES if seconds.get(name) is not None]
     if not known:
@@ -132,7 +131,7 @@ def stage_rows(summary: Mapping[str, Any]) -> list[Stage]:
 
 
 def reward_text(summary: Mapping[str, Any]) -> str | None:
-    """Held-out reward at start and end with standard errors, and whether the change is more than their noise."""
+    """Held-out reward at start and end with standard errors, and whether the change is larger than those."""
     start, end = summary.get("reward_start"), summary.get("reward_end")
     if start is None or end is None:
         return None
@@ -151,7 +150,7 @@ def _with_error(value: float, error: float | None) -> str:
 
 
 def verdict(summary: Mapping[str, Any]) -> str:
-    """The run in one or two sentences: what speculation brought, and what became of the reward."""
+    """The run in one or two sentences: speed-up, and change of the reward."""
     if not summary:
         return "This run has not finished: it left no summary."
     reward = reward_text(summary)

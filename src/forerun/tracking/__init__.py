@@ -1,1 +1,1 @@
-"""The run folder and what is written into it: metrics and their definitions, timeline, environment."""
+"""What a run records: the run folder, metrics and their definitions, timeline, environment, trackers."""

@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Mapping
 
-from forerun.algorithms.losses import CLIPPING, OBJECTIVE
 from forerun.errors import UserError
 
 DEFINITIONS: dict[str, str] = {
@@ -40,9 +39,7 @@ DEFINITIONS: dict[str, str] = {
     "mismatch/masked_tokens": "Share of tokens that the off-policy correction masked. Unit: share.",
     "mismatch/masked_sequences": "Share of rollouts that the off-policy correction masked entirely. Unit: share.",
     "mismatch/effective_samples": "Effective sample size of the importance weights, per token. Unit: share.",
-    # the policy update
-    **OBJECTIVE,
-    **CLIPPING,
+    # the policy update; those of the loss are in algorithms/
     "policy/entropy": "Mean entropy of the policy over generated positions. Unit: nats per token.",
     "policy/grad_norm": "Norm of the policy's gradient before clipping. Unit: gradient.",
     "policy/lr": "Learning rate of the policy. Unit: per update.",

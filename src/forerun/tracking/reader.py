@@ -1,9 +1,8 @@
-"""A run folder read back, whole or in pieces: what is missing or torn is told in a sentence, never an error.
+"""Reads a run folder, complete or not: missing and broken files become sentences in `RunData.missing`, never errors.
 
-A run that was killed has no summary.json; `provisional_summary` makes one from the metrics so far, from fewer facts and
-under the same keys. Of rollouts.jsonl only a dozen samples are kept, from the first and the last step, spread over the
-rewards; the file itself is read line by line, so its size does not matter.
-Left out: drawing.
+A killed run has no summary.json; `provisional_summary` makes one from the metrics so far, with fewer entries under the
+same keys. Of rollouts.jsonl, read line by line, a dozen samples are kept, from the first and the last step, spread over
+the rewards.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ SAMPLES_IN_MEMORY = 256  # of one step
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """Everything that a report section may show. `metrics` has one dict per step, ascending, "step" among its keys."""
+    """The content of a run folder. `metrics` has one dict per step, ascending, "step" among its keys."""
 
     path: Path
     metrics: list[dict[str, Any]] = field(default_factory=list)
@@ -34,8 +33,8 @@ class RunData:
     config: str = ""
     env: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-    finished: bool = False  # whether `summary` is the run's own or a provisional one
-    timeline: list[Event] = field(default_factory=list)  # of a run that left one
+    finished: bool = False  # False: `summary` is provisional
+    timeline: list[Event] = field(default_factory=list)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, at the steps that have it."""
@@ -43,8 +42,14 @@ class RunData:
         return [step for step, _ in rows], [value for _, value in rows]
 
     def names(self) -> list[str]:
-        """Names of all logged metrics in the order in which they first appear."""
+        """Names of all logged metrics in order of appearance."""
         return list(dict.fromkeys(name for row in self.metrics for name in row if name != "step"))
+
+    @property
+    def algorithm(self) -> str:
+        """The run's `train.algorithm`."""
+        train = _recipe(self.config).get("train")
+        return str(train.get("algorithm", "grpo")) if isinstance(train, dict) else "grpo"
 
 
 def load_run(run_dir: Path | str) -> RunData:
@@ -75,7 +80,7 @@ def load_run(run_dir: Path | str) -> RunData:
 
 
 def provisional_summary(metrics: list[dict[str, Any]], config: str) -> dict[str, Any]:
-    """The figures of the final table as far as metrics and recipe give them, for a run without a summary."""
+    """A summary from metrics and recipe alone, for a run without summary.json."""
     trained = [row for row in metrics if row.get("time/step") is not None]
     summary: dict[str, Any] = _recipe_facts(config)
     summary["steps"] = len(trained)
@@ -105,15 +110,19 @@ def overlap(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {key: statistics.median(values) for key, values in found.items() if values}
 
 
-def _recipe_facts(config: str) -> dict[str, Any]:
+def _recipe(config: str) -> dict[str, Any]:
+    """The recipe in config.resolved.yaml; empty for a broken one."""
     import yaml
 
     try:
         recipe = yaml.safe_load(config)
     except yaml.YAMLError:
         recipe = None
-    if not isinstance(recipe, dict):
-        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
+def _recipe_facts(config: str) -> dict[str, Any]:
+    recipe = _recipe(config)
     speculation = recipe.get("speculation")
     return {
         "recipe": recipe.get("name") or recipe.get("recipe"),
@@ -146,6 +155,7 @@ def _read_text(path: Path) -> str:
 
 
 def read_json(path: Path, missing: list[str]) -> dict[str, Any]:
+    """A JSON object; empty where the file is absent or broken, the latter with a sentence in `missing`."""
     if not path.exists():
         return {}
     try:
@@ -199,7 +209,7 @@ def _read_samples(path: Path, missing: list[str]) -> list[dict[str, Any]]:
 
 
 def _spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` rows at equal distances in the order of their reward, the best and the worst among them."""
+    """`count` rows evenly spaced in the order of reward, the best and the worst among them."""
     ranked = sorted(rows, key=lambda row: -(row.get("reward") or 0.0))
     if len(ranked) <= count:
         return ranked

@@ -1,16 +1,15 @@
-"""The run folder: where a run writes down what it did, one file per kind of fact.
+"""The run folder: one file per kind of record.
 
     runs/2026-01-31T120000Z-quickstart/      runs/latest -> that folder
         config.resolved.yaml   every setting, defaults included
         env.json               machine, versions, commit
         metrics.jsonl          one line per `log`: {"step": 3, "reward/mean": 0.61, ...}
         rollouts.jsonl         one line per sample that was kept
-        timeline.json          who was busy when, as a trace (`timeline.py` writes and reads it)
+        timeline.json          spans of learner and engines, as a trace (`timeline.py`)
         summary.json           the figures of the final table
 
-Whole files are replaced atomically; the two .jsonl files only grow, line by line, and each line is on its way to the
-disk when the call returns. A run that is killed leaves at worst one torn last line, which `open` removes.
-Left out: checkpoints (the learner's), trackers, and the reading side (`reader.py`).
+Whole files are replaced atomically; the two .jsonl files only grow, line by line, and each line is handed to the system
+before the call returns. A killed run leaves at most one torn last line, which `open` removes.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from forerun.tracking.metrics import checked_metrics
 
 
 class RunFolder:
-    """One run's folder and the files in it. Make it with `create` for a new run and `open` for one that goes on."""
+    """The files of one run. Made by `create` for a new run, by `open` for one that is resumed."""
 
     def __init__(self, path: Path) -> None:
-        """Take `path` as it is; `create` and `open` are the ways in."""
+        """Name the files in `path`; use `create` or `open`."""
         self.path = path
         self.config = path / "config.resolved.yaml"
         self.env = path / "env.json"
@@ -61,7 +60,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
-        """Take an existing run folder (or the `latest` link) to go on in it; a torn last line is removed.
+        """Open an existing run folder (or the `latest` link) to resume; a torn last line is removed.
 
         Raises:
             UserError: there is no run in that folder.
@@ -134,7 +133,7 @@ class RunFolder:
 
 
 def _plain(value: Any) -> Any:
-    """What json does not know: paths as text, numbers of NumPy and torch as Python's."""
+    """For json: paths as text, numbers of NumPy and torch as Python's."""
     return str(value) if isinstance(value, Path) else value.item()
 
 

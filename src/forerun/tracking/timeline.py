@@ -5,12 +5,11 @@
     timeline.engine("replica 0").enter("generate", step=3, version=2)   # a state, until the next one
     timeline.flush()
 
-Trace Event Format as an array, one event per line and the comma before it, so that the array of a run that was killed
-lacks its closing bracket and nothing else; the format allows for that. Times are microseconds on the clock of the run,
-which stands still between a kill and the run's continuation. Every event belongs to a step, counted from 1 as in the
-metrics (0: before the first), and is dropped with it when the run is resumed before that step. An engine is in one
-state at a time; a state is one event however many rounds it has, so a step adds a few lines.
-Left out: what happens inside a round, and other processes' own clocks: a replica's events are what its parent hears.
+Trace Event Format as an array, one event per line with the comma before it: the file of a killed run lacks its closing
+bracket at most, which the format allows. Times are microseconds on the clock of the run, which stops between a kill and
+the resume. Every event belongs to a step, counted from 1 as in the metrics (0: before the first), and is dropped with
+it when the run resumes before that step. An engine is in one state at a time, and a state is one event however many
+rounds it has. A replica's events carry the times at which its messages arrived.
 """
 
 from __future__ import annotations
@@ -26,11 +25,12 @@ from typing import Any
 
 from forerun.tracking.files import disk_errors, write_atomically
 
-LEARNER = "learner"  # the one lane that is no engine's
-QUEUE, IN_FLIGHT = "steps waiting", "samples in flight"  # counters
-BUSY = ("load", "generate", "evaluate")  # states of an engine; the others are "idle" and "start", after a loss
-SHORTEST_IDLE_NS = 1_000_000  # a shorter one is not written
-COUNTS = 16  # of a counter that somebody else has sampled
+LEARNER = "learner"  # every other lane is an engine's
+QUEUE = "steps waiting"  # counter
+IN_FLIGHT = "samples in flight"  # counter
+BUSY = ("load", "generate", "evaluate")  # states of an engine; the others: "idle", and "start" of a replacement
+SHORTEST_IDLE_NS = 1_000_000  # a shorter idle state is not written
+MOST_COUNTS = 16  # points of a counter that are written by one `counts`
 Window = tuple[int, int]  # from, to in nanoseconds of the run's clock
 
 
@@ -49,7 +49,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A span or, without seconds, an instant, as it is read back."""
+    """A span or, without seconds, an instant, as read from a file."""
 
     lane: str
     name: str
@@ -63,17 +63,17 @@ class Timeline:
     """Records events from any thread; they reach the file with `flush`."""
 
     def __init__(self, path: Path, clock_s: float = 0.0, step: int = 0) -> None:
-        """Begin a file, or continue one behind `step`: events of later steps are dropped.
+        """Begin a file, or continue one after `step`: events of later steps are dropped.
 
         Args:
-            clock_s: where the run's clock stands; the last event that is kept may be later still.
+            clock_s: the run's clock at the least; it continues after the last event that is kept.
 
         Raises:
             UserError: the file cannot be written.
         """
         self.path = path
         self._lock = threading.RLock()
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[str, EngineStates] = {}
         kept = _cut(path, step)
         self._ids = {e["args"]["name"]: e["tid"] for e in kept if e["name"] == "thread_name"}
         self._empty, self._lines = not kept, [] if kept else [_process(1, LEARNER), _process(2, "rollouts")]
@@ -81,12 +81,12 @@ class Timeline:
         self._zero_ns = time.perf_counter_ns() - past_ns
 
     def now_ns(self) -> int:
-        """The run's clock."""
+        """The run's clock in nanoseconds."""
         return time.perf_counter_ns() - self._zero_ns
 
     @contextmanager
     def span(self, lane: str, name: str, step: int, version: int | None = None) -> Iterator[Span]:
-        """One event for the time within, also when it ends by an exception. Spans of one lane must not be nested."""
+        """One event for the time within, also when an exception ends it. Spans of one lane must not be nested."""
         span = Span(self.now_ns())
         try:
             yield span
@@ -108,27 +108,27 @@ class Timeline:
         self._write(lane, {"ph": "i", "s": "t", "name": name, "ts": self.now_ns() / 1e3, "args": _args(step)})
 
     def count(self, counter: str, value: float, step: int, at_ns: int | None = None) -> None:
-        """What a counter shows from now on, or from `at_ns`."""
+        """The value of a counter from now on, or from `at_ns`."""
         at = self.now_ns() if at_ns is None else at_ns
         event = {"ph": "C", "name": counter, "ts": at / 1e3, "args": {counter: value}, "step": step}
-        self._write(None, event)  # the arguments of a counter are its series: the step cannot stand among them
+        self._write(None, event)  # the arguments of a counter are its series, so the step is not among them
 
     def counts(self, counter: str, since_ns: int, points: Sequence[tuple[float, int]], step: int) -> None:
-        """At most `COUNTS` of the given points, (seconds after `since_ns`, value), and 0 at the time of the last."""
-        for seconds, value in points[:: -(-len(points) // COUNTS)] if points else ():
+        """At most `MOST_COUNTS` of the points (seconds after `since_ns`, value), and 0 at the time of the last."""
+        for seconds, value in points[:: -(-len(points) // MOST_COUNTS)] if points else ():
             self.count(counter, value, step, since_ns + round(seconds * 1e9))
         if points:
             self.count(counter, 0, step, since_ns + round(points[-1][0] * 1e9))
 
-    def engine(self, lane: str) -> Engine:
+    def engine(self, lane: str) -> EngineStates:
         """The states of one rollout engine."""
         with self._lock:
-            return self._engines.setdefault(lane, Engine(self, lane))
+            return self._engines.setdefault(lane, EngineStates(self, lane))
 
     def engine_idle_s(self, windows: Sequence[Window]) -> float:
         """Seconds of these windows in which an engine neither generated nor loaded weights; the mean over engines.
 
-        Windows are asked for in the order of time: what lies before the end of the last one is forgotten.
+        Windows must be passed in the order of time: what lies before the end of the last one is forgotten.
         """
         with self._lock:
             engines = list(self._engines.values())
@@ -136,7 +136,7 @@ class Timeline:
         return sum(end - start for start, end in windows) / 1e9 - busy_s / max(1, len(engines))
 
     def flush(self) -> None:
-        """Append what is new in one write. Raises UserError when the disk is full."""
+        """Append the new events in one write. Raises UserError when the disk is full."""
         with self._lock:
             lines, self._lines = self._lines, []
             text = "".join(("[" if self._empty and i == 0 else ",") + line + "\n" for i, line in enumerate(lines))
@@ -145,7 +145,7 @@ class Timeline:
             self._empty = self._empty and not lines
 
     def close(self) -> None:
-        """Write the rest and close the array. States under way, which nothing has ended, are not written."""
+        """Write the rest and close the array. States that have not ended are not written."""
         with self._lock:
             self.flush()
             with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
@@ -163,29 +163,33 @@ class Timeline:
         return {"pid": 1 if lane == LEARNER else 2, "tid": 0 if lane is None else self._ids[lane]}
 
 
-class Engine:
-    """What one rollout engine does: one state after another, with no time between them."""
+class EngineStates:
+    """The states of one rollout engine, one after another without gaps."""
 
     def __init__(self, timeline: Timeline, lane: str) -> None:
-        """It is idle now."""
-        self._timeline, self._lane = timeline, lane
+        """Starts idle."""
+        self._timeline = timeline
+        self._lane = lane
         self._state: tuple[str, int, int | None] = ("idle", 0, None)  # name, step, version
         self._since = timeline.now_ns()
-        self._busy: list[Window] = []  # not asked for yet
+        self._busy: list[Window] = []  # that later windows may overlap
 
     def enter(self, name: str, step: int, version: int | None = None) -> None:
-        """End the present state, which makes it an event, and begin another; a state that goes on is not cut."""
-        timeline, entered = self._timeline, (name, step, version)
+        """End the present state, which becomes an event, and begin another; the same state goes on."""
+        timeline = self._timeline
+        entered = (name, step, version)
         with timeline._lock:
             if entered == self._state:
                 return
-            before, span = self._state, Span(self._since, timeline.now_ns())
-            self._state, self._since = entered, span.end_ns
-            if before[0] in BUSY:
+            left = self._state
+            span = Span(self._since, timeline.now_ns())
+            self._state = entered
+            self._since = span.end_ns
+            if left[0] in BUSY:
                 self._busy.append((span.start_ns, span.end_ns))
             elif span.end_ns - span.start_ns < SHORTEST_IDLE_NS:
                 return
-            timeline.add(self._lane, before[0], span, *before[1:])
+            timeline.add(self._lane, left[0], span, *left[1:])
 
     def busy_ns(self, windows: Sequence[Window]) -> int:
         """Time of these windows in a busy state, the present one included; see `Timeline.engine_idle_s`."""
@@ -196,7 +200,7 @@ class Engine:
 
 
 def read_timeline(path: Path) -> tuple[list[Event], int]:
-    """Spans and instants of a file, whole or not, and the number of lines that are no event."""
+    """Spans and instants of a file, complete or not, and the number of broken lines."""
     events, broken = _read(path)
     lanes = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     found = [
@@ -215,7 +219,7 @@ def read_timeline(path: Path) -> tuple[list[Event], int]:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The events as they stand in the file, and the number of lines that are none."""
+    """The events of a file as JSON, and the number of broken lines."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     lines = [line for line in text.splitlines() if line not in ("]", "")]
     events = [event for line in lines if (event := _event(line)) is not None]
@@ -223,7 +227,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _event(line: str) -> dict[str, Any] | None:
-    """A line's event; None for one that was cut off."""
+    """The event of a line; None for a broken one."""
     try:
         event: dict[str, Any] = json.loads(line.lstrip("[,"))
         known = event["ph"] == "M" or (event["tid"] >= 0 and _step_of(event) >= 0 and _end_us(event) >= 0)
@@ -233,7 +237,7 @@ def _event(line: str) -> dict[str, Any] | None:
 
 
 def _cut(path: Path, step: int) -> list[dict[str, Any]]:
-    """Leave the events of steps up to `step` in the file, its array open; returns them."""
+    """Keep the events of steps up to `step` in the file, its array open; returns them."""
     kept = [event for event in _read(path)[0] if event["ph"] == "M" or _step_of(event) <= step]
     if path.exists():
         write_atomically(path, "".join(f"{',' if i else '['}{json.dumps(event)}\n" for i, event in enumerate(kept)))

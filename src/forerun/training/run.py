@@ -23,7 +23,7 @@ from forerun.events import Finished, Note, Warned, Work, during, finish
 from forerun.learner.cotrain_distributed import beside
 from forerun.learner.distributed import make_learner
 from forerun.models import Policy, load_policy
-from forerun.report.html import write_report
+from forerun.report.run_page import write_report
 from forerun.simulate.plan.predict import Prediction, compare, predict_recipe
 from forerun.tasks import load_task
 from forerun.tracking.environment import machine_line

@@ -1,11 +1,11 @@
-"""The page's figures of who was busy when, from the timeline and the metrics of a run."""
+"""The page's figures of learner and engines side by side, from timeline and metrics of a run."""
 
 from __future__ import annotations
 
 import pytest
 
 from forerun.report import plots
-from forerun.report.html import write_report
+from forerun.report.run_page import write_report
 from forerun.tracking.reader import load_run
 from forerun.tracking.run_folder import RunFolder
 from forerun.tracking.timeline import Timeline, read_timeline
@@ -28,7 +28,7 @@ def test_the_page_draws_the_last_steps(run: RunFolder) -> None:
     assert bars["generates"]["customdata"][0].startswith("step 4, version 3: 0.00")
 
 
-def test_a_torn_timeline_is_told_and_the_rest_drawn(run: RunFolder) -> None:
+def test_a_torn_timeline_is_named_and_its_rest_drawn(run: RunFolder) -> None:
     write_steps(Timeline(run.timeline), range(1, 4))
     text = run.timeline.read_text()
     run.timeline.write_text(text[:-30])

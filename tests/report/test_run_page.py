@@ -6,55 +6,18 @@ import base64
 import hashlib
 import json
 import re
-from html.parser import HTMLParser
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from forerun.errors import UserError
-from forerun.report.html import SECTIONS, Section, write_report
 from forerun.report.page import data_json
+from forerun.report.run_page import SECTIONS, Section, write_report
 from forerun.tracking.reader import RunData, load_run
 from forerun.tracking.run_folder import RunFolder
-
-
-class Page(HTMLParser):
-    """Tags, attributes, scripts and visible text of a page."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.contents: dict[str, list[str]] = {"script": [], "style": []}
-        self.text = ""
-        self._inside = ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._inside = tag if tag in self.contents else ""
-        if self._inside:
-            self.contents[tag].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside:
-            self.contents[self._inside][-1] += data
-        else:
-            self.text += data
-
-    def code(self) -> list[str]:
-        """Scripts that run, without the blocks of data."""
-        scripts = [attrs for tag, attrs in self.tags if tag == "script"]
-        return [body for body, attrs in zip(self.contents["script"], scripts, strict=True) if "type" not in attrs]
-
-
-def figures(page: Page) -> dict[str, Any]:
-    scripts = [attrs for tag, attrs in page.tags if tag == "script"]
-    pairs = zip(scripts, page.contents["script"], strict=True)
-    return {str(attrs["id"]): json.loads(body) for attrs, body in pairs if "id" in attrs}
+from pages import Page
 
 
 def test_the_page_loads_nothing_from_anywhere(run: RunFolder) -> None:
@@ -103,13 +66,13 @@ def test_the_page_holds_verdict_figures_samples_and_definitions(run: RunFolder) 
         "1.50 per round",
     ):
         assert words in " ".join(page.text.split()), words
-    drawn = figures(page)
+    drawn = page.figures()
     assert {"stages", "mean-step", "compared", "reward", "positions", "acceptance", "timeline", "lengths"} <= set(drawn)
     assert [tag for tag, attrs in page.tags if attrs.get("class") == "a"].count("i") == 2 * 6  # 6 samples have a mask
 
 
 def test_figures_carry_the_numbers_of_the_files(run: RunFolder) -> None:
-    drawn = figures(Page(write_report(run.path)))
+    drawn = Page(write_report(run.path)).figures()
     stages = {trace["name"]: trace["y"] for trace in drawn["stages"]["data"]}
     assert stages["generation"] == [12.5] * 3 and stages["other"] == pytest.approx([0.2] * 3)
     held_out = drawn["reward"]["data"][1]
@@ -143,7 +106,7 @@ def test_a_run_killed_early_says_how_far_it_came(run: RunFolder) -> None:
     assert "1.60x" in page.text  # the comparisons so far
 
 
-def test_broken_files_are_told_not_raised(run: RunFolder) -> None:
+def test_broken_files_are_named_on_the_page_and_no_error(run: RunFolder) -> None:
     run.summary.write_text("{")
     run.env.write_text("[1]")
     run.config.write_text("a: [")
@@ -174,3 +137,14 @@ def test_sections_can_be_added_and_none_is_named_as_absent(run: RunFolder) -> No
 def test_a_folder_without_a_run_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds none of"):
         write_report(tmp_path)
+
+
+def test_the_page_defines_the_metrics_of_the_run_s_algorithm_without_torch(run: RunFolder) -> None:
+    code = (
+        "import sys; from forerun.report.run_page import write_report\n"
+        "print(write_report(sys.argv[1]), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run.path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(run.report), "False"]
+    text = Page(run.report).words
+    assert "Share of tokens whose probability ratio was clipped from below." in text and "Not defined" not in text
