@@ -329,7 +329,7 @@ def ten_steps(
         scored = finish(learner.score(rollouts, forward=trainer.forward if trainer else completion_logits))
         finish(learner.update(rollouts, advantages, scored, 1e-3))
         if trainer is not None:
-            losses.append(trainer.train(step, rollouts, scored.entropies)["draft/loss"])
+            losses.append(trainer.update(step, rollouts, scored.entropies)["draft/loss"])
         if leak:
             (1e-3 * policy.model.lm_head(torch.ones(2, 48)).sum()).backward()
     return seen, dict(policy.model.state_dict()), losses
