@@ -184,7 +184,7 @@ def learn(trajectory: Trajectory, trainers: Sequence[CoTrainer], generated: Any,
 
     scored = trajectory.update(generated, forward)
     for trainer in trainers:
-        trainer.train(step, generated.rollouts, scored.entropies)
+        trainer.update(step, generated.rollouts, scored.entropies)
     return scored.entropy
 
 

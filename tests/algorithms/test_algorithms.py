@@ -113,7 +113,7 @@ def sampled(policy: Policy) -> list[Rollout]:
 def moved(scored: Scored) -> Scored:
     """As if the policy had been another before the update: ratios on both sides of the clipping bounds."""
     source = torch.Generator().manual_seed(0)
-    shift = 0.2 * torch.randn(len(scored.logprobs), generator=source)
+    shift = 0.4 * (-1.0) ** torch.arange(1, len(scored.logprobs) + 1)
     old = [x + 0.3 * torch.randn(len(x), generator=source) + s for x, s in zip(scored.logprobs, shift, strict=True)]
     return replace(scored, logprobs=old)
 

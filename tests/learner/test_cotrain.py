@@ -80,7 +80,7 @@ def ten_steps(
         scored = finish(learner.score(rollouts, forward=trainer.forward if trainer else completion_logits))
         finish(learner.update(rollouts, advantages, scored, 1e-3))
         if trainer is not None:
-            metrics.append(trainer.train(step, rollouts, scored.entropies))
+            metrics.append(trainer.update(step, rollouts, scored.entropies))
         if leak:
             (1e-3 * policy.model.get_input_embeddings()(torch.tensor([5, 6])).sum()).backward()
     return seen, dict(policy.model.state_dict()), metrics
@@ -131,7 +131,7 @@ def test_no_forward_of_the_policy_is_added(tiny: Callable[..., Path], method: st
         trainer.begin(step)
         scored = finish(learner.score(rollouts, forward=trainer.forward))
         finish(learner.update(rollouts, advantages, scored, 1e-3))
-        metrics = trainer.train(step, rollouts, scored.entropies)
+        metrics = trainer.update(step, rollouts, scored.entropies)
         counts.append(calls)
         tokens.append(metrics.get("draft/tokens"))
     assert counts[0] == counts[1] > 0
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_counted(tiny: Callable[..., Path]) -> None:
     trainer = CoTrainer(drafter_for("eagle3", policy), policy, "every-1", config, 1.0, 0)
     trainer.begin(0)
     scored = finish(Learner(policy, TrainConfig(microbatch_tokens=60), 1.0).score(rollouts, forward=trainer.forward))
-    metrics = trainer.train(0, rollouts, scored.entropies)
+    metrics = trainer.update(0, rollouts, scored.entropies)
     assert metrics["draft/tokens_left_out"] > 0 < metrics["draft/tokens"]
     assert metrics["draft/tokens"] + metrics["draft/tokens_left_out"] == sum(len(r.tokens) for r in rollouts)
 
@@ -162,7 +162,7 @@ def beside(policy: Policy, head: Eagle3Head, config: DraftConfig, rate: float) -
         rewards = torch.tensor([sum(t > 30 for t in r.tokens) / len(r.tokens) for r in rollouts]).view(12, 8)
         scored = finish(learner.score(rollouts, forward=trainer.forward))
         finish(learner.update(rollouts, group_advantages(rewards).view(-1), scored, rate))
-        trainer.train(step, rollouts, scored.entropies)
+        trainer.update(step, rollouts, scored.entropies)
 
 
 def test_drafts_follow_a_policy_that_moves(tiny: Callable[..., Path]) -> None:
@@ -193,7 +193,7 @@ def test_drift_is_measured_at_matched_entropy() -> None:
         """Acceptance length 4 - entropy, times `factor`, on 64 rollouts of 50 rounds."""
         entropies = (mean_entropy + 0.3 * torch.rand(64, generator=generator)).tolist()
         tokens = [round(50 * factor * (4 - e)) for e in entropies]
-        meter.look(entropies, tokens, [50] * 64)
+        meter.observe(entropies, tokens, [50] * 64)
 
     meter = DriftMeter(window=4)
     for entropy in (0.5, 1.0, 1.5, 1.2):
@@ -230,7 +230,7 @@ def test_drift_starts_updates(tiny: Callable[..., Path]) -> None:
         trainer.begin(step)
         scored = finish(learner.score(rollouts, forward=trainer.forward))
         batch = [Rollout(**{**fields(r), "rounds": max(1, len(r.tokens) * rounds // 4)}) for r in rollouts]
-        updated.append("draft/loss" in trainer.train(step, batch, scored.entropies))
+        updated.append("draft/loss" in trainer.update(step, batch, scored.entropies))
     assert updated == [False, False, False, True]
 
 
@@ -296,7 +296,7 @@ def test_a_step_that_is_broken_off_changes_neither(tiny: Callable[..., Path]) ->
     assert all(torch.equal(v, drafter.state_dict()[k]) for k, v in before.items())
     trainer.config = CONFIG.model_copy(update={"decay": float("nan")})
     with pytest.raises(UserError, match="drafter's gradient is not finite"):
-        trainer.train(0, rollouts, scored.entropies)
+        trainer.update(0, rollouts, scored.entropies)
     assert all(torch.equal(v, drafter.state_dict()[k]) for k, v in before.items())
 
 

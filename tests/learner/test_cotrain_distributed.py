@@ -3,7 +3,9 @@
 float32 sums come in another order, and AdamW turns any small gradient into a full step: a weight whose gradient is near
 0 may step the other way. So the drafters agree when fewer than one weight in a hundred differs by more than 1e-4, a
 tenth of a step (4 in 10,000 were seen, 92 in a hundred in the negative control). AdamW does not see the size of a
-gradient; the metrics do, and they agree within 1e-3 of theirs.
+gradient; the metrics do. Those of the first optimizer step, which nothing has amplified yet, agree within 1e-4 (6e-6
+was seen, with split layers); a gradient that is not added up, or twice, changes its norm by half or more. Later ones
+agree within 1e-3, an MTP head's norms within 2e-2: `test_rounding_alone_moves_later_gradients` says why.
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ from forerun.drafters.training.heads import TeacherBatch, rows_by_position, run_
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.events import finish
+from forerun.learner import cotrain
 from forerun.learner.cotrain import CoTrainer
 from forerun.learner.cotrain_distributed import GroupCoTrainer, Score
 from forerun.learner.distributed import LearnerGroup
 from forerun.learner.learner import Learner
 from forerun.models import Policy, load_policy
+from forerun.models.logprobs import microbatches
 from forerun.training import run as runs
 from forerun.types import Rollout
 from forerun.workers.local import PROGRAM, Nursery
@@ -78,6 +82,15 @@ def batches_of(policy: Policy) -> list[Batch]:
     return [(rollouts, advantages), (rollouts[:1], advantages[:1]), (rollouts, advantages)]
 
 
+def one_optimizer_step(batches: Sequence[Batch]) -> list[Batch]:
+    """Four rollouts that fit into one micro-batch: the drafter's first optimizer step, on rows of every rank."""
+    rollouts, advantages = batches[0]
+    assert microbatches([len(r.prompt_ids) + len(r.tokens) for r in rollouts[:4]], TRAIN.microbatch_tokens) == [
+        [0, 1, 2, 3]
+    ]
+    return [(rollouts[:4], advantages[:4])]
+
+
 def steps(
     learner: Learner | LearnerGroup, score: Score, trainer: CoTrainer | GroupCoTrainer | None,
     batches: Sequence[Batch], first: int = 0,
@@ -89,7 +102,7 @@ def steps(
             trainer.begin(step)
         scored = finish(score(rollouts))
         metrics = finish(learner.update(rollouts, advantages, scored, 0.01))
-        metrics |= {} if trainer is None else trainer.train(step, rollouts, scored.entropies)
+        metrics |= {} if trainer is None else trainer.update(step, rollouts, scored.entropies)
         found.append({name: value for name, value in metrics.items() if not name.startswith("time/")})
     return found
 
@@ -103,6 +116,16 @@ def alone(
     learner, drafter = Learner(policy, TRAIN, 1.0), drafter_for(method, policy)
     trainer = CoTrainer(drafter, policy, train, config, 1.0, 0)
     return drafter, steps(learner, lambda r: learner.score(r, trainer.forward), trainer, batches)
+
+
+def agree(found: dict[str, float], expected: dict[str, float], method: str, first: bool = False) -> bool:
+    """Whether two steps have the same metrics. `first`: the drafter's first optimizer step was the only one."""
+    later = {"draft/grad_norm": 2e-2} if method.startswith("mtp") else {}
+    assert found.keys() == expected.keys()
+    return all(
+        value == pytest.approx(expected[name], rel=1e-4 if first else later.get(name, 1e-3), abs=1e-5)
+        for name, value in found.items()
+    )
 
 
 def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,7 +227,38 @@ def test_the_drafter_is_that_of_one_process_and_the_policy_does_not_notice(
     assert len(found) == 3 and found[2]["draft/loss"] < found[0]["draft/loss"]
     for mine, theirs in zip(found, metrics, strict=True):
         assert mine["draft/tokens"] == theirs["draft/tokens"] > 0
-        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+        assert agree(mine, theirs, method)
+    first = one_optimizer_step(bench.batches)
+    _, metrics = alone(tiny, method, first)
+    assert agree(bench.steps(bench.trainer(method), first)[0], metrics[0], method, first=True)
+
+
+def test_rounding_alone_moves_later_gradients(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, whose teacher is off by 3e-7 of its size, two to three units in the last place of float32.
+
+    The first optimizer step of an MTP head is off by 4e-6, the norms of later ones by 6e-4: over a hundred times as
+    far, which is why `agree` allows them more. (An EAGLE-3 head's stay where they are.)
+    """
+    method, batches = "mtp, reduced", batches_of(fresh(tiny))
+    made, source = cotrain.teacher_batch, torch.Generator().manual_seed(0)
+
+    def rounded(*arguments: Any) -> tuple[TeacherBatch, Tensor]:
+        batch, logits = made(*arguments)
+        features, log_p = (
+            x * (1 + 3e-7 * torch.randn(x.shape, generator=source)) for x in (batch.features, batch.log_p)
+        )
+        return replace(batch, features=features, log_p=log_p), logits
+
+    def moved(batches: Sequence[Batch], first: bool) -> float:
+        """How far the norms move."""
+        _, exact = alone(tiny, method, batches)
+        with monkeypatch.context() as patch:
+            patch.setattr(cotrain, "teacher_batch", rounded)
+            _, found = alone(tiny, method, batches)
+        assert all(agree(a, b, method, first) for a, b in zip(found, exact, strict=True))
+        return max(abs(a["draft/grad_norm"] / b["draft/grad_norm"] - 1) for a, b in zip(found, exact, strict=True))
+
+    assert moved(batches, first=False) > 10 * moved(one_optimizer_step(batches), first=True)
 
 
 def test_the_comparison_sees_rows_that_are_left_out(tiny: Callable[..., Path]) -> None:
@@ -216,7 +270,7 @@ def test_the_comparison_sees_rows_that_are_left_out(tiny: Callable[..., Path]) -
         trainer = GroupCoTrainer(group, drafter_for("eagle3", policy), "every-1", CONFIG, 0)
         found = steps(group, trainer.score, trainer, batches)
     assert apart(trainer.head.state_dict(), expected.state_dict()) > 0.5
-    assert found[0]["draft/loss"] != pytest.approx(metrics[0]["draft/loss"], rel=1e-3)
+    assert not agree(found[0], metrics[0], "eagle3")
 
 
 def test_what_does_not_fit_is_left_out_as_in_one_process(bench: Bench, tiny: Callable[..., Path]) -> None:
@@ -227,7 +281,7 @@ def test_what_does_not_fit_is_left_out_as_in_one_process(bench: Bench, tiny: Cal
             trainer = bench.trainer(method, config)
             found = bench.steps(trainer, bench.batches[:1])
             assert metrics[0]["draft/tokens_left_out"] > 0
-            assert found[0] == pytest.approx(metrics[0], rel=1e-3, abs=1e-5)
+            assert agree(found[0], metrics[0], method)
             assert apart(trainer.head.state_dict(), expected.state_dict()) < 0.01
 
 
@@ -242,7 +296,7 @@ def test_drift_starts_updates_as_in_one_process(bench: Bench, tiny: Callable[...
     trainer = bench.trainer("eagle3", config, "drift")
     found = bench.steps(trainer, batches)
     assert ["draft/loss" in row for row in found] == [False, False, False, True]
-    assert all(a == pytest.approx(b, rel=1e-3, abs=1e-5) for a, b in zip(found, metrics, strict=True))
+    assert all(agree(a, b, "eagle3") for a, b in zip(found, metrics, strict=True))
     assert apart(trainer.head.state_dict(), expected.state_dict()) < 0.01
 
 

@@ -266,6 +266,7 @@ def test_a_killed_rank_ends_the_group(fresh: Callable[[], Policy], batches: list
         work: Counting[Any] = (
             group.score(rollouts) if stage == "score" else group.update(rollouts, advantages, scored, 1e-3)
         )
+        os.kill(group.pids[1], signal.SIGSTOP)  # so that it cannot be done before it is killed
         with pytest.raises(RanksLost, match="Rank 1 of the learner was killed by signal 9"):
             for _ in work:
                 if not killed:

@@ -22,7 +22,7 @@ from forerun.algorithms.advantages import group_advantages
 from forerun.config import DraftConfig, LoraConfig, TrainConfig, load_recipe
 from forerun.drafters.eagle3 import Eagle3Drafter
 from forerun.drafters.mtp import MtpDrafter, MtpHead
-from forerun.drafters.training.heads import new_head
+from forerun.drafters.training.eagle3 import new_head
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.events import finish
@@ -329,7 +329,7 @@ def ten_steps(
         scored = finish(learner.score(rollouts, forward=trainer.forward if trainer else completion_logits))
         finish(learner.update(rollouts, advantages, scored, 1e-3))
         if trainer is not None:
-            losses.append(trainer.train(step, rollouts, scored.entropies)["draft/loss"])
+            losses.append(trainer.update(step, rollouts, scored.entropies)["draft/loss"])
         if leak:
             (1e-3 * policy.model.lm_head(torch.ones(2, 48)).sum()).backward()
     return seen, dict(policy.model.state_dict()), losses

@@ -13,7 +13,7 @@ import torch
 from forerun.algorithms.advantages import group_advantages
 from forerun.config import DraftConfig, TrainConfig
 from forerun.drafters.eagle3 import Eagle3Drafter
-from forerun.drafters.training.heads import new_head
+from forerun.drafters.training.eagle3 import new_head
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.events import finish
@@ -162,6 +162,6 @@ def test_the_drafter_is_taught_from_one_sequence_per_row(tiny: Callable[..., Pat
     trainer.begin(0)
     finish(Learner(policy, TrainConfig(packing=True), 1.0).score(rollouts, forward=trainer.forward))
     batch = token_batch([(r.prompt_ids, r.tokens) for r in rollouts], policy.device)
-    taught = trainer._teachers[0].tokens
+    taught = trainer._teacher_cache[0].tokens
     assert taught.shape == batch.input_ids.shape
     assert sorted(taught.tolist()) == sorted(batch.input_ids.tolist())

@@ -1,13 +1,13 @@
-"""Off-policy correction: the engine sampled from a slightly other policy than the one that learns.
+"""Off-policy correction: importance weights for tokens that were not sampled from the policy being trained.
 
 The engine's log-probabilities (behaviour) come with the tokens, each from the weight version and the numerics that
-emitted it; the learner recomputes the same tokens before its update (old). The ratio π_old/π_behaviour is the
-correction; the clipped surrogate's ratio π/π_old is another matter (the decoupled objective, Hilton et al. 2110.00641).
-Tokens of several versions in one sequence need nothing more: each ratio is held against its own version.
+sampled it. The learner recomputes them before its update (old). The weight is made from π_old/π_behaviour; the ratio
+π/π_old of the clipped surrogate is separate from it (the decoupled objective, Hilton et al. 2110.00641). A sequence
+with tokens of several versions is no special case: each ratio refers to its token's version.
 
-A token's ratio corrects for that token alone, not for how likely its prefix was: exact for completions of one token, a
-bias of first order in the distance of the policies beyond. Left out: the prefix's product, whose variance grows
-exponentially with the length; a weight on the KL penalty, which counts every token alike.
+A token's weight corrects for that token, not for its prefix: exact for completions of one token, beyond that a bias of
+first order in the distance of the policies. The product over the prefix is unbiased, but its variance grows
+exponentially with the length. The KL penalty has no weights.
 Axes: M completion tokens, flat, S sequences.
 """
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """Weight of every token's loss, and what was done to get it. Masked tokens have weight 0.
+    """Importance weight of every token, and which were truncated or masked. Masked tokens have weight 0.
 
-    They stay in the normaliser of the loss: dropping tokens lowers the gradient, it does not raise what is left.
+    The normaliser of the loss still counts them: masking lowers the gradient and does not scale up the rest.
     """
 
     weights: Tensor  # [M] float32
-    truncated: Tensor  # [M] bool, cut at the cap
+    truncated: Tensor  # [M] bool, weight bounded by the cap
     masked: Tensor  # [M] bool
 
     def metrics(self, lengths: Sequence[int]) -> dict[str, float]:
-        """Mean weight; share of tokens truncated, of tokens and of whole sequences masked; effective sample size.
+        """Mean weight; shares of truncated tokens, masked tokens and masked sequences; effective sample size.
 
         The effective sample size is Kish's (Σw)²/Σw² over the number of tokens: 1 when all weights are equal.
         """
@@ -53,13 +53,13 @@ class Correction:
 
 
 def correct(config: TrainConfig, old: Tensor, behaviour: Tensor, lengths: Sequence[int]) -> Correction:
-    """The correction that `config.correction` names, of sequences laid end to end.
+    """Weights by `config.correction`, of S sequences end to end.
 
     - `token_tis`: min(ratio, cap) per token. Truncated importance sampling (Ionides 2008), on the mismatch of engine
       and learner by Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training".
     - `icepop`: the ratio itself inside the band, 0 outside. IcePop (Ling Team 2510.18855, "Every Step Evolves").
-    - `sequence_mask`: a sequence counts only if the geometric mean of its ratios lies in the band; then as token_tis.
-      Sequences are dropped as in Liu et al. 2025, "When Speed Kills Stability: Demystifying RL Collapse from the
+    - `sequence_mask`: token_tis, but 0 in sequences whose geometric mean ratio is outside the band. Sequences are
+      masked as in Liu et al. 2025, "When Speed Kills Stability: Demystifying RL Collapse from the
       Training-Inference Mismatch"; the mean and not the product, so that one band fits every length.
     - `none`: 1.
 

@@ -30,7 +30,7 @@ class Targets:
 
     @property
     def has_gradient(self) -> bool:
-        """Whether the loss depends on the policy here."""
+        """Whether the loss of these tokens depends on the policy."""
         return self.reference is not None or bool(self.advantages.any() and self.weights.any())
 
     def clone(self) -> Targets:

@@ -1,13 +1,12 @@
-"""The drafter trains beside the policy (2604.26779, section 3): from the forward that the logprob stage runs anyway.
+"""Co-training: the drafter trains on the forward that the logprob stage runs anyway (2604.26779, section 3).
 
-That forward leaves the policy's hidden states at the drafter's taps and its distributions behind, detached; no forward
-of the policy is added, and rollouts of zero advantage teach like all others. The drafter has its own AdamW over float32
-masters, its own rate and its own clipping: no gradient and no norm is shared with the policy. Its update follows the
-policy's in stage train, so that a step that is broken off has changed neither. An EAGLE-3 head is taught the policy's
-distributions of before that update, an MTP head the updated output head's on the hidden states of before.
+That forward leaves the hidden states at the drafter's auxiliary layers and the policy's distributions, detached. No
+forward of the policy is added, and rollouts of zero advantage are trained on like all others. The drafter has its own
+AdamW over float32 masters, learning rate and clipping: it shares no gradient and no norm with the policy. Its update
+follows the policy's in stage train, so that an interrupted step changes neither. An EAGLE-3 head learns the policy's
+distributions of before that update, an MTP head those of the updated output head on the hidden states of before.
 When: `every-N` on every N-th step; `drift` on the step after one whose acceptance, at matched entropy, had fallen.
-With a policy that is sharded over ranks: `cotrain_distributed.py`.
-Left out: sequence packing; more than one pass over a step's rollouts.
+With a policy that is sharded over ranks: `cotrain_distributed.py`. Not supported: sequence packing.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ class DriftMeter:
     """Acceptance at matched entropy.
 
     The first `window` steps are the reference: a line of acceptance length over entropy through their rollouts, each
-    weighted by its rounds. Later steps are held against what that line expects at their entropy (kept inside the range
-    that the reference has seen), smoothed over `window` steps. The reference stays, also after updates.
+    weighted by its rounds. Later steps are compared with what that line expects at their entropy (clamped to the
+    range that the reference has seen), smoothed over `window` steps. Updates do not change the reference.
     """
 
     window: int
@@ -58,7 +57,7 @@ class DriftMeter:
         """Share by which acceptance has fallen; below 0: it rose."""
         return 1 - self.ratio
 
-    def look(self, entropies: Sequence[float], tokens: Sequence[int], rounds: Sequence[int]) -> None:
+    def observe(self, entropies: Sequence[float], tokens: Sequence[int], rounds: Sequence[int]) -> None:
         """One step's rollouts: mean entropy in nats, tokens emitted, rounds of each."""
         points = [(e, t / r, float(r)) for e, t, r in zip(entropies, tokens, rounds, strict=True) if r > 0]
         if not points:
@@ -108,11 +107,11 @@ class Schedule:
         """Whether a step (0-based) ends with an update, as it begins."""
         return (step + 1) % self.every == 0 if self.every is not None else self.meter.drift > self.share
 
-    def look(self, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> dict[str, float]:
+    def observe(self, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> dict[str, float]:
         """Take in the acceptance of a step; metrics."""
         if self.every is not None:
             return {}
-        self.meter.look(entropies, [len(r.tokens) for r in rollouts], [r.rounds for r in rollouts])
+        self.meter.observe(entropies, [len(r.tokens) for r in rollouts], [r.rounds for r in rollouts])
         return {"spec/drift": self.meter.drift}
 
 
@@ -125,49 +124,56 @@ class CoTrainer:
         """`train` is `speculation.train`: every-N or drift.
 
         Raises:
-            UserError: the drafter is of a kind that cannot train beside the policy.
+            UserError: drafters of its kind cannot be co-trained.
         """
-        self.head, self.policy, self.config = trained_head(drafter, train), policy, config
-        self.temperature, self.seed = temperature, seed
+        self.head = trained_head(drafter, train)
+        self.policy = policy
+        self.config = config
+        self.temperature = temperature
+        self.seed = seed
         self.schedule = Schedule(train, config)
         self.optimizer = draft_optimizer(self.head, config)
-        self._teachers: list[TeacherBatch] = []
+        self._teacher_cache: list[TeacherBatch] = []
         self._room_bytes = self._left_out = 0
         self._due = False
 
     def begin(self, step: int) -> None:
-        """A step (0-based) begins; whether it ends with an update is settled here."""
-        self._teachers, self._left_out, self._room_bytes = [], 0, int(self.config.cache_gib * 2**30)
+        """A step (0-based) begins; this decides whether it ends with an update."""
+        self._teacher_cache = []
+        self._left_out = 0
+        self._room_bytes = int(self.config.cache_gib * 2**30)
         self._due = self.schedule.due(step)
 
     def forward(self, model: Any, batch: TokenBatch) -> Tensor:
-        """`completion_logits`, keeping what it teaches when an update is due and memory allows."""
+        """`completion_logits`, which caches the teacher batch when an update is due and memory allows."""
         if not self._due:
             return completion_logits(model, batch)
         teacher, logits = teacher_batch(self.head, model, batch, self.temperature)
-        if teacher.size_bytes <= self._room_bytes or not self._teachers:
+        if teacher.size_bytes <= self._room_bytes or not self._teacher_cache:
             self._room_bytes -= teacher.size_bytes
-            self._teachers.append(teacher)
+            self._teacher_cache.append(teacher)
         else:
             self._left_out += len(batch.targets)
         return logits
 
-    def train(self, step: int, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> dict[str, float]:
+    def update(self, step: int, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> dict[str, float]:
         """The step's update, if it is due, and metrics.
 
         Raises:
             UserError: the drafter's gradient is not finite; this update was not made.
         """
         metrics = self._update(step) if self._due else {}
-        self._teachers = []
-        return metrics | self.schedule.look(rollouts, entropies)
+        self._teacher_cache = []
+        return metrics | self.schedule.observe(rollouts, entropies)
 
     def _update(self, step: int) -> dict[str, float]:
         """One optimizer step per batch of the logprob stage."""
         started = time.perf_counter()
         losses, norms, batches = [], [], []
-        for index in order_of_batches(self.seed, step, len(self._teachers)):
-            positions = unrolled_losses(self.head, self.policy, self._teachers[index], self.config, self.temperature)
+        for index in order_of_batches(self.seed, step, len(self._teacher_cache)):
+            positions = unrolled_losses(
+                self.head, self.policy, self._teacher_cache[index], self.config, self.temperature
+            )
             if not positions:
                 continue
             loss = weighted_loss(positions, self.config.decay)
@@ -175,7 +181,7 @@ class CoTrainer:
             norms.append(draft_step(self.optimizer, self.config.online_learning_rate))
             losses.append(float(loss.detach()))
             batches.append([p.detached() for p in positions])
-        tokens = sum(int(x.scored.sum()) for x in self._teachers)
+        tokens = sum(int(x.scored.sum()) for x in self._teacher_cache)
         return draft_metrics(losses, norms, batches, tokens, self._left_out, started)
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,7 +195,7 @@ class CoTrainer:
 
 
 def trained_head(drafter: Drafter, train: str) -> TrainableHead:
-    """What trains of a drafter. Raises UserError when nothing does beside a policy."""
+    """The head of a drafter. Raises UserError when drafters of its kind cannot be co-trained."""
     if not drafter.cotrains:
         raise UserError(
             f"speculation.train={train} needs one of {', '.join(DRAFTERS.with_trait('cotrains'))}, but the drafter is "
@@ -199,13 +205,13 @@ def trained_head(drafter: Drafter, train: str) -> TrainableHead:
 
 
 def draft_optimizer(head: TrainableHead, config: DraftConfig) -> MasterOptimizer:
-    """Of a head that trains beside the policy."""
+    """The drafter's own optimizer."""
     settings = TrainConfig(betas=(0.9, 0.95), max_grad_norm=config.online_max_grad_norm)
     return MasterOptimizer(head.parameters(), settings)
 
 
 def order_of_batches(seed: int, step: int, count: int) -> list[int]:
-    """In which order a step's batches are trained on: the step's number settles it."""
+    """In which order a step's batches are trained on, by the step's number alone."""
     return random.Random(f"{seed}/{step}").sample(range(count), count)
 
 

@@ -1,8 +1,8 @@
-"""The drafter trains beside a policy that is sharded over ranks: the parent's end, and who trains it at all.
+"""Co-training over the ranks of a sharded learner, on the side of the driver; and which co-trainer a recipe asks for.
 
-Batches, their order and what memory allows are settled here, before the logprob stage, as one process would settle
-them, and each rank is told its rows of each: the drafter is that of one process, up to the order of float32 sums. The
-ranks train it (`cotrain_worker.py`); its weights are streamed into the parent's drafter, which drafts, is published and
+Batches, their order and what fits into memory are decided here, before the logprob stage, as one process would decide
+them; each rank gets its rows of each. So the drafter is that of one process, up to the order of float32 sums. The ranks
+train it (`cotrain_worker.py`); its weights are streamed into the driver's drafter, which drafts, is published and
 saved, and whose checksum must be that of every rank. Checkpoints are those of `CoTrainer`.
 """
 
@@ -35,22 +35,22 @@ Order = Callable[[int], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Course:
-    """What an update is made of, settled before the logprob stage."""
+class BatchPlan:
+    """The batches of an update, chosen before the logprob stage."""
 
     batches: list[list[int]]  # rollouts of each optimizer step
     tokens: int = 0  # completion tokens in them
     left_out: int = 0  # completion tokens for which there is no memory
 
 
-def plan_course(
+def plan_batches(
     head: TrainableHead,
     dtype: torch.dtype,
     rollouts: Sequence[Rollout],
     microbatch_tokens: int,
     gib: float,
     order: Order,
-) -> Course:
+) -> BatchPlan:
     """The batches that `CoTrainer` keeps when one process scores these rollouts, in the order of its update.
 
     Args:
@@ -67,7 +67,7 @@ def plan_course(
             kept.append(batch)
         else:
             left_out += scored
-    return Course([kept[index] for index in order(len(kept))], tokens, left_out)
+    return BatchPlan([kept[index] for index in order(len(kept))], tokens, left_out)
 
 
 class GroupCoTrainer:
@@ -77,39 +77,43 @@ class GroupCoTrainer:
         """Give every rank the drafter. `train` is `speculation.train`: every-N or drift.
 
         Raises:
-            UserError: the drafter is of a kind that cannot train beside the policy. RanksLost.
+            UserError: drafters of its kind cannot be co-trained. RanksLost.
         """
-        self.head, self.group, self.config, self.seed = trained_head(drafter, train), group, config, seed
-        self.schedule, self.course = Schedule(train, config), Course([])
+        self.head = trained_head(drafter, train)
+        self.group = group
+        self.config = config
+        self.seed = seed
+        self.schedule = Schedule(train, config)
+        self.plan = BatchPlan([])
         self._step: int | None = None  # that ends with an update
         group.enrol(self.head.detached(), config)
 
     def begin(self, step: int) -> None:
-        """A step (0-based) begins; whether it ends with an update is settled here."""
+        """A step (0-based) begins; this decides whether it ends with an update."""
         self._step = step if self.schedule.due(step) else None
 
     def score(self, rollouts: Sequence[Rollout]) -> Counting[Scored]:
-        """`LearnerGroup.score`; the ranks keep what it teaches when an update is due."""
-        self.course = Course([])
+        """`LearnerGroup.score`; the ranks cache the teacher batches of an update that is due."""
+        self.plan = BatchPlan([])
         if self._step is not None:
             order = partial(order_of_batches, self.seed, self._step)
             tokens, dtype = self.group.config.microbatch_tokens, self.group.policy.dtype
-            self.course = plan_course(self.head, dtype, rollouts, tokens, self.config.cache_gib, order)
-        return self.group.score(rollouts, self.course.batches)
+            self.plan = plan_batches(self.head, dtype, rollouts, tokens, self.config.cache_gib, order)
+        return self.group.score(rollouts, self.plan.batches)
 
-    def train(self, step: int, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> dict[str, float]:
-        """See `CoTrainer.train`. Raises RanksLost too, also when the ranks' drafters are no longer the same."""
+    def update(self, step: int, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> dict[str, float]:
+        """See `CoTrainer.update`. Raises RanksLost too, also when the ranks' drafters are no longer the same."""
         metrics = {} if self._step is None else self._update()
-        return metrics | self.schedule.look(rollouts, entropies)
+        return metrics | self.schedule.observe(rollouts, entropies)
 
     def _update(self) -> dict[str, float]:
         started = time.perf_counter()
         taught = self.group.study(self.head)
         self.group.compare([t.checksum for t in taught], checksum(self.head.state_dict()))
-        taught = taught[:: self.group.config.tensor_parallel]  # who speaks for rows that several ranks ran
+        taught = taught[:: self.group.config.tensor_parallel]  # one of the ranks that ran the same rows
         losses = [sum(parts) for parts in zip(*(t.losses for t in taught), strict=True)]
         judged = [passes for t in taught for passes in t.judged]
-        return draft_metrics(losses, taught[0].norms, judged, self.course.tokens, self.course.left_out, started)
+        return draft_metrics(losses, taught[0].norms, judged, self.plan.tokens, self.plan.left_out, started)
 
     def state_dict(self) -> dict[str, Any]:
         """See `CoTrainer.state_dict`. Raises UserError, RanksLost."""
@@ -121,13 +125,13 @@ class GroupCoTrainer:
         self.schedule.meter.load_state_dict(state["drift"])
 
 
-def beside(
+def build_cotrainer(
     learner: Learner | LearnerGroup, policy: Policy, drafter: Drafter | None, recipe: Recipe
 ) -> tuple[CoTrainer | GroupCoTrainer | None, Score]:
-    """What trains the drafter beside `learner`, None if nothing does; and what scores rollouts so that it sees them.
+    """What trains the drafter (None: nothing does), and what scores rollouts so that it sees their forward.
 
     Raises:
-        UserError: the drafter is of a kind that cannot train beside the policy. RanksLost. The learner is closed.
+        UserError: drafters of its kind cannot be co-trained. RanksLost. The learner is closed.
     """
     train, config, seed = recipe.speculation.train, recipe.draft, recipe.seed
     if drafter is None or train == "off":

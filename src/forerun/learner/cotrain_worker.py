@@ -1,11 +1,11 @@
-"""A rank's part of a drafter that trains beside a sharded policy. The parent's end: `cotrain_distributed.py`.
+"""Co-training on one rank of a sharded learner. The driver's side: `cotrain_distributed.py`.
 
-Every rank holds the whole drafter and its optimizer. In the logprob stage it keeps what its own rows teach, each row by
-itself. In an update it judges its rows of every batch, divided by the rows of the whole batch on whichever ranks they
-are; gradients are added up over the ranks, and all take the same optimizer step: that of one process, up to the order
-of float32 sums. What the drafter uses of the policy (embedding, output head) is gathered once per update. All ranks
-must call in the same order. Left out: a drafter that is itself sharded.
-Axes: l tokens of a row, H hidden, T taps, D draft vocabulary, J depth.
+Every rank holds the whole drafter and its optimizer. In the logprob stage it caches the teacher outputs of its rows. In
+an update it computes the loss of its rows of every batch, divided by the rows of the whole batch on all ranks;
+gradients are summed over the ranks, and all take the same optimizer step: that of one process, up to the order of
+float32 sums. What the drafter uses of the policy (embedding, output head) is gathered once per update. All ranks must
+call in the same order. Not supported: a drafter that is itself sharded.
+Axes: l tokens of a row, H hidden, T auxiliary layers, D draft vocabulary, J depth.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Row = tuple[Tensor, Tensor, Tensor, Tensor]  # of a TeacherBatch: [l], [l, T·H]
 
 @dataclass(slots=True)
 class Taught:
-    """What a rank has to say of an update."""
+    """A rank's result of an update."""
 
     losses: list[float] = field(default_factory=list)  # its part of each optimizer step's
     norms: list[float] = field(default_factory=list)  # the same on every rank
@@ -59,11 +59,15 @@ class Pupil:
         dtype: torch.dtype,
         config: DraftConfig,
         train: TrainConfig,
-        heat: float,
+        temperature: float,
     ) -> None:
-        """Holds `head`, which may come `apart`; `policy` is this rank's part, run in `dtype`; `heat` the rollouts'."""
-        self.policy, self.dtype, self.config, self.heat = policy, dtype, config, heat
-        self.microbatch_tokens, self.copies = train.microbatch_tokens, train.tensor_parallel
+        """`head` may be `detached`; `policy` is this rank's part, run in `dtype`; `temperature` is the rollouts'."""
+        self.policy = policy
+        self.dtype = dtype
+        self.config = config
+        self.temperature = temperature
+        self.microbatch_tokens = train.microbatch_tokens
+        self.copies = train.tensor_parallel
         self.head = head
         head.attach(policy)
         self.optimizer = draft_optimizer(self.head, config)
@@ -73,7 +77,7 @@ class Pupil:
     def listen(
         self, rollouts: Sequence[Rollout], batches: Sequence[Sequence[int]]
     ) -> Callable[[Any, TokenBatch], Tensor]:
-        """`completion_logits` for `Learner.score` of these rollouts, keeping what they teach.
+        """`completion_logits` for `Learner.score` of these rollouts, which caches their teacher outputs.
 
         Args:
             batches: which rollouts of this rank are in each of the update's batches; empty: no update is due.
@@ -81,26 +85,26 @@ class Pupil:
         self.batches, self.rows = batches, {}
         lengths = [len(r.prompt_ids) + len(r.tokens) for r in rollouts]
         wanted = {i for batch in batches for i in batch}
-        passes = iter(microbatches(lengths, self.microbatch_tokens))  # those that the learner makes; then empty ones
+        passes = iter(microbatches(lengths, self.microbatch_tokens))  # as the learner makes them; then empty ones
 
         def forward(model: Any, batch: TokenBatch) -> Tensor:
             here = next(passes, [])
             if wanted.isdisjoint(here):
                 return completion_logits(model, batch)
-            taught, logits = teacher_batch(self.head, model, batch, self.heat)
-            self.rows |= {i: _row(taught, n, lengths[i]) for n, i in enumerate(here) if i in wanted}
+            teacher, logits = teacher_batch(self.head, model, batch, self.temperature)
+            self.rows |= {i: _row(teacher, n, lengths[i]) for n, i in enumerate(here) if i in wanted}
             return logits
 
         return forward
 
     def study(self, tick: Callable[[], None]) -> Taught:
-        """The update on what was kept. `tick`: called after every optimizer step.
+        """The update on the cached rows. `tick`: called after every optimizer step.
 
         Raises:
             UserError: the drafter's gradient is not finite; raised on all ranks, and this step was not made.
         """
         try:
-            with self._policy_at_hand():
+            with self._gathered_policy():
                 assert self.policy.dtype == self.dtype  # by which `judge` computes
                 taught = Taught()
                 for batch, rows in zip(self.batches, self._rows_of_batches(), strict=True):
@@ -113,7 +117,7 @@ class Pupil:
         return taught
 
     @contextmanager
-    def _policy_at_hand(self) -> Iterator[None]:
+    def _gathered_policy(self) -> Iterator[None]:
         """Gather what the drafter uses of the policy: the unit of embedding, final norm and output head."""
         model, head = self.policy.model, self.head
         model.unshard()
@@ -138,9 +142,9 @@ class Pupil:
         """One optimizer step on this rank's rollouts of a batch, possibly none, and the other ranks' of it."""
         positions: list[PositionLoss] = []
         if batch:
-            lessons = zip(*(self.rows[i] for i in batch), strict=True)
-            teacher = TeacherBatch(*(pad_sequence(list(parts), batch_first=True) for parts in lessons))
-            positions = unrolled_losses(self.head, self.policy, teacher, self.config, self.heat)
+            parts_of_rows = zip(*(self.rows[i] for i in batch), strict=True)
+            teacher = TeacherBatch(*(pad_sequence(list(parts), batch_first=True) for parts in parts_of_rows))
+            positions = unrolled_losses(self.head, self.policy, teacher, self.config, self.temperature)
         loss = 0.0
         if positions:
             part = weighted_loss(positions, self.config.decay, rows)
@@ -152,16 +156,16 @@ class Pupil:
         taught.losses.append(loss)
 
 
-def _row(taught: TeacherBatch, n: int, length: int) -> Row:
+def _row(teacher: TeacherBatch, n: int, length: int) -> Row:
     """Row n without its padding, nor the storage of the others."""
     tokens, features, log_p, scored = (
-        x[n, :length].clone() for x in (taught.tokens, taught.features, taught.log_p, taught.scored)
+        x[n, :length].clone() for x in (teacher.tokens, teacher.features, teacher.log_p, teacher.scored)
     )
     return tokens, features, log_p, scored
 
 
 def sum_gradients(masters: Sequence[nn.Parameter], copies: int) -> None:
-    """Add up the ranks' gradients, of which there are so many `copies`; what has none on any rank keeps none."""
+    """Sum the gradients over the ranks, `copies` of which ran the same rows. What has none on any rank keeps none."""
     anywhere = torch.tensor([int(m.grad is not None) for m in masters])
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
     for master, has in zip(masters, anywhere.tolist(), strict=True):

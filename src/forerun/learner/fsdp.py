@@ -1,12 +1,12 @@
-"""A policy sharded over ranks by FSDP2: built a layer at a time, given out and saved a parameter at a time.
+"""A policy sharded over ranks by FSDP2: built a layer at a time, streamed and saved a parameter at a time.
 
-Every decoder layer is a unit that is gathered for its forward and its backward pass and let go again; embeddings, final
+Every decoder layer is a unit that is gathered for its forward and its backward pass and freed again; embeddings, final
 norm and head are one more. The sharded parameters are float32 and are the masters; passes run in the policy's dtype
 (rounded to the nearest), gradients are reduced in float32. They are SUMMED over the ranks: the loss is divided by the
 tokens of the whole batch already (`parallel.py`). Every micro-batch is reduced, so that no rank ever holds a whole
 gradient beyond one unit. Checkpoints are torch.distributed.checkpoint's, keyed by parameter name: they load on any
 number of ranks. With tensor parallelism (`tensor_parallel.py`) the mesh has a second dimension, over which layers were
-split before: "dp" and "tp". Left out: pipeline parallelism, several machines, buffers that change in training.
+split before: "dp" and "tp". Not supported: pipeline parallelism, buffers that change in training.
 """
 
 from __future__ import annotations

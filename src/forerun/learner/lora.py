@@ -7,10 +7,10 @@ log-probability is that of the weights that generated. Gradients go to A and B t
     y = x·Wᵀ,   dW = dyᵀ·x,   dB = s·dW·Aᵀ = s·dyᵀ·(x·Aᵀ),   dA = s·Bᵀ·dW = s·(dy·B)ᵀ·x,   s = α/r
 
 as written last: dW [out, in] is never made. A, B and their moments are float32.
-bfloat16 weights are rounded at random as in `optimizer.py`: for long, s·B·A is far below the distance between two
+bfloat16 weights are rounded stochastically (`optimizer.py`): at first s·B·A is far below the distance between two
 bfloat16 numbers. The reference of the KL penalty is the same model with W0 in place of its weights (`left_out`).
-Left out: dropout (the policy that learns is the one that generated), matrices that are no nn.Linear (fused experts,
-Conv1D, embeddings), layers that the model does not call (refused), adapters sharded over ranks.
+Not supported: dropout, matrices that are no nn.Linear (fused experts, Conv1D, embeddings), adapters sharded over ranks;
+a layer that the model does not call is refused.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _MergedLinear(torch.autograd.Function):
 
 
 class AdaptedLinear:
-    """A linear layer with its A, B and W0; stands in for the layer's `forward`."""
+    """A linear layer with its A, B and W0; replaces the layer's `forward`."""
 
     def __init__(self, module: nn.Linear, rank: int, scale: float, source: torch.Generator) -> None:
         """A is uniform within 1/sqrt(in), as peft begins, and B is 0: the policy is what it was."""
@@ -150,7 +150,7 @@ class LoraAdapter:
         """Write the adapter in peft's format, in float32.
 
         Args:
-            base: name of the model that it stands on; None: no single model is called so.
+            base: name of the model that it is for; None: no single model is called so.
 
         Raises:
             OSError: the folder cannot be written.

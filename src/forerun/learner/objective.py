@@ -35,7 +35,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """All that an update is made of, settled before its first pass."""
+    """The plan of an update, complete before its first pass."""
 
     rollouts: Sequence[Rollout]
     targets: Sequence[Targets]  # of each rollout

@@ -2,9 +2,9 @@
 
 Gradients of all micro-batches are summed in float32. A float32 parameter is its own master: nothing is copied.
 
-Masters are rounded to bfloat16 at random, up or down with the chances that make the mean right. An update of 1e-6 is a
-hundredth of the distance between two bfloat16 numbers around 0.02: rounded to the nearest, it would never arrive in the
-policy that generates. The draws are keyed by the number of updates, so that a resumed run rounds as the first one did.
+Masters are rounded to bfloat16 stochastically, up or down with the chances that make the mean right. An update of 1e-6
+is a hundredth of the distance between two bfloat16 numbers around 0.02: rounded to the nearest, it would never reach
+the policy that generates. The draws are keyed by the number of updates, so that a resumed run rounds alike.
 
 Parameters that are sharded over ranks (float32 DTensors, see `fsdp.py`) are their own masters too: every rank clips by
 the norm of the whole gradient and updates its part.

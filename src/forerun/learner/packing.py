@@ -6,8 +6,8 @@ sliding windows. Under that mask every token still pays for the whole row, and s
 the model's own attention, sdpa or eager, is handed one sequence after the other (`by_sequence`), each with its own part
 of the mask: a row costs what its sequences cost, and each of them is computed as if it stood alone. What carries a
 state from token to token by other means, a state-space layer or a convolution, knows nothing of it: `require_packing`
-tries the very model and refuses.
-Left out: kernels that take sequences of any length at once (flash attention does by itself, and is left to it).
+tests the model and refuses.
+Flash attention takes sequences of any length at once and is left unchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BY_SEQUENCE = {"sdpa": "sdpa_by_sequence", "eager": "eager_by_sequence"}  # atte
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put sequences into rows of at most `capacity` tokens (a longer one stands alone): first fit, longest first."""
+    """Put sequences into rows of at most `capacity` tokens (a longer one gets its own): first fit, longest first."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -98,9 +98,10 @@ def attend_by_sequence(model: Any) -> None:
 class RowMask:
     """The mask of one row of a pass, in the place of Transformers', which would be as wide as long: made in parts."""
 
-    def __init__(self, make: Callable[..., Tensor], words: dict[str, Any]) -> None:
-        """`make`, called with `words`, makes all of it."""
-        self._make, self._words = make, words
+    def __init__(self, make: Callable[..., Tensor], arguments: dict[str, Any]) -> None:
+        """`make`, called with `arguments`, makes all of it."""
+        self._make = make
+        self._arguments = arguments
         self._parts: dict[tuple[int, int, int, int], Tensor] = {}
         self._sequences: list[tuple[int, int]] = []
 
@@ -108,7 +109,7 @@ class RowMask:
         """(first place, first place after it) of each; the same for every layer. `position_ids`: [1, L]."""
         if not self._sequences:
             places = [] if position_ids is None else ((position_ids[0].diff() != 1).nonzero()[:, 0] + 1).tolist()
-            self._sequences = list(zip([0, *places], [*places, self._words["q_length"]], strict=True))
+            self._sequences = list(zip([0, *places], [*places, self._arguments["q_length"]], strict=True))
         return self._sequences
 
     def part(self, start: int, end: int) -> Tensor:
@@ -123,16 +124,16 @@ class RowMask:
         found = self._parts.get(place := (start, end, first, last))
         if found is None:
             lengths = {"q_length": end - start, "q_offset": start, "kv_length": last - first, "kv_offset": first}
-            found = self._parts[place] = self._make(**self._words | lengths)
+            found = self._parts[place] = self._make(**self._arguments | lengths)
         return found
 
 
 def lazily(make: Callable[..., Any]) -> Callable[..., Any]:
     """`make` (a mask function of Transformers), which leaves the mask of a single row to `RowMask`."""
 
-    def mask(**words: Any) -> Any:
-        packed = not words.get("allow_is_causal_skip", True) and words["q_length"] == words["kv_length"]
-        return RowMask(make, words) if packed and words["batch_size"] == 1 else make(**words)
+    def mask(**arguments: Any) -> Any:
+        packed = not arguments.get("allow_is_causal_skip", True) and arguments["q_length"] == arguments["kv_length"]
+        return RowMask(make, arguments) if packed and arguments["batch_size"] == 1 else make(**arguments)
 
     return mask
 

@@ -1,11 +1,11 @@
 """Tensor parallelism: each layer's matrices are split over a group of ranks that run the same rows together.
 
-Which matrix is split how is Transformers' own plan for the model (`model.tp_plan`): what a column-wise one puts out in
-parts, a row-wise one takes in in parts, and one sum over the group per attention and per MLP makes them whole again
-(Shoeybi et al. 2019, section 3). Embedding and output head are split by vocabulary; they are one matrix where they are
-tied. All else (norms) is held by every rank of the group, which computes the same gradients for it. FSDP2 then shards
-each rank's part over the other dimension of the mesh (`fsdp.py`).
-Left out: experts, sequence parallelism, a loss over parts of the vocabulary.
+Which matrix is split how is Transformers' own plan for the model (`model.tp_plan`): the outputs of a column-wise one
+are the inputs of a row-wise one, and each attention and MLP needs one all-reduce (Shoeybi et al. 2019, section 3).
+Embedding and output head are split by vocabulary; they are one matrix where they are tied. All else (norms) is held by
+every rank of the group, which computes the same gradients for it. FSDP2 then shards each rank's part over the other
+dimension of the mesh (`fsdp.py`).
+Not supported: experts, sequence parallelism, a vocabulary-parallel loss.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def plan_of(model: Any, size: int) -> dict[str, str]:
 
 
 def _check_neighbours(model: nn.Module, plan: Mapping[str, str], wanted: str) -> None:
-    """What stands beside a column-wise matrix sees its part alone, and a gradient of that part: the plan must know it.
+    """A module next to a column-wise matrix sees its part alone, and a gradient of that part: the plan must name it.
 
     Raises:
         UserError: it does not, as older plans do not know the norms of single heads.

@@ -38,7 +38,7 @@ def token_batch(pairs: Sequence[Pair], device: torch.device) -> TokenBatch:
 def packed_batch(rows: Sequence[Sequence[Pair]], device: torch.device) -> TokenBatch:
     """Lay the pairs of each row side by side; completion tokens are listed row by row, pair by pair, in order.
 
-    Padding stands at position 0, each a sequence of its own. See `learner/packing.py`.
+    Padding has position 0, each a sequence of its own. See `learner/packing.py`.
     """
     length = max(sum(len(prompt) + len(completion) for prompt, completion in row) for row in rows)
     input_ids, positions = torch.zeros(2, len(rows), length, dtype=torch.int64)
@@ -104,7 +104,7 @@ def token_entropy(logits: Tensor, temperature: float, rows: int = 256) -> Tensor
 
 
 def microbatches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Split row indices into groups of at most `tokens` padded tokens (a longer row stands alone), long rows first."""
+    """Split row indices into groups of at most `tokens` padded tokens (a longer row is one group), long rows first."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     groups: list[list[int]] = []
     for i in order:

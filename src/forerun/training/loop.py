@@ -80,7 +80,7 @@ def update(run: Run, step: int, batch: RolloutBatch, scored: Scored, advantages:
     work = run.learner.update(batch.rollouts, advantages, scored, rate, run.stop_requested)
     metrics = yield from counted(work, len(batch.rollouts))
     if run.cotrainer is not None:
-        metrics |= run.cotrainer.train(step, batch.rollouts, scored.entropies)
+        metrics |= run.cotrainer.update(step, batch.rollouts, scored.entropies)
     return metrics
 
 

@@ -20,7 +20,7 @@ from forerun.engine import RolloutEngine, build_engine
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
 from forerun.events import Finished, Note, Warned, Work, during, finish
-from forerun.learner.cotrain_distributed import beside
+from forerun.learner.cotrain_distributed import build_cotrainer
 from forerun.learner.distributed import make_learner
 from forerun.models import Policy, load_policy
 from forerun.report.run_page import write_report
@@ -122,7 +122,7 @@ class Run:
         try:
             ranks = launcher(recipe, folder.path)
             self.learner = make_learner(policy, recipe.train, recipe.rollout, ranks)
-            self.cotrainer, self.score = beside(self.learner, policy, drafter, recipe)
+            self.cotrainer, self.score = build_cotrainer(self.learner, policy, drafter, recipe)
         except BaseException:
             self.engine.close()
             raise
