@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from forerun.acceptance import broken
-from forerun.acceptance.truncate import EVERYTHING, Truncation, reference_truncate
+from forerun.acceptance.truncate import EVERYTHING, Truncation
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy, load_policy
+from proofs.references import reference_truncate
 from tiny_models import random_drafter
 
 VOCABULARY, SAMPLES, PROMPT = 12, 20_000, [3, 7, 5]
@@ -102,7 +103,7 @@ def test_plain_engine_samples_the_policy(small: Policy) -> None:
 def test_a_broken_rule_is_caught(small: Policy, fault: str) -> None:
     drafter = random_drafter(small, vocabulary=[0, 1, 2, 3, 5, 7, 8, 11])
     rule = broken.BROKEN[fault]
-    engine = LocalEngine(small, drafter, k=2, slots=1000, verifier=lambda _, *rest: rule(*rest))
+    engine = LocalEngine(small, drafter, k=2, slots=1000, verifier=lambda _, inputs: rule(inputs))
     counts = sample(small, engine, 1.0, seed=1)
     law = exact_law(small, 1.0)
     distance = 0.5 * sum(abs(counts[t] / SAMPLES - p) for t, p in law.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from forerun.acceptance.random import inverse_cdf
 from forerun.drafters.base import Drafter, Rows
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy
-from forerun.types import Draft, Rollout, VerifyResult
+from forerun.types import Rollout, VerifyInput, VerifyResult
 
 Make = Callable[[], Drafter]
 
@@ -106,16 +106,14 @@ def law_p_value(policy: Policy, make: Make, faulty: bool) -> float:
     return chi_square_p(Counter(tuple(r.tokens) for r in rollouts), exact_law(policy))
 
 
-def no_residual(
-    rule: str, logits: torch.Tensor, draft: Draft, temperature: torch.Tensor, coins: torch.Tensor, picks: torch.Tensor
-) -> VerifyResult:
+def no_residual(rule: str, inputs: VerifyInput) -> VerifyResult:
     """A broken verifier: whatever follows the accepted tokens is drawn from the policy's row, not from the residual."""
-    verdict = verify(rule, logits, draft, temperature, coins, picks)
-    batch = torch.arange(len(picks))
-    row = logits[batch, verdict.accepted].float() / temperature[:, None]
-    tokens = verdict.tokens.clone()
-    tokens[batch, verdict.accepted] = inverse_cdf(row.softmax(-1), picks)
-    return VerifyResult(verdict.accepted, tokens, verdict.logprobs)
+    result = verify(rule, inputs)
+    batch = torch.arange(len(result.accepted))
+    row = inputs.target_logits[batch, result.accepted].float() / inputs.temperature[:, None]
+    tokens = result.tokens.clone()
+    tokens[batch, result.accepted] = inverse_cdf(row.softmax(-1), inputs.residual_uniforms)
+    return replace(result, tokens=tokens)
 
 
 def exact_law(policy: Policy) -> dict[tuple[int, ...], float]:
