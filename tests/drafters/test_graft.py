@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import drafter_contract as contract
+from chi_square import p_value_of_texts
 from forerun.config import GraftConfig, SpeculationConfig, load_recipe
 from forerun.drafters import load_drafter
 from forerun.drafters.base import Rows
@@ -338,7 +339,7 @@ def law_p_value(policy: Policy, temperature: float, fault: str | None = None) ->
     metrics = engine.metrics()
     assert metrics["acceptance_per_position"][1] > 0.05, "too little was speculated: the test would be idle"
     assert metrics["drafter"]["retrieved_nodes"] > 1000 < metrics["drafter"]["drafted_nodes"]
-    return contract.chi_square_p(Counter(tuple(r.tokens) for r in rollouts), exact_law(policy, temperature))
+    return p_value_of_texts(Counter(tuple(r.tokens) for r in rollouts), exact_law(policy, temperature))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import drafter_contract as contract
+from chi_square import p_value_of_texts
 from forerun.acceptance.chain import verify
 from forerun.acceptance.random import Purpose, inverse_cdf_log, uniforms
 from forerun.config import SpeculationConfig
@@ -259,7 +260,7 @@ def test_a_temperature_that_reads_its_own_drafts_breaks_the_law(peeking: bool) -
     verdict = verify("block", inputs)
     counts = Counter((token,) for token in verdict.tokens[:, 0].tolist())
     law = {(token,): p for token, p in enumerate(logits.double().softmax(-1).tolist())}
-    p = contract.chi_square_p(counts, law)
+    p = p_value_of_texts(counts, law)
     assert p < 1e-6 if peeking else p > 1e-6
 
 
