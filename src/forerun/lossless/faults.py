@@ -1,6 +1,6 @@
-"""Faults that can be injected into the engine, each of which the verification must find: proof that it can fail.
+"""Faults for `forerun verify --inject`: negative controls, each of which the verification must detect.
 
-Broken acceptance rules come from `acceptance/broken.py`; the others break what a rule reports or what a load promises.
+Broken acceptance rules come from acceptance/broken.py; the others break what a rule reports or what a load promises.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def silent_load(engine: LocalEngine) -> None:
 
 
 _VERIFIERS: dict[str, Verify] = {"draft_logprobs": draft_logprobs, "neighbour_logprobs": neighbour_logprobs}
-_SPOILERS: dict[str, Callable[[LocalEngine], None]] = {"silent_load": silent_load}
+_ENGINE_FAULTS: dict[str, Callable[[LocalEngine], None]] = {"silent_load": silent_load}
 # Too small for these sample sizes: they change the distribution only behind accepted drafts. On the quickstart's policy
 # 512 texts gave the latter two p = 0.22 to 0.79, where a missing residual has 1e-41. tests/acceptance catches them.
 _TOO_MILD = ("block_residual_unweighted", "block_without_clip", "shared_uniform")
-FAULTS = (*(name for name in BROKEN if name not in _TOO_MILD), *_VERIFIERS, *_SPOILERS)  # of the local engine
-UPSTREAM = "upstream"  # of vLLM on a CPU: its own fault, not mended (engine/vllm/patches.py)
+FAULTS = (*(name for name in BROKEN if name not in _TOO_MILD), *_VERIFIERS, *_ENGINE_FAULTS)  # of the local engine
+UPSTREAM = "upstream"  # of vLLM on a CPU: its own fault, not patched (engine/vllm/patches.py)
 
 
 def check_fault(fault: str, rollout: RolloutConfig) -> None:
@@ -83,12 +83,12 @@ def verifier_of(fault: str | None) -> Verify:
 
 
 def tree_verifier_of(fault: str | None) -> VerifyTree:
-    """The verifier of draft trees to build the engine with; a fault of chains breaks the trees in its own way.
+    """The verifier of draft trees to build the engine with; BROKEN_TREE has the counterparts of faults of chains.
 
     Raises:
         UserError: trees have no such fault.
     """
-    if fault is None or fault in _SPOILERS or fault not in FAULTS:
+    if fault is None or fault in _ENGINE_FAULTS or fault not in FAULTS:
         return verify_tree
     if fault not in BROKEN_TREE:
         raise UserError(f"The fault '{fault}' is one of chains; for draft trees there are {', '.join(BROKEN_TREE)}")
@@ -96,9 +96,9 @@ def tree_verifier_of(fault: str | None) -> VerifyTree:
     return lambda _, inputs: broken(inputs)
 
 
-def spoil(engine: Any, fault: str | None) -> None:
-    """Break what is not in the verifier."""
-    if fault in _SPOILERS:
-        _SPOILERS[fault](engine)
+def break_engine(engine: Any, fault: str | None) -> None:
+    """Inject a fault that is not in the verifier."""
+    if fault in _ENGINE_FAULTS:
+        _ENGINE_FAULTS[fault](engine)
     elif fault == UPSTREAM:
         engine.patches = False

@@ -1,0 +1,86 @@
+"""Log-probability parity in a reduced number format: rounding passes on any machine, faults do not.
+
+On some machines the kernels of all batch sizes of plain decoding agree to the bit while k+1 rows round otherwise. That
+is imitated here, so that the tolerance cannot depend on the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from forerun.engine.local.engine import LocalEngine
+from forerun.lossless import parity
+from forerun.lossless.exact import replay
+from forerun.lossless.faults import draft_logprobs, neighbour_logprobs
+from forerun.lossless.parity import parity_checks
+from forerun.models import Policy, load_policy
+from forerun.types import Rollout
+from tiny_models import random_drafter
+
+K, SLOTS, TOKENS = 3, 8, 48
+PROMPTS = [[3, 7, 5], [1, 2], [9, 4, 4, 8], [6]]
+Replay = Callable[[Policy, Sequence[Rollout], int, int, float], list[np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def policy(tiny: Callable[..., Path]) -> Policy:
+    return load_policy(str(tiny("llama", initializer_range=0.25)), "bfloat16", "cpu")
+
+
+def rollouts_of(policy: Policy, **engine: object) -> list[Rollout]:
+    made = LocalEngine(policy, random_drafter(policy), k=K, slots=SLOTS, **engine)  # type: ignore[arg-type]
+    return made.generate(PROMPTS, max_new_tokens=TOKENS, n=2, seed=1)
+
+
+def failed(policy: Policy, rollouts: list[Rollout]) -> list[str]:
+    return [check.name for check in parity_checks(policy, rollouts, K, SLOTS, 1.0) if not check.passed]
+
+
+def same_for_all_batches(
+    policy: Policy, rollouts: Sequence[Rollout], rows: int, slots: int, t: float
+) -> list[np.ndarray]:
+    return replay(policy, rollouts, rows, SLOTS, t)
+
+
+def test_rounding_passes_even_where_batch_sizes_agree_to_the_bit(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollouts = rollouts_of(policy)
+    monkeypatch.setattr(parity, "replay", same_for_all_batches)
+    checks = parity_checks(policy, rollouts, K, SLOTS, 1.0)
+    assert all(check.passed for check in checks), checks
+    learner = next(check for check in checks if check.name == "learner against plain rows")
+    assert learner.numbers["kl"] > parity.FLOOR[torch.bfloat16], "nothing rounds: the test would be idle"
+    exact = next(check for check in checks if "float32" in check.name)
+    assert exact.numbers["bound_kl"] < 1e-3 * learner.numbers["bound_kl"]
+
+
+@pytest.mark.parametrize("fault", [draft_logprobs, neighbour_logprobs])
+def test_wrong_reports_are_caught(policy: Policy, fault: Callable[..., object]) -> None:
+    assert failed(policy, rollouts_of(policy, verifier=fault)) == ["reported against verified rows"]
+
+
+def test_a_report_at_another_temperature_is_caught(policy: Policy) -> None:
+    rollouts = [replace(r, logprobs=[0.9 * x for x in r.logprobs]) for r in rollouts_of(policy)]
+    assert "reported against verified rows" in failed(policy, rollouts)
+
+
+def test_a_fault_of_verified_rows_below_the_rounding_is_caught_in_float32(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second token is off by 0.001 nats where k+1 rows are computed: a KL of 2.5e-7 a token."""
+
+    def faulty(policy: Policy, rollouts: Sequence[Rollout], rows: int, slots: int, t: float) -> list[np.ndarray]:
+        values = replay(policy, rollouts, rows, slots, t)
+        return [v + 1e-3 * (np.arange(len(v)) % 2) * (rows > 1) for v in values]
+
+    rollouts = rollouts_of(policy)
+    assert failed(policy, rollouts) == []
+    monkeypatch.setattr(parity, "replay", faulty)
+    assert failed(policy, rollouts) == ["verified rows against the learner, float32"]
