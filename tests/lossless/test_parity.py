@@ -71,16 +71,32 @@ def test_a_report_at_another_temperature_is_caught(policy: Policy) -> None:
     assert "reported against verified rows" in failed(policy, rollouts)
 
 
+def off_by(amount: float, faulty: Callable[[int], bool]) -> Replay:
+    """`replay` with every second token off by `amount` nats where `faulty` says so of the rows per pass."""
+
+    def replayed(policy: Policy, rollouts: Sequence[Rollout], rows: int, slots: int, t: float) -> list[np.ndarray]:
+        values = replay(policy, rollouts, rows, slots, t)
+        return [v + amount * (np.arange(len(v)) % 2) * faulty(rows) for v in values]
+
+    return replayed
+
+
+@pytest.mark.parametrize(("rows", "caught"), [(1, "learner against plain rows"), (K + 1, "verified rows against")])
+def test_a_faulty_pass_does_not_raise_its_own_tolerance(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, rows: int, caught: str
+) -> None:
+    """A KL of 0.01 a token, in plain or in verified rows."""
+    rollouts = rollouts_of(policy)
+    monkeypatch.setattr(parity, "replay", off_by(0.2, lambda n: n == rows))
+    found = failed(policy, rollouts)
+    assert "verified rows against plain rows" in found and any(name.startswith(caught) for name in found)
+
+
 def test_a_fault_of_verified_rows_below_the_rounding_is_caught_in_float32(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every second token is off by 0.001 nats where k+1 rows are computed: a KL of 2.5e-7 a token."""
-
-    def faulty(policy: Policy, rollouts: Sequence[Rollout], rows: int, slots: int, t: float) -> list[np.ndarray]:
-        values = replay(policy, rollouts, rows, slots, t)
-        return [v + 1e-3 * (np.arange(len(v)) % 2) * (rows > 1) for v in values]
-
+    """A KL of 2.5e-7 a token."""
     rollouts = rollouts_of(policy)
     assert failed(policy, rollouts) == []
-    monkeypatch.setattr(parity, "replay", faulty)
+    monkeypatch.setattr(parity, "replay", off_by(1e-3, lambda n: n > 1))
     assert failed(policy, rollouts) == ["verified rows against the learner, float32"]

@@ -65,3 +65,15 @@ def test_the_detectable_distance_is_detected_nine_times_in_ten() -> None:
     statistics_seen = ((source.multinomial(draws, wrong, trials) - draws / cells) ** 2 / (draws / cells)).sum(1)
     found = np.mean([chi_square_tail(x, cells - 1) < statistics.LEVEL for x in statistics_seen])
     assert found == pytest.approx(statistics.POWER, abs=0.03)
+
+
+@pytest.mark.parametrize("freedom", [1, 9, 300, 5000, 50_000])
+def test_a_detectable_distance_exists_at_any_degrees(freedom: int) -> None:
+    """Against the normal approximation of the noncentral chi-square: mean f + n, variance 2 (f + 2 n)."""
+    n = (2 * detectable_distance(1, freedom)) ** 2
+    critical = freedom + n - 1.2816 * math.sqrt(2 * (freedom + 2 * n))
+    assert statistics.LEVEL / 2 < chi_square_tail(critical, freedom) < 2 * statistics.LEVEL
+
+
+def test_nothing_is_detectable_without_cells() -> None:
+    assert math.isnan(detectable_distance(100, 0))

@@ -95,10 +95,15 @@ def _cells(groups: list[tuple[np.ndarray, np.ndarray]]) -> Check:
     """Chi-square of the cells, summed over prefixes."""
     groups = [(observed, expected) for observed, expected in groups if observed.sum() >= OFTEN]
     parts = [pooled_chi_square(observed, expected) for observed, expected in groups]
-    statistic, freedom = sum(value for value, _ in parts), sum(degrees for _, degrees in parts)
-    draws = int(sum(observed.sum() for observed, _ in groups))
-    sample = f"{draws} tokens after {len(groups)} prefixes"
-    return _chi_square_check("next token by rank and draft", sample, "", statistic, freedom, draws, len(groups))
+    statistic = sum(value for value, _ in parts)
+    freedom = sum(degrees for _, degrees in parts)
+    numbers = _counted(groups)
+    sample = f"{numbers['draws']} tokens after {numbers['prefixes']} prefixes"
+    return _chi_square_check("next token by rank and draft", sample, statistic, freedom, numbers)
+
+
+def _counted(groups: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    return {"draws": int(sum(observed.sum() for observed, _ in groups)), "prefixes": len(groups)}
 
 
 def _lean(groups: list[tuple[np.ndarray, np.ndarray]]) -> Check:
@@ -112,24 +117,22 @@ def _lean(groups: list[tuple[np.ndarray, np.ndarray]]) -> Check:
     difference, covariance = difference[likely], covariance[np.ix_(likely, likely)]
     freedom = int(np.linalg.matrix_rank(covariance, tol=1e-6 * covariance.max(initial=1.0)))
     statistic = float(difference @ np.linalg.pinv(covariance, rcond=1e-6, hermitian=True) @ difference)
-    draws = int(sum(observed.sum() for observed, _ in groups))
-    sample = f"{draws} tokens after {len(groups)} prefixes, added up by rank and draft"
-    return _chi_square_check(
-        "lean towards the draft", sample, ", the same way everywhere", statistic, freedom, draws, len(groups)
-    )
+    numbers = _counted(groups)
+    sample = f"{numbers['draws']} tokens after {numbers['prefixes']} prefixes, added up by rank and draft"
+    return _chi_square_check("lean towards the draft", sample, statistic, freedom, numbers, ", the same way everywhere")
 
 
 def _chi_square_check(
-    name: str, sample: str, where: str, statistic: float, freedom: int, draws: int, prefixes: int
+    name: str, sample: str, statistic: float, freedom: int, numbers: dict[str, float], where: str = ""
 ) -> Check:
-    """A chi-square test of next tokens, with the distance that it could have detected."""
+    """A chi-square test of numbers["draws"] draws, with the distance that it could have detected."""
     p_value = chi_square_tail(statistic, freedom)
-    distance = detectable_distance(draws, freedom) if freedom else float("nan")
+    distance = detectable_distance(int(numbers["draws"]), freedom)
     return Check(
         name,
         p_value > LEVEL and freedom > 0,
         f"{sample}, chi-square {statistic:.1f} at {freedom} degrees, p = {p_value:.3g}",
-        {"chi_square": statistic, "freedom": freedom, "draws": draws, "prefixes": prefixes},
+        {"chi_square": statistic, "freedom": freedom, **numbers},
         p_value,
         f"a distribution that is {distance:.1%} of total variation away{where}",
     )
@@ -150,15 +153,8 @@ def _joint(exact: list[Exact], seed: int) -> Check:
     index = np.clip((u * GRID).astype(int), 0, GRID - 1) @ GRID ** np.arange(DEPTH)
     observed = np.bincount(index, minlength=GRID**DEPTH).astype(float)
     statistic, freedom = pooled_chi_square(observed, np.full(GRID**DEPTH, len(u) / GRID**DEPTH))
-    p_value = chi_square_tail(statistic, freedom)
-    return Check(
-        f"joint law of {DEPTH} tokens",
-        p_value > LEVEL and freedom > 0,
-        f"{len(u)} texts in {GRID**DEPTH} cells, chi-square {statistic:.1f} at {freedom} degrees, p = {p_value:.3g}",
-        {"chi_square": statistic, "freedom": freedom, "draws": len(u)},
-        p_value,
-        f"a distribution that is {detectable_distance(len(u), freedom):.1%} of total variation away",
-    )
+    sample = f"{len(u)} texts in {GRID**DEPTH} cells"
+    return _chi_square_check(f"joint law of {DEPTH} tokens", sample, statistic, freedom, {"draws": len(u)})
 
 
 def _sharpness(exact: list[Exact]) -> Check:

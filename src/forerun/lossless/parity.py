@@ -1,17 +1,20 @@
 """Two claims about numbers: greedy text is the policy's argmax, and reported log-probabilities are the policy's.
 
-A pass of k+1 rows per sequence rounds differently than one of a single row, as do other batch sizes, the learner's pass
-and float32. So speculation may differ from plain decoding by what other rounding alone makes of plain decoding, times
-SLACK. Other rounding is: other batch sizes, whose kernels may happen to agree to the bit, and for a reduced number
-format float32 arithmetic on the same weights. Two computations with independent errors of one size differ by twice the
-KL of each to the exact values; SLACK 3 allows half as much again. Faults below the rounding of a reduced format show in
-float32, where the passes are compared again. Greedy texts may part only at a near-tie of the size of the rounding.
+A pass of k+1 rows per sequence rounds differently than one of a single row, as does another batch size or the learner's
+pass. Two of these may differ by SLACK times what rounding explains, the larger of two measurements: plain rows at two
+batch sizes, which on some machines agree to the bit; and, in a reduced number format, twice the error of one computation
+to float32 on the same weights, since independent errors add. The error is the median of three computations, so that a
+faulty one cannot raise it.
+
+Faults smaller than the rounding of a reduced format show in float32, where verified rows are compared once more. Greedy
+texts may part only at a near-tie of the size of the rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 
 import numpy as np
 import torch
@@ -48,28 +51,43 @@ def gap(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Gap:
     return Gap(float(size.mean()), float(np.quantile(size, 0.99)), float(size.max()), kl)
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What two correct computations may differ by."""
+
+    batches: Gap  # of plain rows at two batch sizes
+    error_kl: float  # of one computation to float32; 0 for float32
+    dtype: torch.dtype
+
+    @property
+    def bound(self) -> float:
+        """Allowed KL, nats a token."""
+        return SLACK * max(self.batches.kl, 2 * self.error_kl) + FLOOR.get(self.dtype, 1e-5)
+
+
 def parity_checks(policy: Policy, rollouts: Sequence[Rollout], k: int, slots: int, temperature: float) -> list[Check]:
     """Log-probabilities of speculative rollouts: replayed plainly, as verified rows, by the learner, as reported."""
-    reported = [np.array(r.logprobs) for r in rollouts]
     plain = replay(policy, rollouts, 1, slots, temperature)
     verified = replay(policy, rollouts, k + 1, slots, temperature)
+    learner = learner_logprobs(policy, rollouts, temperature)
     sizes = (max(1, slots // 2), 2 * slots)[: 1 if len(rollouts) <= slots else 2]  # that change the batches
-    nulls = [gap(plain, replay(policy, rollouts, 1, size, temperature)) for size in sizes]
-    in_float32 = []
+    batches = max(
+        (gap(plain, replay(policy, rollouts, 1, size, temperature)) for size in sizes), key=lambda gap: gap.kl
+    )
+    in_float32, error_kl = [], 0.0
     if policy.dtype != torch.float32:
         exact = float32_copy(policy)
         truth = learner_logprobs(exact, rollouts, temperature)
-        nulls.append(gap(truth, plain))
+        error_kl = median(gap(truth, values).kl for values in (plain, verified, learner))
         seen = gap(truth, replay(exact, rollouts, k + 1, slots, temperature))
-        in_float32.append(_parity("verified rows against the learner, float32", seen, None, FLOOR[torch.float32]))
-    null = max(nulls, key=lambda g: g.kl)
-    bound = SLACK * null.kl + FLOOR.get(policy.dtype, 1e-5)
-    compared = {
-        "verified rows against plain rows": gap(plain, verified),
-        "learner against plain rows": gap(plain, learner_logprobs(policy, rollouts, temperature)),
-        "reported against verified rows": gap(verified, reported),
+        in_float32.append(_parity("verified rows against the learner, float32", seen, FLOOR[torch.float32]))
+    rounding = Rounding(batches, error_kl, policy.dtype)
+    pairs = {
+        "verified rows against plain rows": (plain, verified),
+        "learner against plain rows": (plain, learner),
+        "reported against verified rows": (verified, [np.array(r.logprobs) for r in rollouts]),
     }
-    return [_parity(name, seen, null, bound) for name, seen in compared.items()] + in_float32
+    return [_parity(name, gap(*pair), rounding.bound, rounding) for name, pair in pairs.items()] + in_float32
 
 
 def learner_logprobs(policy: Policy, rollouts: Sequence[Rollout], temperature: float) -> list[np.ndarray]:
@@ -84,13 +102,13 @@ def learner_logprobs(policy: Policy, rollouts: Sequence[Rollout], temperature: f
     return values
 
 
-def _parity(name: str, seen: Gap, null: Gap | None, bound: float) -> Check:
-    numbers = {**asdict(seen), "bound_kl": bound}
-    sentence = f"{seen} nats; allowed KL {bound:.2g}"
-    if null is not None:
-        numbers |= {f"null_{field}": value for field, value in asdict(null).items()}
-        sentence = f"{seen} nats; plain rows with other rounding: {null}; allowed KL {bound:.2g}"
-    return Check(name, seen.kl <= bound, sentence, numbers)
+def _parity(name: str, seen: Gap, bound: float, rounding: Rounding | None = None) -> Check:
+    numbers, sentence = asdict(seen), f"{seen} nats"
+    if rounding is not None:
+        numbers |= {f"null_{field}": value for field, value in asdict(rounding.batches).items()}
+        numbers["rounding_kl"] = rounding.error_kl
+        sentence += f"; plain at another batch size: {rounding.batches}; to float32: KL {rounding.error_kl:.2g}"
+    return Check(name, seen.kl <= bound, f"{sentence}; allowed KL {bound:.2g}", numbers | {"bound_kl": bound})
 
 
 def greedy_check(

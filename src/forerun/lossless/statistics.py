@@ -51,13 +51,15 @@ def pooled_chi_square(observed: Array, expected: Array, least: float = 5.0) -> t
 
 
 def detectable_distance(draws: int, freedom: int) -> float:
-    """Total variation that a chi-square test of `draws` draws detects with probability POWER at LEVEL.
+    """Total variation that a chi-square test of `draws` draws detects with probability POWER at LEVEL, or nan.
 
     For a difference that is spread over the cells the statistic is noncentral chi-square, noncentrality draws (2 TV)^2.
     """
     from scipy.optimize import brentq
     from scipy.stats import chi2, ncx2
 
+    if freedom < 1:
+        return math.nan
     critical = chi2.isf(LEVEL, freedom)
     noncentrality = brentq(lambda n: ncx2.sf(critical, freedom, n) - POWER, 0.0, 40.0 * (freedom + 20))
     return math.sqrt(noncentrality / draws) / 2
