@@ -2,7 +2,7 @@
 
 A pass of k+1 rows per sequence rounds differently than one of a single row, as does another batch size or the learner's
 pass. Two of these may differ by SLACK times what rounding explains, the larger of two measurements: plain rows at two
-batch sizes, which on some machines agree to the bit; and, in a reduced number format, twice the error of one computation
+batch sizes, which on some machines agree to the bit; and, in a reduced number format, twice the error of a computation
 to float32 on the same weights, since independent errors add. The error is the median of three computations, so that a
 faulty one cannot raise it.
 
