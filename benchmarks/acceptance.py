@@ -5,7 +5,7 @@
 Argmax drafts (one-hot q), token rejection and block verification of sampled drafts, and block verification at each
 draft temperature. The standard error is over prompts. Acceptance does not depend on the machine.
 Token and block verification are also compared on the very same drafts: their expected numbers of accepted tokens given
-draft, p and q, without coins. That difference has a far smaller error than two runs have.
+draft, p and q, integrated over the uniforms. That difference has a far smaller error than two runs have.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy
 from forerun.tracking.environment import describe_environment, machine_line
-from forerun.types import Draft, VerifyResult
+from forerun.types import Draft, VerifyInput, VerifyResult
 
 
 def measure(
@@ -60,13 +60,11 @@ class Expected:
     token: list[float] = field(default_factory=list)  # one entry per sequence and round
     block: list[float] = field(default_factory=list)
 
-    def __call__(
-        self, rule: str, logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-    ) -> VerifyResult:
-        run(self._note, next_token, logits, draft, temperature, coins, picks)
-        return verify(rule, logits, draft, temperature, coins, picks)
+    def __call__(self, rule: str, inputs: VerifyInput) -> VerifyResult:
+        run(self._note, next_token, inputs)
+        return verify(rule, inputs)
 
-    def _note(self, target: Target, draft: Draft, log_ratio: Tensor, coins: Tensor) -> Acceptance:
+    def _note(self, target: Target, draft: Draft, log_ratio: Tensor, uniforms: Tensor) -> Acceptance:
         """Token: sum over i of prod_{j<=i} min(1, p_j/q_j). Block: P(tau >= i) = 1 - prod_{j>=i} (1 - h_j)."""
         stays = drafted(draft)
         token = (log_ratio.clamp(max=0.0).exp() * stays).cumprod(1).sum(1)
@@ -81,7 +79,7 @@ class Expected:
         some = draft.lengths > 0
         self.token += token[some].tolist()
         self.block += block[some].tolist()
-        return token_acceptance(target, draft, log_ratio, coins)
+        return token_acceptance(target, draft, log_ratio, uniforms)
 
 
 def paired(

@@ -27,7 +27,7 @@ from forerun.engine.local.scheduler import LiveSequence, Scheduler, request_seed
 from forerun.models import Policy
 from forerun.models.auxiliary import default_aux_layers
 from forerun.models.cache import SlotCache
-from forerun.types import Draft, VerifyResult
+from forerun.types import VerifyInput, VerifyResult
 
 ACCEPTANCE_RATE = 0.7
 LENGTHS = (1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)  # acceptance lengths for which the speed-up is worked out
@@ -158,15 +158,13 @@ def _weight_bytes(module: Any) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def synthetic(
-    rule: str, logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> VerifyResult:
+def synthetic(rule: str, inputs: VerifyInput) -> VerifyResult:
     """The real verification, whose counts are then replaced by geometric ones; arguments as `verify`."""
-    verdict = verify(rule, logits, draft, temperature, coins, picks)
-    accepted = (coins < ACCEPTANCE_RATE).long().cumprod(1).sum(1)  # [B]
-    stands = torch.arange(coins.shape[1], device=coins.device) < accepted[:, None]
-    drafted = torch.where(stands, draft.tokens, verdict.tokens[:, :1])
-    return VerifyResult(accepted, torch.cat([drafted, verdict.tokens[:, :1]], dim=1), verdict.logprobs)
+    result, tokens, uniforms = verify(rule, inputs), inputs.draft.tokens, inputs.accept_uniforms
+    accepted = (uniforms < ACCEPTANCE_RATE).long().cumprod(1).sum(1)  # [B]
+    kept = torch.arange(uniforms.shape[1], device=uniforms.device) < accepted[:, None]
+    drafted = torch.where(kept, tokens, result.tokens[:, :1])
+    return VerifyResult(accepted, torch.cat([drafted, result.tokens[:, :1]], dim=1), result.logprobs)
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,11 @@ from forerun.acceptance.random import Purpose, inverse_cdf_log, uniforms
 from forerun.models import load_policy
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import PolicyForward
-from forerun.types import Draft
-
-Arguments = tuple[Tensor, Draft, Tensor, Tensor, Tensor]
+from forerun.types import Draft, VerifyInput
 
 
-def synthetic_round(batch: int, k: int, vocabulary: int, draft_vocabulary: int, device: str) -> Arguments:
-    """Arguments of a rule at temperature 1: a draft that is the target plus noise, restricted to its vocabulary."""
+def synthetic_round(batch: int, k: int, vocabulary: int, draft_vocabulary: int, device: str) -> VerifyInput:
+    """Input of a rule at temperature 1: a draft that is the target plus noise, restricted to its vocabulary."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(batch, k + 1, vocabulary, generator=generator) * 3
     known = torch.arange(vocabulary)[:: max(1, vocabulary // draft_vocabulary)][:draft_vocabulary].contiguous()
@@ -48,10 +47,9 @@ def synthetic_round(batch: int, k: int, vocabulary: int, draft_vocabulary: int, 
         log_q.to(device),
         None if len(known) == vocabulary else known.to(device),
     )
-    coins = uniforms(seeds, positions, Purpose.COIN)
-    picks = uniforms(seeds, positions[:, :1], Purpose.PICK)[:, 0]
-    logits = target.bfloat16().to(device)
-    return logits, draft, torch.ones(batch, device=device), coins.to(device), picks.to(device)
+    accept = uniforms(seeds, positions, Purpose.ACCEPT).to(device)
+    residual = uniforms(seeds, positions[:, :1], Purpose.RESIDUAL)[:, 0].to(device)
+    return VerifyInput(target.bfloat16().to(device), draft, torch.ones(batch, device=device), accept, residual)
 
 
 def median_ms(call: Callable[[], object], repeats: int, device: str) -> float:
@@ -68,9 +66,10 @@ def median_ms(call: Callable[[], object], repeats: int, device: str) -> float:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Time every rule with sampled and one-hot drafts."""
-    logits, draft, temperature, coins, picks = synthetic_round(
+    inputs = synthetic_round(
         options.batch, options.k, options.vocabulary, options.draft_vocabulary or options.vocabulary, options.device
     )
+    logits, draft = inputs.target_logits, inputs.draft
     one_hot = Draft(draft.tokens, draft.lengths)
     dense = torch.empty(
         logits.shape, dtype=torch.float32, device=options.device
@@ -81,7 +80,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for rule in RULES:
         for proposal, given in (("sampled", draft), ("one-hot", one_hot)):
-            call = partial(verify, rule, logits, given, temperature, coins, picks)
+            call = partial(verify, rule, replace(inputs, draft=given))
             verdict, cost_ms = call(), median_ms(call, options.repeats, options.device)
             accepted = verdict.accepted.double().mean().item()
             rows.append(

@@ -17,7 +17,7 @@ import yaml
 from benchmarks import gpu, gpu_shapes
 from benchmarks.gpu_shapes import QWEN3_8B, TOY, Cell, Models, Watch
 from forerun.acceptance.chain import verify
-from forerun.types import Draft
+from forerun.types import Draft, VerifyInput
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,9 +137,9 @@ def test_synthetic_counts_stand_for_the_real_ones() -> None:
     torch.manual_seed(0)
     logits, draft = torch.randn(3, 3, 11), Draft(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([2, 2, 2]))
     rate = gpu_shapes.ACCEPTANCE_RATE
-    coins = torch.tensor([[rate / 2, rate / 2], [rate / 2, 0.99], [0.99, rate / 2]], dtype=torch.float64)
-    arguments = ("block", logits, draft, torch.ones(3), coins, torch.full((3,), 0.5, dtype=torch.float64))
-    verdict, real = gpu_shapes.synthetic(*arguments), verify(*arguments)
+    uniforms = torch.tensor([[rate / 2, rate / 2], [rate / 2, 0.99], [0.99, rate / 2]], dtype=torch.float64)
+    inputs = VerifyInput(logits, draft, torch.ones(3), uniforms, torch.full((3,), 0.5, dtype=torch.float64))
+    verdict, real = gpu_shapes.synthetic("block", inputs), verify("block", inputs)
     assert verdict.accepted.tolist() == [2, 1, 0]
     assert verdict.tokens[0, :2].tolist() == [1, 2] and verdict.tokens[1, 0] == 3
     assert torch.equal(verdict.logprobs, real.logprobs), "the real verification must have run"

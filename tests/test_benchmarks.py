@@ -19,7 +19,7 @@ from forerun.config import TrieConfig
 from forerun.drafters.trie import TrieDrafter
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.types import Draft, Rollout
+from forerun.types import Draft, Rollout, VerifyInput
 from tiny_models import random_drafter
 
 
@@ -150,20 +150,22 @@ def test_a_run_judges_before_it_learns(setting: Setting) -> None:
     assert online.windows(rows, 1)["first"][f"{learner} - {frozen}"] == {"mean": 0.0, "stderr": 0.0}
 
 
-def test_expected_acceptance_is_the_mean_over_coins() -> None:
-    """Both rules on one batch of drafts, against 4,000 tosses each; an unclipped product would be off by percents."""
+def test_expected_acceptance_is_the_mean_over_uniforms() -> None:
+    """Both rules on one batch of drafts, against 4,000 draws each; an unclipped product would be off by percents."""
     source = torch.Generator().manual_seed(5)
-    batch, k, size, tosses = 6, 3, 9, 4000
+    batch, k, size, draws = 6, 3, 9, 4000
     logits = 2 * torch.randn(batch, k + 1, size, generator=source)
     log_q = (logits[:, :k] + torch.randn(batch, k, size, generator=source)).log_softmax(-1)
     tokens = torch.multinomial(log_q.exp().flatten(0, 1), 1, generator=source).view(batch, k)
     draft = Draft(tokens, torch.tensor([3, 3, 2, 1, 3, 2]), log_q)
     judge = Expected()
-    judge("token", logits, draft, torch.ones(batch), torch.rand(batch, k).clamp(0.1, 0.9), torch.full((batch,), 0.5))
-    many = torch.arange(batch).repeat_interleave(tosses)
+    some = torch.rand(batch, k).clamp(0.1, 0.9)
+    judge("token", VerifyInput(logits, draft, torch.ones(batch), some, torch.full((batch,), 0.5)))
+    many = torch.arange(batch).repeat_interleave(draws)
     repeated = Draft(tokens[many], draft.lengths[many], log_q[many])
-    coins = torch.rand(len(many), k, generator=source, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+    accept = torch.rand(len(many), k, generator=source, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
     for rule, expected in (("token", judge.token), ("block", judge.block)):
-        verdict = verify(rule, logits[many], repeated, torch.ones(len(many)), coins, torch.full((len(many),), 0.5))
-        seen = verdict.accepted.double().view(batch, tosses).mean(1)
+        residual = torch.full((len(many),), 0.5)
+        verdict = verify(rule, VerifyInput(logits[many], repeated, torch.ones(len(many)), accept, residual))
+        seen = verdict.accepted.double().view(batch, draws).mean(1)
         torch.testing.assert_close(seen, torch.tensor(expected, dtype=torch.float64), atol=0.08, rtol=0)  # 4 sigma

@@ -32,8 +32,22 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
+class VerifyInput:
+    """What an acceptance rule reads of one round of B sequences, all on one device.
+
+    The uniforms are float64 in (0, 1), independent of each other and of those that sampled the draft.
+    """
+
+    target_logits: Tensor  # [B, k+1, V] of any float type, -inf allowed; not divided by the temperature
+    draft: Draft
+    temperature: Tensor  # [B], 0 for a greedy sequence
+    accept_uniforms: Tensor  # [B, k], decide whether draft tokens are accepted
+    residual_uniforms: Tensor  # [B], draw the token that ends the round, from the residual or p
+
+
+@dataclass(frozen=True, slots=True)
 class VerifyResult:
-    """What verification decided: row b emits `tokens[b, : accepted[b] + 1]`, the last of them not drafted."""
+    """Outcome of verification: row b emits `tokens[b, : accepted[b] + 1]`, the last of them not drafted."""
 
     accepted: Tensor  # [B] int64
     tokens: Tensor  # [B, k+1] int64, zero beyond the emitted ones

@@ -9,7 +9,7 @@ import torch
 
 from chi_square import LEVEL, p_value, sigmas_of_detection
 from forerun.acceptance.random import Purpose, inverse_cdf, inverse_cdf_log, round_keys, uniforms
-from forerun.types import Draft
+from forerun.types import Draft, VerifyInput
 
 SEEDS = torch.arange(64)
 POSITIONS = torch.arange(2048).repeat(64, 1)
@@ -33,26 +33,26 @@ def test_uniforms_are_uniform(purpose: Purpose) -> None:
 
 def test_a_small_bias_is_caught() -> None:
     assert sigmas_of_detection(SEEDS.numel() * POSITIONS.shape[1], 64, 4 * 0.022**2) > 5  # 2.2 % in total variation
-    u = uniforms(SEEDS, POSITIONS, Purpose.COIN)
+    u = uniforms(SEEDS, POSITIONS, Purpose.ACCEPT)
     assert flat_p_value(bins(u**1.05, 64), 64) < LEVEL
 
 
 def test_streams_are_independent_in_pairs() -> None:
     streams = {
         "draft": uniforms(SEEDS, POSITIONS, Purpose.DRAFT),
-        "coin": uniforms(SEEDS, POSITIONS, Purpose.COIN),
-        "pick": uniforms(SEEDS, POSITIONS, Purpose.PICK),
-        "next position": uniforms(SEEDS, POSITIONS + 1, Purpose.COIN),
-        "next seed": uniforms(SEEDS + 1, POSITIONS, Purpose.COIN),
-        "negated seed": uniforms(-SEEDS - 1, POSITIONS, Purpose.COIN),
-        "next lane": uniforms(SEEDS, POSITIONS, Purpose.COIN, lane=1),
+        "accept": uniforms(SEEDS, POSITIONS, Purpose.ACCEPT),
+        "residual": uniforms(SEEDS, POSITIONS, Purpose.RESIDUAL),
+        "next position": uniforms(SEEDS, POSITIONS + 1, Purpose.ACCEPT),
+        "next seed": uniforms(SEEDS + 1, POSITIONS, Purpose.ACCEPT),
+        "negated seed": uniforms(-SEEDS - 1, POSITIONS, Purpose.ACCEPT),
+        "next lane": uniforms(SEEDS, POSITIONS, Purpose.ACCEPT, lane=1),
     }
     for (one, a), (other, b) in itertools.combinations(streams.items(), 2):
         assert flat_p_value(bins(a, 16) * 16 + bins(b, 16), 256) > LEVEL, (one, other)
 
 
 def test_adjacent_seeds_and_positions_are_independent_within_a_stream() -> None:
-    u = bins(uniforms(torch.arange(512), torch.arange(256).repeat(512, 1), Purpose.COIN), 8)
+    u = bins(uniforms(torch.arange(512), torch.arange(256).repeat(512, 1), Purpose.ACCEPT), 8)
     assert flat_p_value(u[:, :-2] * 64 + u[:, 1:-1] * 8 + u[:, 2:], 512) > LEVEL
     assert flat_p_value(u[:-2] * 64 + u[1:-1] * 8 + u[2:], 512) > LEVEL
     assert flat_p_value(u[:-1, :-1] * 64 + u[1:, :-1] * 8 + u[:-1, 1:], 512) > LEVEL
@@ -67,11 +67,11 @@ def test_no_two_draws_are_equal() -> None:
 def test_a_number_depends_on_its_key_only() -> None:
     seeds = torch.tensor([5, -7, 2**62, -(2**63)])
     positions = torch.tensor([[0, 9, 4], [1, 1, 2], [10**12, 3, 3], [8, 0, 1]])
-    whole = uniforms(seeds, positions, Purpose.PICK)
+    whole = uniforms(seeds, positions, Purpose.RESIDUAL)
     order = torch.tensor([2, 0, 3, 1])
-    assert torch.equal(uniforms(seeds[order], positions[order], Purpose.PICK), whole[order])
+    assert torch.equal(uniforms(seeds[order], positions[order], Purpose.RESIDUAL), whole[order])
     for row, column in itertools.product(range(4), range(3)):
-        alone = uniforms(seeds[row : row + 1], positions[row : row + 1, column : column + 1], Purpose.PICK)
+        alone = uniforms(seeds[row : row + 1], positions[row : row + 1, column : column + 1], Purpose.RESIDUAL)
         assert alone.item() == whole[row, column].item()
 
 
@@ -92,7 +92,7 @@ def test_the_stream_is_pinned() -> None:
     for seed, position, lane in ((0, 0, 0), (1, 17, 0), (-3, 40_000, 2), (2**63 - 1, 5, 1)):
         u = uniforms(torch.tensor([seed]), torch.tensor([[position]]), Purpose.DRAFT, lane)
         assert u.item() == twin(seed, position, int(Purpose.DRAFT), lane)
-    assert uniforms(torch.tensor([1]), torch.tensor([[2]]), Purpose.COIN).item() == pytest.approx(PINNED, abs=1e-15)
+    assert uniforms(torch.tensor([1]), torch.tensor([[2]]), Purpose.ACCEPT).item() == pytest.approx(PINNED, abs=1e-15)
 
 
 PINNED = 0.13994968022883614
@@ -100,9 +100,9 @@ PINNED = 0.13994968022883614
 
 def test_wrong_shapes_and_types_are_refused() -> None:
     with pytest.raises(ValueError, match="int64"):
-        uniforms(torch.tensor([1.0]), torch.tensor([[1]]), Purpose.COIN)
+        uniforms(torch.tensor([1.0]), torch.tensor([[1]]), Purpose.ACCEPT)
     with pytest.raises(ValueError, match="positions must be"):
-        uniforms(torch.tensor([1, 2]), torch.tensor([[1]]), Purpose.COIN)
+        uniforms(torch.tensor([1, 2]), torch.tensor([[1]]), Purpose.ACCEPT)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 256, 257, 1000])
@@ -147,10 +147,10 @@ def test_inverse_cdf_draws_the_law_in_any_batch() -> None:
 
 
 def test_a_coin_may_not_be_tossed_twice() -> None:
-    """Why rounds own their draws: block verification with coins keyed by token position is not lossless.
+    """Why rounds own their draws: block verification with uniforms keyed by token position is not lossless.
 
     V = 2, k = 2, three tokens, 200,000 requests. With `round_keys` the law of the text is the target's; with the
-    token's own position as the key, coins that lost in one round are tossed again in the next and the law moves.
+    token's own position as the key, uniforms that rejected in one round are used again in the next.
     """
     errors = {}
     for name in ("round", "position"):
@@ -188,9 +188,9 @@ def _texts_of_rounds(keyed_by: str, requests: int) -> torch.Tensor:
         q = torch.stack([_DRAFTED[last], _DRAFTED[first]], dim=1).log()
         p = torch.stack([_target(last), _target(first), _target(second)], dim=1).log()
         draft = Draft(torch.stack([first, second], dim=1), torch.full((requests,), 2), q)
-        coins = uniforms(seeds, keys[:, :2], Purpose.COIN)
-        picks = uniforms(seeds, keys[:, :1], Purpose.PICK)[:, 0]
-        verdict = verify("block", p, draft, torch.ones(requests), coins, picks)
+        accept = uniforms(seeds, keys[:, :2], Purpose.ACCEPT)
+        residual = uniforms(seeds, keys[:, :1], Purpose.RESIDUAL)[:, 0]
+        verdict = verify("block", VerifyInput(p, draft, torch.ones(requests), accept, residual))
         for j in range(3):
             live = (verdict.accepted >= j) & (lengths < 3)
             texts[live, lengths[live]] = verdict.tokens[live, j]

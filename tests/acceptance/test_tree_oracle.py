@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from chi_square import sigmas_of_detection
-from forerun.acceptance.broken_tree import BROKEN_TREE, pruned
-from forerun.acceptance.oracle import (
+from forerun.acceptance.tree import TREE_RULES, TreeRuleFunction
+from proofs.broken_tree import BROKEN_TREE, pruned
+from proofs.oracle import (
     Law,
     Model,
     Text,
@@ -25,8 +26,7 @@ from forerun.acceptance.oracle import (
     token_rule,
     total_variation,
 )
-from forerun.acceptance.tree import TREE_RULES, TreeRuleFunction
-from forerun.acceptance.tree_oracle import (
+from proofs.tree_oracle import (
     TREE_EXACT,
     DraftTree,
     Shape,
@@ -34,17 +34,17 @@ from forerun.acceptance.tree_oracle import (
     drawn_trees,
     fixed_shape,
     growing_shape,
-    judge_at,
+    results_at,
     torch_tree_law,
     tree_cells,
     tree_expected_accepted,
     tree_law,
     tree_round,
-    untold,
+    without_q,
 )
+from verify_inputs import DRAWN
 
 TORCH_TOLERANCE = 1e-6  # float32 logits; measured below 1e-7
-DRAWN = {"walk": "top", "rrs": "sampled", "best_sampled": "best", "traversal": "sampled"}  # what each rule is made for
 
 
 def all_parents(nodes: int, depth: int = 3, siblings: int = 3) -> Iterator[Text]:
@@ -109,9 +109,11 @@ DYNAMIC: dict[str, Shape] = {
     "children of likely ancestors only": lambda parents, tokens: (
         by_ancestors(parents, tokens) if len(tokens) < 5 else None
     ),
-    "a sibling after an odd elder": growing_shape((-1, -1, -1, 0), lambda _, tokens: tokens[-1:] != (0,)),
-    "an elder's child after a cousin": growing_shape((-1, -1, 1, 0, 2), lambda _, tokens: tokens[1:2] != (2,)),
-    "a cousin's child after an elder's child": growing_shape((-1, -1, 0, 1, 3), lambda _, tokens: tokens[2:3] != (1,)),
+    "a sibling after an odd one": growing_shape((-1, -1, -1, 0), lambda _, tokens: tokens[-1:] != (0,)),
+    "a first sibling's child after a cousin": growing_shape((-1, -1, 1, 0, 2), lambda _, tokens: tokens[1:2] != (2,)),
+    "a cousin's child after a first sibling's child": growing_shape(
+        (-1, -1, 0, 1, 3), lambda _, tokens: tokens[2:3] != (1,)
+    ),
 }
 
 
@@ -191,7 +193,7 @@ def test_a_chain_is_block_verification_and_the_token_rule() -> None:
 
 
 def test_a_second_sibling_never_costs_acceptance() -> None:
-    """p = (1/2, 1/2, 0), q = (1/4, 1/4, 1/2): one child stands with 1/2; where it falls, the second always stands."""
+    """p = (1/2, 1/2, 0), q = (1/4, 1/4, 1/2): one child is accepted with 1/2, and the second always after it."""
     p, q = (Fraction(1, 2), Fraction(1, 2), Fraction(0)), (Fraction(1, 4), Fraction(1, 4), Fraction(1, 2))
     for parents, share in (((-1,), Fraction(1, 2)), ((-1, -1), Fraction(1))):
         trees = drawn_trees(lambda _: p, lambda _: q, fixed_shape(parents))
@@ -242,13 +244,13 @@ def mean_accepted(cells: TreeCells, trees: list[DraftTree]) -> float:
 
 
 def assert_predicts(cells: TreeCells, rule: TreeRuleFunction, trees: list[DraftTree]) -> None:
-    """The oracle's table over coins and picks is the code at random uniforms; so its integral is the code's."""
+    """The oracle's table over uniforms is the code at random uniforms; so its integral is the code's."""
     given, generator = tree_round(trees), torch.Generator().manual_seed(1)
-    coins = torch.rand(len(trees), 60, given.draft.tokens.shape[1], dtype=torch.float64, generator=generator)
-    picks = torch.rand(len(trees), 60, dtype=torch.float64, generator=generator)
-    last, following = judge_at(rule, given, coins, picks)
+    accept = torch.rand(len(trees), 60, given.draft.tokens.shape[1], dtype=torch.float64, generator=generator)
+    residual = torch.rand(len(trees), 60, dtype=torch.float64, generator=generator)
+    last, following = results_at(rule, given, accept, residual)
     for setting in range(60):
-        predicted = cells.predict(coins[:, setting], picks[:, setting])
+        predicted = cells.predict(accept[:, setting], residual[:, setting])
         assert torch.equal(predicted[0], last[:, setting]) and torch.equal(predicted[1], following[:, setting])
 
 
@@ -305,10 +307,10 @@ FAULT_DISTANCE = {
     "top_k_as_sampled": 0.4908,
     "best_as_sampled": 0.3492,
     "no_residual": 0.1275,
-    "siblings_judged_by_target": 0.0444,
+    "siblings_verified_by_target": 0.0444,
     "sibling_q_not_renormalised": 0.0333,
     "typical_acceptance": 0.4745,
-    "shared_sibling_coin": 0.0143,
+    "shared_sibling_uniform": 0.0143,
     "parent_row_off_by_one": 0.2813,
     "peeking_pruning": 0.1077,
     "traversal_peeking_pruning": 0.1308,
@@ -323,7 +325,7 @@ FAULT_DISTANCE = {
 def test_every_broken_rule_is_caught(name: str) -> None:
     fault = BROKEN_TREE[name]
     trees = drawn_trees(FAULT_TARGET, FAULT_DRAFT, fixed_shape(FAULT_PARENTS), fault.siblings)
-    trees = trees if fault.told else untold(trees)
+    trees = trees if fault.with_q else without_q(trees)
     cells, right = tree_cells(fault.rule, tree_round(trees)), target_law(FAULT_TARGET, 3)
     law = torch_tree_law(cells, trees, FAULT_TARGET, 3)
     distance = total_variation(law, right)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from forerun.acceptance.truncate import Truncation, reference_truncate, truncate
+from forerun.acceptance.truncate import Truncation, truncate
 from forerun.errors import UserError
+from proofs.references import reference_truncate
 
 CUTS = [
     Truncation(top_k=1), Truncation(top_k=5), Truncation(top_k=99), Truncation(top_p=0.01), Truncation(top_p=0.6),
@@ -18,10 +19,11 @@ CUTS = [
 def test_rows_are_those_of_the_definition(cuts: Truncation) -> None:
     source = torch.Generator().manual_seed(3)
     logits = 3 * torch.randn(20, 5, 31, generator=source)  # more rows than are sorted at once
-    heat = torch.rand(20, generator=source) + 0.5
-    processed = (truncate(logits, heat, cuts).double() / heat[:, None, None]).softmax(-1)
+    temperature = torch.rand(20, generator=source) + 0.5
+    processed = (truncate(logits, temperature, cuts).double() / temperature[:, None, None]).softmax(-1)
     expected = [
-        [reference_truncate(row.tolist(), float(h), cuts) for row in rows] for rows, h in zip(logits, heat, strict=True)
+        [reference_truncate(row.tolist(), float(t), cuts) for row in rows]
+        for rows, t in zip(logits, temperature, strict=True)
     ]
     torch.testing.assert_close(processed, torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=0)
     assert int((processed == 0).sum()) > 0 or cuts.top_k == 99

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import drafter_contract as contract
-from forerun.acceptance.broken_tree import BROKEN_TREE
+from chi_square import p_value_of_texts
 from forerun.config import GraftConfig, SpeculationConfig, load_recipe
 from forerun.drafters import load_drafter
 from forerun.drafters.base import Rows
@@ -27,6 +27,7 @@ from forerun.models import Policy, load_policy
 from forerun.models.auxiliary import AuxiliaryStates
 from forerun.training.weights import publish
 from forerun.types import Draft
+from proofs.broken_tree import BROKEN_TREE
 from tiny_models import random_drafter, random_head
 
 SMALL, PAPER = GraftConfig(), GraftConfig(preset="paper")
@@ -330,7 +331,7 @@ def exact_law(policy: Policy, temperature: float) -> dict[Path_, float]:
 
 def law_p_value(policy: Policy, temperature: float, fault: str | None = None) -> float:
     settings = GraftConfig(nodes=6, width=2, depth=3, checkpoints=(0,), thresholds=(0.3,), keep=(2,), template=(3, 3))
-    verifier = {} if fault is None else {"tree_verifier": lambda _, *rest: BROKEN_TREE[fault].rule(*rest)}
+    verifier = {} if fault is None else {"tree_verifier": lambda _, inputs: BROKEN_TREE[fault].rule(inputs)}
     engine = LocalEngine(policy, make(policy, settings), k=6, slots=1000, **verifier)  # type: ignore[arg-type]
     rollouts = engine.generate(
         [contract.LAW_PROMPT], max_new_tokens=3, temperature=temperature, n=contract.LAW_SAMPLES, seed=1
@@ -338,7 +339,7 @@ def law_p_value(policy: Policy, temperature: float, fault: str | None = None) ->
     metrics = engine.metrics()
     assert metrics["acceptance_per_position"][1] > 0.05, "too little was speculated: the test would be idle"
     assert metrics["drafter"]["retrieved_nodes"] > 1000 < metrics["drafter"]["drafted_nodes"]
-    return contract.chi_square_p(Counter(tuple(r.tokens) for r in rollouts), exact_law(policy, temperature))
+    return p_value_of_texts(Counter(tuple(r.tokens) for r in rollouts), exact_law(policy, temperature))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import drafter_contract as contract
+from chi_square import p_value_of_texts
 from forerun.acceptance.chain import verify
 from forerun.acceptance.random import Purpose, inverse_cdf_log, uniforms
 from forerun.config import SpeculationConfig
@@ -27,7 +28,7 @@ from forerun.drafters.temperature import GRID, FixedTemperature, OnlineTemperatu
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
-from forerun.types import Draft, VerifyResult
+from forerun.types import Draft, VerifyInput, VerifyResult
 from tiny_models import random_drafter, random_head
 
 
@@ -82,8 +83,8 @@ def test_overlap_is_what_the_token_rule_accepts() -> None:
     log_q = (z / temperature).log_softmax(-1).expand(count, 1, 9)
     tokens = inverse_cdf_log(log_q[:, 0], uniforms(rows.seeds, rows.lengths[:, None], Purpose.DRAFT)[:, 0])
     draft = Draft(tokens[:, None], torch.ones(count, dtype=torch.int64), log_q)
-    coins = uniforms(rows.seeds, rows.lengths[:, None], Purpose.COIN)
-    verdict = verify("token", logits.expand(count, 2, 9), draft, rows.temperature, coins, coins[:, 0])
+    accept = uniforms(rows.seeds, rows.lengths[:, None], Purpose.ACCEPT)
+    verdict = verify("token", VerifyInput(logits.expand(count, 2, 9), draft, rows.temperature, accept, accept[:, 0]))
     expected = float(overlaps(logits.log_softmax(-1)[None], z.log_softmax(-1)[None], 1.0, [temperature])[0, 0])
     deviation = (expected * (1 - expected) / count) ** 0.5
     assert abs(float(verdict.accepted.float().mean()) - expected) < 4 * deviation
@@ -253,12 +254,13 @@ def test_a_temperature_that_reads_its_own_drafts_breaks_the_law(peeking: bool) -
     chosen = torch.stack(log_q)[second.long()]
     tokens = torch.where(second, drawn[1], drawn[0])
     draft = Draft(tokens[:, None], torch.ones(count, dtype=torch.int64), chosen[:, None])
-    coins = uniforms(rows.seeds, rows.lengths[:, None], Purpose.COIN)
-    picks = uniforms(rows.seeds, rows.lengths[:, None], Purpose.PICK)[:, 0]
-    verdict = verify("block", logits.expand(count, 2, size), draft, rows.temperature, coins, picks)
+    accept = uniforms(rows.seeds, rows.lengths[:, None], Purpose.ACCEPT)
+    residual = uniforms(rows.seeds, rows.lengths[:, None], Purpose.RESIDUAL)[:, 0]
+    inputs = VerifyInput(logits.expand(count, 2, size), draft, rows.temperature, accept, residual)
+    verdict = verify("block", inputs)
     counts = Counter((token,) for token in verdict.tokens[:, 0].tolist())
     law = {(token,): p for token, p in enumerate(logits.double().softmax(-1).tolist())}
-    p = contract.chi_square_p(counts, law)
+    p = p_value_of_texts(counts, law)
     assert p < 1e-6 if peeking else p > 1e-6
 
 

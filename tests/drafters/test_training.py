@@ -73,7 +73,7 @@ def test_the_gradient_of_total_variation_is_the_papers() -> None:
 
 
 def expected_accepted(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Expected number of accepted drafts of one chain [J, V], over all drafts and coins: every path, one by one."""
+    """Expected number of accepted drafts of one chain [J, V], over all drafts and uniforms: every path, one by one."""
     depth, size = log_p.shape
     total = torch.zeros((), dtype=log_p.dtype)
     for path in itertools.product(range(size), repeat=depth):

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from chi_square import p_value_of_texts
 from forerun.acceptance import broken
-from forerun.acceptance.truncate import EVERYTHING, Truncation, reference_truncate
+from forerun.acceptance.truncate import EVERYTHING, Truncation
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy, load_policy
+from proofs.references import reference_truncate
 from tiny_models import random_drafter
 
 VOCABULARY, SAMPLES, PROMPT = 12, 20_000, [3, 7, 5]
@@ -47,17 +49,6 @@ def exact_law(policy: Policy, temperature: float, cuts: Truncation = EVERYTHING)
     return law
 
 
-def chi_square_p(counts: Counter[tuple[int, ...]], law: dict[tuple[int, ...], float], samples: int) -> float:
-    """p-value of the counts under the law; cells that expect fewer than 8 are pooled."""
-    assert set(counts) <= set(law), "a text of probability zero was sampled"
-    cells = [(counts[t], p * samples) for t, p in law.items() if p * samples >= 8]
-    rest = samples - sum(o for o, _ in cells), samples - sum(e for _, e in cells)
-    cells += [rest] if rest[1] > 0 else []
-    statistic = sum((o - e) ** 2 / e for o, e in cells)
-    freedom = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
-
-
 def sample(policy: Policy, engine: LocalEngine, temperature: float, seed: int) -> Counter[tuple[int, ...]]:
     rollouts = engine.generate([PROMPT], max_new_tokens=3, temperature=temperature, n=SAMPLES, seed=seed)
     return Counter(tuple(r.tokens) for r in rollouts)
@@ -71,7 +62,7 @@ def test_engine_samples_the_policy(small: Policy, rule: str, temperature: float)
     engine = LocalEngine(small, drafter, k=2, rule=rule, slots=1000)
     counts = sample(small, engine, temperature, seed=1)
     assert engine.metrics()["acceptance_per_position"][1] > 0.05, "nothing was speculated: the test would be idle"
-    assert chi_square_p(counts, exact_law(small, temperature), SAMPLES) > 1e-6
+    assert p_value_of_texts(counts, exact_law(small, temperature)) > 1e-6
 
 
 @pytest.mark.parametrize("rule", ["block", "token"])
@@ -86,8 +77,8 @@ def test_truncated_samples_follow_the_processed_law(small: Policy, rule: str, cu
     counts, law = Counter(tuple(r.tokens) for r in rollouts), exact_law(small, 0.7, cuts)
     assert engine.metrics()["acceptance_per_position"][1] > 0.02, "nothing was speculated: the test would be idle"
     possible = {text: p for text, p in law.items() if p > 0}
-    assert chi_square_p(counts, possible, SAMPLES) > 1e-6
-    assert chi_square_p(counts, exact_law(small, 0.7), SAMPLES) < 1e-6
+    assert p_value_of_texts(counts, possible) > 1e-6
+    assert p_value_of_texts(counts, exact_law(small, 0.7)) < 1e-6
     for r in rollouts[:50]:
         shares = [math.exp(x) for x in r.logprobs]
         assert math.isclose(math.prod(shares), law[tuple(r.tokens)], rel_tol=1e-3)
@@ -95,18 +86,18 @@ def test_truncated_samples_follow_the_processed_law(small: Policy, rule: str, cu
 
 def test_plain_engine_samples_the_policy(small: Policy) -> None:
     counts = sample(small, LocalEngine(small, slots=1000), 1.0, seed=2)
-    assert chi_square_p(counts, exact_law(small, 1.0), SAMPLES) > 1e-6
+    assert p_value_of_texts(counts, exact_law(small, 1.0)) > 1e-6
 
 
 @pytest.mark.parametrize("fault", ["no_residual", "block_no_residual", "block_threshold_is_prefix", "misaligned_row"])
 def test_a_broken_rule_is_caught(small: Policy, fault: str) -> None:
     drafter = random_drafter(small, vocabulary=[0, 1, 2, 3, 5, 7, 8, 11])
     rule = broken.BROKEN[fault]
-    engine = LocalEngine(small, drafter, k=2, slots=1000, verifier=lambda _, *rest: rule(*rest))
+    engine = LocalEngine(small, drafter, k=2, slots=1000, verifier=lambda _, inputs: rule(inputs))
     counts = sample(small, engine, 1.0, seed=1)
     law = exact_law(small, 1.0)
     distance = 0.5 * sum(abs(counts[t] / SAMPLES - p) for t, p in law.items())
-    assert chi_square_p(counts, law, SAMPLES) < 1e-6, f"total variation {distance:.3f} went unnoticed"
+    assert p_value_of_texts(counts, law) < 1e-6, f"total variation {distance:.3f} went unnoticed"
 
 
 def test_law_has_mass_one(small: Policy) -> None:

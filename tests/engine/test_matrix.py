@@ -9,6 +9,7 @@ tokens find a law that is 8 % of total variation away nine times in ten; a broke
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from forerun.drafters.trie import TrieDrafter
 from forerun.engine.local.engine import LocalEngine, Verify, VerifyTree
 from forerun.lossless.statistics import chi_square_tail, pooled_chi_square
 from forerun.models import Policy, load_policy
-from forerun.types import Draft, Rollout, VerifyResult
+from forerun.types import Rollout, VerifyInput, VerifyResult
 from tiny_models import random_drafter, random_head
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11], [20, 21, 20, 22, 21, 20], [30] * 14]
@@ -120,21 +121,23 @@ def test_speculative(unsure: Policy, make: Callable[[str], Drafter], name: str, 
         assert p_value(unsure, rollouts, heat) > LEVEL
 
 
-def no_coin(
-    rule: str, logits: torch.Tensor, draft: Draft, heat: torch.Tensor, coins: torch.Tensor, picks: torch.Tensor
-) -> VerifyResult:
-    """Drafts are believed: every coin shows the smallest number there is."""
-    return verify(rule, logits, draft, heat, torch.full_like(coins, 1e-12), picks)
+def smallest_uniforms(inputs: VerifyInput) -> VerifyInput:
+    return replace(inputs, accept_uniforms=torch.full_like(inputs.accept_uniforms, 1e-12))
 
 
-def no_tree_coin(
-    rule: str, logits: torch.Tensor, draft: Draft, heat: torch.Tensor, coins: torch.Tensor, picks: torch.Tensor
-) -> TreeResult:
-    """The same of trees: the eldest child is believed."""
-    return verify_tree(rule, logits, draft, heat, torch.full_like(coins, 1e-12), picks)
+def accept_all(rule: str, inputs: VerifyInput) -> VerifyResult:
+    """Every draft is accepted that the policy does not forbid."""
+    return verify(rule, smallest_uniforms(inputs))
+
+
+def accept_all_of_tree(rule: str, inputs: VerifyInput) -> TreeResult:
+    """The same for trees: the first child is accepted."""
+    return verify_tree(rule, smallest_uniforms(inputs))
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
-def test_believing_the_drafts_is_found(unsure: Policy, make: Callable[[str], Drafter], name: str) -> None:
-    rollouts = rollouts_of(unsure, make(name), 3, 1.0, "walk" if name == "graft" else "token", no_coin, no_tree_coin)
+def test_accepting_every_draft_is_caught(unsure: Policy, make: Callable[[str], Drafter], name: str) -> None:
+    rollouts = rollouts_of(
+        unsure, make(name), 3, 1.0, "walk" if name == "graft" else "token", accept_all, accept_all_of_tree
+    )
     assert p_value(unsure, rollouts, 1.0) < LEVEL

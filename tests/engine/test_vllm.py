@@ -14,7 +14,7 @@ from forerun.drafters.ngram import NgramDrafter
 from forerun.engine.base import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
-from forerun.lossless.distribution import law_checks
+from forerun.lossless.distribution import distribution_checks
 from forerun.models import Policy
 from vllm_tiny import PROMPTS, TOLERANCE, law, make, needs_vllm, texts, version
 
@@ -127,7 +127,7 @@ def test_a_draft_temperature_scales_q_and_keeps_the_law(small: Policy, drafter: 
         ours = drafter.head.lm_head(states).detach() / 0.25
         torch.testing.assert_close(head.compute_logits(states)[:, drafter.vocabulary], ours, rtol=1e-4, atol=1e-3)
         cold.load(version(number + 1, small, drafter))
-    checks = law_checks(cold, small, drafter, [[5, 6, 7]], 600, 5, Sampling(5, 1.0, 12))
+    checks = distribution_checks(cold, small, drafter, [[5, 6, 7]], 600, 5, Sampling(5, 1.0, 12))
     assert all(check.passed for check in checks), checks
     cold.close()
 

@@ -220,8 +220,8 @@ def test_the_law_test_catches_the_trie_without_the_repair(
 def test_acceptance_is_that_of_the_local_engine(trie: Any, small: Policy) -> None:
     """Accepted drafts a decoding row on the same work: the second of two epochs of 16 prompts, 4 samples each.
 
-    Not equal: coins differ, and the local engine drafts the first token too. From seed to seed both spread by 0.08
-    around 0.64, so the difference of two means of four by a twelfth: the bound is four times that.
+    Not equal: random numbers differ, and the local engine drafts the first token too. Both vary from seed to seed by
+    0.08 around 0.64, so the difference of two means of four by a twelfth: the bound is four times that.
     """
     prompts = [[i, i + 1, i + 2] for i in range(1, 17)]
     kept: dict[str, float] = {}

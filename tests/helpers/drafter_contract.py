@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from chi_square import p_value_of_texts
 from forerun.acceptance.chain import verify
 from forerun.acceptance.random import inverse_cdf
 from forerun.drafters.base import Drafter, Rows
 from forerun.engine.local.engine import LocalEngine
 from forerun.models import Policy
-from forerun.types import Draft, Rollout, VerifyResult
+from forerun.types import Rollout, VerifyInput, VerifyResult
 
 Make = Callable[[], Drafter]
 
@@ -103,19 +104,17 @@ def law_p_value(policy: Policy, make: Make, faulty: bool) -> float:
     engine = LocalEngine(policy, make(), k=2, slots=1000, verifier=verifier)
     rollouts = engine.generate([LAW_PROMPT], max_new_tokens=3, n=LAW_SAMPLES, seed=1)
     assert engine.metrics()["acceptance_per_position"][1] > 0.05, "too little was speculated: the test would be idle"
-    return chi_square_p(Counter(tuple(r.tokens) for r in rollouts), exact_law(policy))
+    return p_value_of_texts(Counter(tuple(r.tokens) for r in rollouts), exact_law(policy))
 
 
-def no_residual(
-    rule: str, logits: torch.Tensor, draft: Draft, temperature: torch.Tensor, coins: torch.Tensor, picks: torch.Tensor
-) -> VerifyResult:
+def no_residual(rule: str, inputs: VerifyInput) -> VerifyResult:
     """A broken verifier: whatever follows the accepted tokens is drawn from the policy's row, not from the residual."""
-    verdict = verify(rule, logits, draft, temperature, coins, picks)
-    batch = torch.arange(len(picks))
-    row = logits[batch, verdict.accepted].float() / temperature[:, None]
-    tokens = verdict.tokens.clone()
-    tokens[batch, verdict.accepted] = inverse_cdf(row.softmax(-1), picks)
-    return VerifyResult(verdict.accepted, tokens, verdict.logprobs)
+    result = verify(rule, inputs)
+    batch = torch.arange(len(result.accepted))
+    row = inputs.target_logits[batch, result.accepted].float() / inputs.temperature[:, None]
+    tokens = result.tokens.clone()
+    tokens[batch, result.accepted] = inverse_cdf(row.softmax(-1), inputs.residual_uniforms)
+    return replace(result, tokens=tokens)
 
 
 def exact_law(policy: Policy) -> dict[tuple[int, ...], float]:
@@ -131,14 +130,3 @@ def exact_law(policy: Policy) -> dict[tuple[int, ...], float]:
                 (law if token == 0 or step == 2 else following)[(*text, token)] = frontier[text] * p
         frontier = following
     return law
-
-
-def chi_square_p(counts: Counter[tuple[int, ...]], law: dict[tuple[int, ...], float]) -> float:
-    """p-value of counts under a law; texts that expect fewer than 8 are pooled."""
-    assert set(counts) <= set(law), "a text of probability zero was sampled"
-    samples = counts.total()
-    cells = [(counts[t], p * samples) for t, p in law.items() if p * samples >= 8]
-    cells.append((samples - sum(o for o, _ in cells), samples - sum(e for _, e in cells)))
-    statistic = sum((o - e) ** 2 / e for o, e in cells if e > 1e-6)
-    freedom = torch.tensor((len(cells) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))

@@ -19,7 +19,7 @@ from forerun.config import SpeculationConfig
 from forerun.drafters.eagle3 import Eagle3Config, Eagle3Drafter, Eagle3Head
 from forerun.engine.base import Sampling, Weights
 from forerun.engine.local.engine import LocalEngine
-from forerun.lossless.distribution import law_checks
+from forerun.lossless.distribution import distribution_checks
 from forerun.models import Policy, load_policy
 from forerun.models.checksum import checksum
 
@@ -107,4 +107,4 @@ LAW = {"contexts": [[5, 6, 7], [20, 21]], "samples": 1200, "length": 5}
 
 
 def law(engine: Any, policy: Policy, drafter: Any) -> list[Any]:
-    return law_checks(engine, policy, drafter, **LAW, sampling=Sampling(5, 1.0, 11))
+    return distribution_checks(engine, policy, drafter, **LAW, sampling=Sampling(5, 1.0, 11))

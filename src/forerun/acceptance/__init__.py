@@ -1,1 +1,1 @@
-"""Exact acceptance rules for drafts, as pure functions on tensors, and the oracle that proves them."""
+"""Exact acceptance rules for drafts, as pure functions on tensors, and broken ones as controls."""

@@ -1,18 +1,16 @@
 """Exact acceptance rules for a chain of draft tokens: token rejection sampling, block verification, greedy.
 
-Every rule is a deterministic function of logits, draft and uniforms, batched, on any device. Whatever the draft, the
-tokens a round emits, continued by the target, are distributed as the target's own; `oracle.py` proves it by
-enumeration.
+A rule is a deterministic function of a `VerifyInput`, batched, on any device. Whatever the draft, the tokens a round
+emits, continued by the target, are distributed as the target's own; tests/proofs/oracle.py proves it by enumeration.
 
 Conventions
-- B sequences, k draft slots, V vocabulary, D draft vocabulary. Slot i (0-based) is judged by target row i; row i after
-  i accepted tokens also gives the next token. gamma is `draft.lengths`, which may differ between sequences as long as
-  the decision to draft slot i used nothing sampled at slot i or later.
-- temperature 0 marks a greedy sequence: a slot is accepted iff it is the argmax, and neither coins nor q are read.
-- Nothing of size [B, k+1, V] is built. Full rows are read in chunks of a few MB, and beyond the log-sum-exp only
-  where the verdict hangs on them; scalars per slot are float64.
-
-Left out: trees; top-k and top-p (mask the target logits with -inf and give the draft the q it was sampled from).
+- B sequences, k draft slots, V vocabulary, D draft vocabulary. Slot i (0-based) is verified by target row i, which also
+  gives the next token after i accepted ones. `draft.lengths` may differ between sequences as long as the decision to
+  draft slot i used nothing sampled at slot i or later.
+- temperature 0 marks a greedy sequence: a slot is accepted iff it is the argmax; uniforms and q are not read.
+- Nothing of size [B, k+1, V] is built: full rows are read in chunks of a few MB, beyond the log-sum-exp only where the
+  result depends on them. Scalars per slot are float64.
+- For top-k and top-p mask the target logits with -inf and give the draft the q it was sampled from.
 """
 
 from __future__ import annotations
@@ -24,12 +22,12 @@ import torch
 from torch import Tensor
 
 from forerun.acceptance.random import inverse_cdf
-from forerun.types import Draft, VerifyResult
+from forerun.types import Draft, VerifyInput, VerifyResult
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21}  # float32 logits in flight: 8 MB is near the caches, and worth waking threads for
 _CHUNK_ELEMENTS_DEVICE = 1 << 24  # 64 MB hides the launch time on an accelerator
 
-RuleFunction = Callable[[Tensor, Draft, Tensor, Tensor, Tensor], VerifyResult]
+RuleFunction = Callable[[VerifyInput], VerifyResult]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,105 +47,92 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """How many tokens stand, and what multiplies p in the residual of the first that falls."""
+    """Accepted count, and the weight of p in the residual at the first rejection."""
 
     accepted: Tensor  # [B] int64
     weight: Tensor  # [B] float64
 
 
-AcceptanceRule = Callable[[Target, Draft, Tensor, Tensor], Acceptance]
+AcceptanceRule = Callable[[Target, Draft, Tensor, Tensor], Acceptance]  # the tensors: log p/q and uniforms, [B, k] each
 NextToken = Callable[[Target, Draft, Acceptance, Tensor, Tensor], Tensor]
 
 
-def verify(
-    rule: str, target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> VerifyResult:
-    """Judge one round of drafts.
+def verify(rule: str, inputs: VerifyInput) -> VerifyResult:
+    """Verify one round of drafts by the rule "token" or "block". k = 0 is plain sampling.
 
-    `rule` is "token" or "block"; `target_logits` [B, k+1, V] of any float type, -inf allowed; `temperature` [B], 0 for
-    greedy sequences; `coins` [B, k] and `picks` [B] uniforms in (0, 1) independent of the draft's. k = 0 is plain
-    sampling. Raises ValueError when shapes disagree, when a row that counts has no finite log-sum-exp, and when a draft
-    token has probability zero under the q it claims to be sampled from.
+    Raises:
+        ValueError: shapes disagree, a row that is read has no finite log-sum-exp, or a draft token has probability zero
+            under the q it claims to be sampled from.
+
     Sources: Leviathan et al. 2211.17192 (token); Sun et al. 2403.10444, algorithm 2 (block).
     """
     if rule not in RULES:
         raise ValueError(f"there is no verification rule {rule!r}; the rules are {', '.join(RULES)}")
-    return RULES[rule](target_logits, draft, temperature, coins, picks)
+    return RULES[rule](inputs)
 
 
-def verify_token(
-    target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> VerifyResult:
-    """Token rejection sampling; arguments as `verify`. With a one-hot draft a token stands with probability p(x)."""
-    return run(token_acceptance, next_token, target_logits, draft, temperature, coins, picks)
+def verify_token(inputs: VerifyInput) -> VerifyResult:
+    """Token rejection sampling. A token of a one-hot draft is accepted with probability p(x)."""
+    return run(token_acceptance, next_token, inputs)
 
 
-def verify_block(
-    target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> VerifyResult:
-    """Block verification; arguments as `verify`. Accepts at least as many tokens as the token rule on average."""
-    return run(block_acceptance, next_token, target_logits, draft, temperature, coins, picks)
+def verify_block(inputs: VerifyInput) -> VerifyResult:
+    """Block verification. Accepts at least as many tokens as the token rule on average."""
+    return run(block_acceptance, next_token, inputs)
 
 
 RULES: dict[str, RuleFunction] = {"token": verify_token, "block": verify_block}
 
 
 @torch.no_grad()
-def run(
-    accept: AcceptanceRule,
-    choose: NextToken,
-    target_logits: Tensor,
-    draft: Draft,
-    temperature: Tensor,
-    coins: Tensor,
-    picks: Tensor,
-) -> VerifyResult:
-    """Put a rule together from how it accepts and how it chooses the next token. Arguments and errors as `verify`."""
-    check_shapes(target_logits, draft, temperature, coins, picks)
-    check_draft(draft, temperature, target_logits.shape[2])
+def run(accept: AcceptanceRule, choose: NextToken, inputs: VerifyInput) -> VerifyResult:
+    """Run the rule that accepts drafts by `accept` and draws the next token by `choose`. Errors as `verify`."""
+    check_shapes(inputs)
+    check_draft(inputs)
+    draft = inputs.draft
     draft = replace(draft, tokens=draft.tokens.where(drafted(draft), 0))  # padding may hold anything
-    greedy = temperature == 0
-    scale = torch.where(greedy, 1.0, 1.0 / temperature).to(torch.float32)
-    target = Target(target_logits, scale, _log_sum_exp(target_logits, scale, draft.lengths))
+    greedy = inputs.temperature == 0
+    scale = inverse_temperature(inputs.temperature)
+    target = Target(inputs.target_logits, scale, _log_sum_exp(inputs.target_logits, scale, draft.lengths))
     log_q = log_q_of_tokens(draft)
     check_probabilities(target, log_q, greedy)
-    acceptance = accept(target, draft, target.log_p(draft.tokens) - log_q, coins)
-    following = choose(target, draft, acceptance, ~greedy, picks)
+    acceptance = accept(target, draft, target.log_p(draft.tokens) - log_q, inputs.accept_uniforms)
+    following = choose(target, draft, acceptance, ~greedy, inputs.residual_uniforms)
     accepted = acceptance.accepted
     if bool(greedy.any()):
         accepted, following = _decide_greedily(target, draft, greedy, accepted, following)
-    return _verdict(target, draft, accepted, following)
+    return _result(target, draft, accepted, following)
 
 
-def token_acceptance(target: Target, draft: Draft, log_ratio: Tensor, coins: Tensor) -> Acceptance:
+def token_acceptance(target: Target, draft: Draft, log_ratio: Tensor, uniforms: Tensor) -> Acceptance:
     """Accept slots from the left while u <= p(x)/q(x) (2211.17192, algorithm 1); the residual is norm((p - q)+)."""
-    stands = (coins <= log_ratio.exp()) & drafted(draft)  # [B, k]
-    return Acceptance(stands.cumprod(1).sum(1), torch.ones(len(coins), dtype=torch.float64, device=coins.device))
+    accepted = ((uniforms <= log_ratio.exp()) & drafted(draft)).cumprod(1).sum(1)
+    return Acceptance(accepted, torch.ones(len(uniforms), dtype=torch.float64, device=uniforms.device))
 
 
-def block_acceptance(target: Target, draft: Draft, log_ratio: Tensor, coins: Tensor) -> Acceptance:
+def block_acceptance(target: Target, draft: Draft, log_ratio: Tensor, uniforms: Tensor) -> Acceptance:
     """Accept the longest prefix i with u_i <= h_i (2403.10444, algorithm 2); the residual is norm((p_i p - q)+).
 
     p_i = min(p_{i-1} p(x_i)/q(x_i), 1); h_gamma = p_gamma; for i < gamma, h_i = S_i/(S_i + 1 - p_i) with
-    S_i = sum_x (p_i p(x|x_<=i) - q(x|x_<=i))+. For a one-hot draft this is the law of the token rule, which costs less.
+    S_i = sum_x (p_i p(x|x_<=i) - q(x|x_<=i))+. One-hot drafts go by the token rule: same distribution, less work.
     """
-    if draft.log_q is None or coins.shape[1] < 2:
-        return token_acceptance(target, draft, log_ratio, coins)
-    return accept_longest(target, draft, clipped_products(log_ratio).exp(), coins)
+    if draft.log_q is None or uniforms.shape[1] < 2:
+        return token_acceptance(target, draft, log_ratio, uniforms)
+    return accept_longest(target, draft, clipped_products(log_ratio).exp(), uniforms)
 
 
-def accept_longest(target: Target, draft: Draft, prefix: Tensor, coins: Tensor) -> Acceptance:
-    """The part of block verification that follows p_1 .. p_k, given as `prefix` [B, k]."""
-    # S_i needs two full rows, so it is computed only where the verdict can hang on it: h_i <= p_i since S_i <= p_i,
-    # hence a coin above p_i has lost already; and where slot gamma stands, no shorter prefix is asked for.
-    count = torch.arange(1, coins.shape[1] + 1, device=coins.device)
-    hits = (coins <= prefix) & drafted(draft)
+def accept_longest(target: Target, draft: Draft, prefix: Tensor, uniforms: Tensor) -> Acceptance:
+    """Block verification given p_1 .. p_k as `prefix` [B, k]."""
+    # S_i needs two full rows, so it is computed only where it matters: h_i <= p_i since S_i <= p_i, hence u_i > p_i
+    # rejects without S_i; and where slot gamma is accepted, no shorter prefix is needed.
+    count = torch.arange(1, uniforms.shape[1] + 1, device=uniforms.device)
+    hits = (uniforms <= prefix) & drafted(draft)
     final = hits & (count == draft.lengths[:, None])
     open_slots = hits & (count < draft.lengths[:, None]) & ~final.any(1, keepdim=True)
     sequences, slots = open_slots.nonzero(as_tuple=True)
     p = prefix[sequences, slots]
     mass = residual_mass(target, draft, p, sequences, slots + 1)
-    hits = final.index_put((sequences, slots), coins[sequences, slots] <= block_threshold(mass, p))
+    hits = final.index_put((sequences, slots), uniforms[sequences, slots] <= block_threshold(mass, p))
     return longest_prefix(hits, prefix)
 
 
@@ -190,26 +175,26 @@ def residual_mass(target: Target, draft: Draft, weight: Tensor, sequences: Tenso
     return mass
 
 
-def next_token(target: Target, draft: Draft, acceptance: Acceptance, needed: Tensor, picks: Tensor) -> Tensor:
-    """The token after the accepted ones: from p where the whole draft stands, else from norm((weight p - q)+).
+def next_token(target: Target, draft: Draft, acceptance: Acceptance, needed: Tensor, uniforms: Tensor) -> Tensor:
+    """The token after the accepted ones: from p if all drafts were accepted, else from norm((weight p - q)+).
 
-    `needed` [B] bool leaves out sequences (greedy ones); the result is [B] int64, 0 for those.
+    `needed` [B] bool skips (greedy) sequences; the result is [B] int64, 0 for those.
     """
     following = torch.zeros_like(acceptance.accepted)
     sequences = needed.nonzero()[:, 0]
     for part, logits in stream_rows(target, sequences, acceptance.accepted[sequences]):
         members = sequences[part]
         weights = _row_probabilities(target, members, acceptance.accepted[members], logits)  # [m, V]
-        fallen = (acceptance.accepted[members] < draft.lengths[members]).nonzero()[:, 0]
-        weights[fallen] = _residual(weights[fallen], draft, acceptance, members[fallen])
-        following[members] = inverse_cdf(weights, picks[members])
+        rejected = (acceptance.accepted[members] < draft.lengths[members]).nonzero()[:, 0]
+        weights[rejected] = _residual(weights[rejected], draft, acceptance, members[rejected])
+        following[members] = inverse_cdf(weights, uniforms[members])
     return following
 
 
 def _residual(p: Tensor, draft: Draft, acceptance: Acceptance, members: Tensor) -> Tensor:
-    """(weight p - q)+ [m, V], not normalised, at the first fallen slot of the given sequences."""
+    """(weight p - q)+ [m, V], not normalised, at the first rejected slot of the given sequences."""
     slot = acceptance.accepted[members]
-    if draft.log_q is None:  # q is one at the draft token and the weight is one: what remains is p elsewhere
+    if draft.log_q is None:  # q is one at the draft token and the weight is one, so the residual is p elsewhere
         residual = p.scatter(1, draft.tokens[members, slot][:, None], 0.0)
     else:
         q = select_rows(draft.log_q, members, slot).exp()
@@ -218,8 +203,8 @@ def _residual(p: Tensor, draft: Draft, acceptance: Acceptance, members: Tensor) 
             residual - q if draft.vocabulary is None else residual.scatter_add_(1, draft.vocabulary.expand_as(q), -q)
         )
         residual = residual.relu_()
-    # Its mass is at least the chance of having come here, so a mass that rounds to zero means p = q to rounding and an
-    # event of chance ~1e-7: any law is right to that accuracy, and p emits no token that p forbids.
+    # The mass is at least the chance of a rejection here, so a mass that rounds to zero means p = q to rounding, an
+    # event of chance ~1e-7: any distribution is right to that accuracy, and p emits no token that p forbids.
     empty = (residual.sum(1) == 0).nonzero()[:, 0]
     return residual.index_copy_(0, empty, p[empty])
 
@@ -227,7 +212,7 @@ def _residual(p: Tensor, draft: Draft, acceptance: Acceptance, members: Tensor) 
 def _decide_greedily(
     target: Target, draft: Draft, greedy: Tensor, accepted: Tensor, following: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Overwrite the greedy sequences: slots stand while they equal the argmax, the argmax of the next row follows."""
+    """Overwrite the greedy sequences: accept slots while they equal the argmax; the argmax of the next row follows."""
     rows = target.logits.shape[1]
     best = torch.zeros_like(target.lse, dtype=torch.int64)  # [B, k+1]
     counted = greedy[:, None] & (torch.arange(rows, device=greedy.device) <= draft.lengths[:, None])
@@ -239,8 +224,8 @@ def _decide_greedily(
     return accepted, torch.where(greedy, best.gather(1, accepted[:, None])[:, 0], following)
 
 
-def _verdict(target: Target, draft: Draft, accepted: Tensor, following: Tensor) -> VerifyResult:
-    """Lay out the emitted tokens and their log-probabilities under the rows that judged them; zeros beyond."""
+def _result(target: Target, draft: Draft, accepted: Tensor, following: Tensor) -> VerifyResult:
+    """Lay out the emitted tokens and their log-probabilities under the rows that verified them; zeros beyond."""
     place = torch.arange(target.logits.shape[1], device=accepted.device)  # [k+1]
     padded = torch.nn.functional.pad(draft.tokens, (0, 1))  # [B, k+1]
     tokens = torch.where(place < accepted[:, None], padded, 0)
@@ -300,18 +285,24 @@ def drafted(draft: Draft) -> Tensor:
     return torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < draft.lengths[:, None]
 
 
-def check_shapes(target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor) -> None:
+def inverse_temperature(temperature: Tensor) -> Tensor:
+    """What logits are multiplied by: [B] float32, 1 for a greedy sequence."""
+    return torch.where(temperature == 0, 1.0, 1.0 / temperature).to(torch.float32)
+
+
+def check_shapes(inputs: VerifyInput) -> None:
     """Refuse trees and tensors whose shapes disagree with the draft's [B, k]."""
+    draft, logits = inputs.draft, inputs.target_logits
     if draft.parents is not None:
-        raise ValueError("a chain rule cannot judge a tree; give a draft without parents")
+        raise ValueError("a chain rule cannot verify a tree; give a draft without parents")
     batch, k = draft.tokens.shape
-    columns = target_logits.shape[-1] if draft.vocabulary is None else len(draft.vocabulary)
+    columns = logits.shape[-1] if draft.vocabulary is None else len(draft.vocabulary)
     expected = {
-        "target_logits": (target_logits, (batch, k + 1, target_logits.shape[-1])),
+        "target_logits": (logits, (batch, k + 1, logits.shape[-1])),
         "draft.lengths": (draft.lengths, (batch,)),
-        "temperature": (temperature, (batch,)),
-        "coins": (coins, (batch, k)),
-        "picks": (picks, (batch,)),
+        "temperature": (inputs.temperature, (batch,)),
+        "accept_uniforms": (inputs.accept_uniforms, (batch, k)),
+        "residual_uniforms": (inputs.residual_uniforms, (batch,)),
     }
     if draft.log_q is not None:
         expected["draft.log_q"] = (draft.log_q, (batch, k, columns))
@@ -320,21 +311,22 @@ def check_shapes(target_logits: Tensor, draft: Draft, temperature: Tensor, coins
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the draft's tokens ask for {shape}")
 
 
-def check_draft(draft: Draft, temperature: Tensor, vocabulary_size: int) -> None:
+def check_draft(inputs: VerifyInput) -> None:
     """Refuse lengths, tokens and temperatures outside their range."""
-    k = draft.tokens.shape[1]
-    unknown = ((draft.tokens < 0) | (draft.tokens >= vocabulary_size)) & drafted(draft)
+    draft, temperature = inputs.draft, inputs.temperature
+    k, size = draft.tokens.shape[1], inputs.target_logits.shape[2]
+    unknown = ((draft.tokens < 0) | (draft.tokens >= size)) & drafted(draft)
     refuse(
         {
             f"its draft length is not in 0..{k}": (draft.lengths > k) | (draft.lengths < 0),
-            f"a draft token is not in the target's vocabulary 0..{vocabulary_size - 1}": unknown.any(1),
+            f"a draft token is not in the target's vocabulary 0..{size - 1}": unknown.any(1),
             "its temperature is not a finite number >= 0": ~(temperature >= 0) | temperature.isinf(),
         }
     )
 
 
 def check_probabilities(target: Target, log_q: Tensor, greedy: Tensor) -> None:
-    """Refuse what would bias the verdict without a trace: broken rows, draft tokens that q cannot have produced."""
+    """Refuse what would bias the result unnoticed: broken rows, draft tokens that q cannot have produced."""
     impossible = (log_q.isnan() | log_q.isinf()).any(1) & ~greedy
     refuse(
         {
@@ -351,84 +343,3 @@ def refuse(problems: dict[str, Tensor]) -> None:
     for problem, flags in problems.items():
         if bool(flags.any()):
             raise ValueError(f"sequence {int(flags.nonzero()[0, 0])} cannot be verified: {problem}")
-
-
-def reference_token(
-    target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> VerifyResult:
-    """The token rule, slow and obvious: dense float64 tensors, one sequence at a time. Arguments as `verify`."""
-    return _reference(_reference_token_count, target_logits, draft, temperature, coins, picks)
-
-
-def reference_block(
-    target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> VerifyResult:
-    """Block verification, slow and obvious; arguments as `verify`. One-hot drafts go by the token rule."""
-    count = _reference_token_count if draft.log_q is None else _reference_block_count
-    return _reference(count, target_logits, draft, temperature, coins, picks)
-
-
-def _reference_token_count(p: Tensor, q: Tensor, x: list[int], u: list[float]) -> tuple[int, float]:
-    """Accepted count and residual weight from rows p [gamma+1, V], q [gamma, V], tokens and coins."""
-    for i, token in enumerate(x):
-        if u[i] > p[i, token] / q[i, token]:
-            return i, 1.0
-    return len(x), 1.0
-
-
-def _reference_block_count(p: Tensor, q: Tensor, x: list[int], u: list[float]) -> tuple[int, float]:
-    """Accepted count and residual weight of block verification; arguments as the token rule's."""
-    best, weight, prefix = 0, 1.0, 1.0
-    for i, token in enumerate(x, start=1):
-        prefix = min(prefix * float(p[i - 1, token] / q[i - 1, token]), 1.0)
-        threshold = prefix
-        if i < len(x):
-            mass = float((prefix * p[i] - q[i]).clamp(min=0).sum())
-            threshold = 1.0 if mass + 1 - prefix == 0 else mass / (mass + 1 - prefix)
-        if u[i - 1] <= threshold:
-            best, weight = i, prefix
-    return best, weight
-
-
-def _reference(
-    count: Callable[[Tensor, Tensor, list[int], list[float]], tuple[int, float]],
-    target_logits: Tensor,
-    draft: Draft,
-    temperature: Tensor,
-    coins: Tensor,
-    picks: Tensor,
-) -> VerifyResult:
-    """Run a reference count over the batch and finish its rounds."""
-    batch, rows, size = target_logits.shape
-    accepted = torch.zeros(batch, dtype=torch.int64)
-    tokens, logprobs = torch.zeros(batch, rows, dtype=torch.int64), torch.zeros(batch, rows)
-    for b in range(batch):
-        gamma, heat = int(draft.lengths[b]), float(temperature[b])
-        p = (target_logits[b, : gamma + 1].to(torch.float64) / (heat or 1.0)).softmax(-1)
-        x = draft.tokens[b, :gamma].tolist()
-        q = _reference_q(draft, b, gamma, size)
-        if heat == 0:
-            best = target_logits[b].to(torch.float64).argmax(-1).tolist()
-            tau = next((i for i in range(gamma) if x[i] != best[i]), gamma)
-            following = best[tau]
-        else:
-            tau, weight = count(p, q, x, coins[b].tolist())
-            left = p[tau] if tau == gamma else (weight * p[tau] - q[tau]).clamp(min=0)
-            left = left if left.sum() > 0 else p[tau]
-            following = int((left.cumsum(0) > picks[b] * left.sum()).nonzero()[0, 0])
-        accepted[b], emitted = tau, [*x[:tau], following]
-        tokens[b, : tau + 1] = torch.tensor(emitted)
-        logprobs[b, : tau + 1] = p[torch.arange(tau + 1), emitted].log().to(torch.float32)
-    return VerifyResult(accepted, tokens, logprobs)
-
-
-def _reference_q(draft: Draft, b: int, gamma: int, size: int) -> Tensor:
-    """Dense q rows of one sequence: [gamma, V] float64."""
-    q = torch.zeros(gamma, size, dtype=torch.float64)
-    if draft.log_q is None:
-        q[torch.arange(gamma), draft.tokens[b, :gamma]] = 1.0
-    else:
-        q[:, torch.arange(size) if draft.vocabulary is None else draft.vocabulary] = (
-            draft.log_q[b, :gamma].double().exp()
-        )
-    return q

@@ -1,11 +1,10 @@
 """Counter-based uniforms, and one token drawn from a row by its inverse distribution function.
 
-A uniform is a hash of (request seed, absolute position, purpose, lane). It therefore does not depend on the batch a
-request shares, on the order of the draws or on the device, and streams of different purpose are independent: the coins
-that judge a draft never see the numbers that sampled it.
+A uniform is a hash of (request seed, absolute position, purpose, lane). It does not depend on the batch, the order of
+the draws or the device, and streams of different purpose are independent: acceptance never reuses the numbers that
+sampled the draft. Speculative and plain decoding of one seed give the same distribution, not the same text.
 
 Conventions: B requests, n positions, V columns; uniforms are float64 in the open interval (0, 1).
-Left out: a promise that speculative and plain decoding of one seed give the same text. They give the same law.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ class Purpose(IntEnum):
     """What a uniform is for. Members are streams; the numbers are part of every result, so never renumber them."""
 
     DRAFT = 1  # sampling a draft token
-    COIN = 2  # accepting or rejecting a draft token
-    PICK = 3  # the token that ends a round: residual or bonus
+    ACCEPT = 2  # accepting or rejecting a draft token
+    RESIDUAL = 3  # the token that ends a round: residual or bonus
     PLAIN = 4  # decoding without speculation
     BRANCH = 5  # which children a draft tree keeps
 
@@ -54,8 +53,8 @@ def uniforms(seeds: Tensor, positions: Tensor, purpose: Purpose, lane: int = 0) 
 def round_keys(starts: Tensor, slots: int) -> Tensor:
     """Positions for the `uniforms` of a round that starts at `starts` [B]: one per draft slot, [B, slots].
 
-    A round owns its draws. Block verification looks at every coin of a round, also behind the first rejection; keyed by
-    the token's own position, such a coin would be tossed again in the next round, and known to have lost.
+    A round owns its draws. Block verification reads every uniform of a round, also behind the first rejection; keyed by
+    the token's own position, such a uniform would be used again in the next round, conditioned on having rejected.
 
     Raises:
         ValueError: more slots than a round can key; they would collide with those of the next position.

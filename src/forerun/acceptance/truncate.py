@@ -1,10 +1,10 @@
-"""Truncated sampling (top-k, top-p, min-p) as a mask on the target's logits: what is cut off gets -inf.
+"""Truncated sampling (top-k, top-p, min-p) as a mask on the target's logits: removed tokens get -inf.
 
-The rules of `chain.py` and `tree.py` then judge the processed distribution: emitted tokens follow it, and reported
-log-probabilities are its own. Drafters need not know; a draft that was cut off is rejected.
-Cuts are made in the order of Transformers' logits processors, each on what the one before left: temperature, top-k,
-top-p, min-p. Tokens that tie with the last one kept by top-k stay as well.
-Left out: training on truncated samples. A learner would have to replay the cuts, so recipes do not offer them.
+The acceptance rules then verify against the truncated distribution: emitted tokens follow it and reported
+log-probabilities are its own. Drafters need not know; a removed draft token is rejected. The order is that of
+Transformers' logits processors: temperature, top-k, top-p, min-p. Ties with the last token of top-k are kept.
+
+Not supported: training on truncated samples; a learner would have to repeat the cuts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ROWS = 64  # sorted at once
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """What is left of a distribution. The defaults leave all of it.
+    """Which part of a distribution is sampled; by default all of it.
 
     top_k keeps the k likeliest tokens (0: all); top_p the fewest likeliest ones with a mass of at least p (Holtzman et
     al. 1904.09751); min_p those at least p times as likely as the likeliest (Nguyen et al. 2407.01082).
@@ -57,41 +57,24 @@ def truncate(logits: Tensor, temperature: Tensor, cuts: Truncation) -> Tensor:
     """
     if not cuts:
         return logits
-    heat = torch.where(temperature > 0, temperature, 1.0).repeat_interleave(logits.shape[1])
+    scale = torch.where(temperature > 0, temperature, 1.0).repeat_interleave(logits.shape[1])
     out = logits.clone().flatten(0, 1)  # [B * n, V]
     for start in range(0, len(out), _ROWS):
         part = slice(start, start + _ROWS)
-        out[part] = out[part].masked_fill(~_kept(out[part].float() / heat[part, None], cuts), -torch.inf)
+        out[part] = out[part].masked_fill(~_kept(out[part].float() / scale[part, None], cuts), -torch.inf)
     return out.view_as(logits)
 
 
 def _kept(scaled: Tensor, cuts: Truncation) -> Tensor:
-    """Which tokens of rows [m, V] stay: [m, V] bool."""
+    """Which tokens of rows [m, V] are kept: [m, V] bool."""
     kept = torch.ones_like(scaled, dtype=torch.bool)
     if 0 < cuts.top_k < scaled.shape[1]:
         kept = scaled >= scaled.topk(cuts.top_k, dim=1).values[:, -1:]
     if cuts.top_p < 1:
         ordered, order = scaled.masked_fill(~kept, -torch.inf).sort(dim=1, descending=True, stable=True)
         p = ordered.softmax(1)
-        enough = p.cumsum(1) - p >= cuts.top_p  # the likelier ones already hold the mass
+        enough = p.cumsum(1) - p >= cuts.top_p  # likelier tokens already have the mass
         kept &= ~torch.zeros_like(kept).scatter(1, order, enough)
     if cuts.min_p > 0:
         kept &= scaled >= scaled.amax(1, keepdim=True) + torch.tensor(cuts.min_p).log().to(scaled)
     return kept
-
-
-def reference_truncate(row: list[float], heat: float, cuts: Truncation) -> list[float]:
-    """One row of logits at temperature `heat`, slow and obvious: the processed probabilities."""
-    weights = [torch.tensor(x / heat, dtype=torch.float64).exp().item() for x in row]
-    alive = set(range(len(row)))
-    if cuts.top_k:
-        last = sorted(weights, reverse=True)[min(cuts.top_k, len(row)) - 1]
-        alive = {i for i in alive if weights[i] >= last}
-    total, mass, chosen = sum(weights[i] for i in alive), 0.0, set()
-    for i in sorted(alive, key=lambda i: (-weights[i], i)):
-        if mass < cuts.top_p * total:
-            chosen.add(i)
-        mass += weights[i]
-    chosen = {i for i in chosen if weights[i] >= cuts.min_p * max(weights)}
-    left = sum(weights[i] for i in chosen)
-    return [weights[i] / left if i in chosen else 0.0 for i in range(len(row))]

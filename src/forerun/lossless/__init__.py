@@ -1,4 +1,4 @@
-"""The harness behind `forerun verify`: laws, two-sample tests, parity, injectable faults, verdicts."""
+"""`forerun verify`: distribution tests, two-sample tests, log-probability parity, injectable faults."""
 
 from forerun.lossless.verdict import Check, Claim, Verification
 

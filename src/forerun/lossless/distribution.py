@@ -1,14 +1,14 @@
-"""Claim: short continuations have the joint law that the policy gives them.
+"""Claim: short continuations have the joint distribution that the policy gives them.
 
-From contexts where a wrong rule would move the law most, many continuations are sampled through the engine. The policy
-then reads every one of them without a drafter. Four tests, each exact at any vocabulary size because tokens are grouped
-by the policy's own probabilities:
+Many continuations are sampled through the engine from contexts where a wrong rule would show most, and their exact
+probabilities computed without a drafter. Four tests, each exact at any vocabulary size because tokens are grouped by
+the policy's own probabilities:
 
-- cells: among texts that share a prefix, how often the next token falls into each cell, against the exact
-  probabilities, added up over all prefixes that occur often enough. A cell is a range of ranks under the policy,
-  halved into tokens that the drafter over- and underrates: faults of acceptance rules live along that line;
-- lean: the same cells, observed minus expected added up over all prefixes, for faults too small to show after one;
-- joint: u_t = (mass above) + v p, v uniform, is independent and uniform along a text whatever the context, so that the
+- cells: among texts that share a prefix, how often the next token is in each cell, against the exact probabilities,
+  summed over all frequent prefixes. A cell is a range of ranks under the policy, split into tokens that the drafter
+  over- and underrates: the direction in which faults of acceptance rules act;
+- lean: the same cells, observed minus expected summed over all prefixes first, for faults too small after one prefix;
+- joint: u_t = (mass above) + v p, v uniform, is independent and uniform along a text whatever the context, so the
   triple (u_1, u_2, u_3) fills a 4 x 4 x 4 grid evenly (the Rosenblatt transform, 1952);
 - sharpness: the sum of -log p - H is a martingale of known variance; a rule that prefers likely tokens shifts it.
 """
@@ -36,12 +36,12 @@ from forerun.models import Policy
 
 GRID = 4  # cells per axis of the joint test
 DEPTH = 3  # tokens of the joint test
-OFTEN = 50  # texts that must share a prefix before its next token is tested by itself,
-SHARED = 8  # and before it is looked at at all
+OFTEN = 50  # texts that must share a prefix for a test of its own,
+SHARED = 8  # and to be counted at all
 RANKS = (1, 2, 3, 8)  # ends of the rank cells: likeliest, second, third, 4th to 8th, the rest
 
 
-def law_checks(
+def distribution_checks(
     engine: RolloutEngine,
     policy: Policy,
     drafter: Drafter,
@@ -64,7 +64,7 @@ def law_checks(
 def _sample(
     engine: RolloutEngine, contexts: list[list[int]], samples: int, length: int, sampling: Sampling
 ) -> list[torch.Tensor]:
-    """[samples, length] token ids per context; the end token does not end a text here."""
+    """[samples, length] token ids per context; the end token does not end a text."""
     short = Sampling(length, sampling.temperature, sampling.seed, ignore_eos=True)
     texts: list[list[list[int]]] = [[] for _ in contexts]
     for rollout in engine.stream(contexts, short, samples):
@@ -75,7 +75,7 @@ def _sample(
 def _next_tokens(
     policy: Policy, drafter: Drafter, context: list[int], texts: torch.Tensor, temperature: float
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(observed, expected) counts of the next token's cell after every prefix that is shared often."""
+    """(observed, expected) counts of the next token's cell after every shared prefix."""
     shared = list(_shared_prefixes(texts.numpy()))
     prefixes = [texts[members[0], :depth].tolist() for depth, members in shared]
     log_p, q = next_rows(policy, drafter, context, prefixes, temperature)
@@ -92,19 +92,24 @@ def _next_tokens(
 
 
 def _cells(groups: list[tuple[np.ndarray, np.ndarray]]) -> Check:
-    """Chi-square of the cells, prefix by prefix, added up."""
+    """Chi-square of the cells, summed over prefixes."""
     groups = [(observed, expected) for observed, expected in groups if observed.sum() >= OFTEN]
     parts = [pooled_chi_square(observed, expected) for observed, expected in groups]
-    statistic, freedom = sum(value for value, _ in parts), sum(degrees for _, degrees in parts)
-    draws = int(sum(observed.sum() for observed, _ in groups))
-    words = f"{draws} tokens after {len(groups)} prefixes"
-    return _verdict("next token by rank and draft", words, "", statistic, freedom, draws, len(groups))
+    statistic = sum(value for value, _ in parts)
+    freedom = sum(degrees for _, degrees in parts)
+    numbers = _counted(groups)
+    sample = f"{numbers['draws']} tokens after {numbers['prefixes']} prefixes"
+    return _chi_square_check("next token by rank and draft", sample, statistic, freedom, numbers)
+
+
+def _counted(groups: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    return {"draws": int(sum(observed.sum() for observed, _ in groups)), "prefixes": len(groups)}
 
 
 def _lean(groups: list[tuple[np.ndarray, np.ndarray]]) -> Check:
-    """Observed minus expected by cell, added up over prefixes: a martingale with the multinomials' covariance.
+    """Observed minus expected by cell, summed over prefixes: a martingale with the multinomials' covariance.
 
-    A fault that leans the same way after every prefix adds up here, at few degrees of freedom.
+    A fault with the same direction after every prefix adds up here, at few degrees of freedom.
     """
     difference = sum(observed - expected for observed, expected in groups)
     covariance = sum(np.diag(e) - np.outer(e, e) / e.sum() for _, e in groups)
@@ -112,29 +117,29 @@ def _lean(groups: list[tuple[np.ndarray, np.ndarray]]) -> Check:
     difference, covariance = difference[likely], covariance[np.ix_(likely, likely)]
     freedom = int(np.linalg.matrix_rank(covariance, tol=1e-6 * covariance.max(initial=1.0)))
     statistic = float(difference @ np.linalg.pinv(covariance, rcond=1e-6, hermitian=True) @ difference)
-    draws = int(sum(observed.sum() for observed, _ in groups))
-    words = f"{draws} tokens after {len(groups)} prefixes, added up by rank and draft"
-    return _verdict(
-        "lean towards the draft", words, ", the same way everywhere", statistic, freedom, draws, len(groups)
-    )
+    numbers = _counted(groups)
+    sample = f"{numbers['draws']} tokens after {numbers['prefixes']} prefixes, added up by rank and draft"
+    return _chi_square_check("lean towards the draft", sample, statistic, freedom, numbers, ", the same way everywhere")
 
 
-def _verdict(name: str, words: str, where: str, statistic: float, freedom: int, draws: int, prefixes: int) -> Check:
-    """A chi-square test of next tokens, with the distance from the law that it could have seen."""
+def _chi_square_check(
+    name: str, sample: str, statistic: float, freedom: int, numbers: dict[str, float], where: str = ""
+) -> Check:
+    """A chi-square test of numbers["draws"] draws, with the distance that it could have detected."""
     p_value = chi_square_tail(statistic, freedom)
-    distance = detectable_distance(draws, freedom) if freedom else float("nan")
+    distance = detectable_distance(int(numbers["draws"]), freedom)
     return Check(
         name,
         p_value > LEVEL and freedom > 0,
-        f"{words}, chi-square {statistic:.1f} at {freedom} degrees, p = {p_value:.3g}",
-        {"chi_square": statistic, "freedom": freedom, "draws": draws, "prefixes": prefixes},
+        f"{sample}, chi-square {statistic:.1f} at {freedom} degrees, p = {p_value:.3g}",
+        {"chi_square": statistic, "freedom": freedom, **numbers},
         p_value,
-        f"a law that is {distance:.1%} of total variation away{where}",
+        f"a distribution that is {distance:.1%} of total variation away{where}",
     )
 
 
 def _shared_prefixes(texts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(depth, indices of the texts) for every prefix that SHARED texts have; the empty one is the first."""
+    """(depth, indices of the texts) for every prefix of at least SHARED texts, the empty one first."""
     for depth in range(texts.shape[1]):
         _, where, counts = np.unique(texts[:, :depth], axis=0, return_inverse=True, return_counts=True)
         for group in np.flatnonzero(counts >= SHARED):
@@ -142,21 +147,14 @@ def _shared_prefixes(texts: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _joint(exact: list[Exact], seed: int) -> Check:
-    """Chi-square of the grid that (u_1, u_2, u_3) falls into."""
+    """Chi-square of (u_1, u_2, u_3) on the grid."""
     above, p = (np.concatenate([getattr(rows, name)[:, :DEPTH] for rows in exact]) for name in ("above", "p"))
     u = above + np.random.default_rng(seed).random(p.shape) * p
     index = np.clip((u * GRID).astype(int), 0, GRID - 1) @ GRID ** np.arange(DEPTH)
     observed = np.bincount(index, minlength=GRID**DEPTH).astype(float)
     statistic, freedom = pooled_chi_square(observed, np.full(GRID**DEPTH, len(u) / GRID**DEPTH))
-    p_value = chi_square_tail(statistic, freedom)
-    return Check(
-        f"joint law of {DEPTH} tokens",
-        p_value > LEVEL and freedom > 0,
-        f"{len(u)} texts in {GRID**DEPTH} cells, chi-square {statistic:.1f} at {freedom} degrees, p = {p_value:.3g}",
-        {"chi_square": statistic, "freedom": freedom, "draws": len(u)},
-        p_value,
-        f"a law that is {detectable_distance(len(u), freedom):.1%} of total variation away",
-    )
+    sample = f"{len(u)} texts in {GRID**DEPTH} cells"
+    return _chi_square_check(f"joint law of {DEPTH} tokens", sample, statistic, freedom, {"draws": len(u)})
 
 
 def _sharpness(exact: list[Exact]) -> Check:

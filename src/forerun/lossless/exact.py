@@ -1,11 +1,12 @@
-"""The policy's own word on given texts: exact next-token distributions along them, without any drafter.
+"""Exact next-token probabilities of the policy along given texts (teacher forcing), without a drafter in the loop.
 
-A context is read once and its cache row copied, so that thousands of short continuations cost one short pass each.
+A context is read once and its cache row copied, so that each of thousands of short continuations costs one short pass.
 Axes: N texts, L tokens each, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,12 +21,12 @@ from forerun.models.forward import PolicyForward
 from forerun.types import Draft, Rollout
 
 _ROWS = 32  # texts per pass
-CANDIDATES = 3  # places of a rollout where drafts are tried
+CANDIDATES = 3  # positions of a rollout where drafts are tried
 
 
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """What the policy says of every token of N texts, given the tokens before it. Float64 numpy, [N, L]."""
+    """The policy's distribution at every token of N texts, given the tokens before it. Float64 numpy, [N, L]."""
 
     above: np.ndarray  # mass of the tokens that are likelier (ties: of smaller id)
     p: np.ndarray  # of the token itself
@@ -47,7 +48,7 @@ def exact_rows(policy: Policy, context: list[int], texts: Tensor, temperature: f
 def next_rows(
     policy: Policy, drafter: Drafter, context: list[int], prefixes: list[list[int]], temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """What policy and drafter expect after context + prefix, each prefix read afresh.
+    """Next-token distributions of policy and drafter after context + prefix, each prefix read afresh.
 
     The q of a round may differ (the drafter then continues its own guesses); a test may use any function of the text.
 
@@ -75,8 +76,8 @@ def disputed_contexts(
 ) -> list[list[int]]:
     """Up to `count` contexts, one per prompt, where a wrong rule shows most.
 
-    Cut from plain rollouts at those of the CANDIDATES least certain tokens where the law would move most if a refused
-    draft were replaced from p: drafts are often refused there, and it matters what comes instead.
+    They are cut from plain rollouts at whichever of the CANDIDATES least certain tokens the output distribution would
+    change most if rejected drafts were replaced from p.
     """
     groups: dict[int, list[Rollout]] = {}
     for rollout in rollouts:
@@ -88,7 +89,7 @@ def disputed_contexts(
 def _most_disputed(
     policy: Policy, drafter: Drafter, group: Sequence[Rollout], temperature: float
 ) -> tuple[float, list[int]]:
-    """Total variation at stake, and the context where it is greatest, among rollouts of one prompt."""
+    """The largest total variation at stake among rollouts of one prompt, and its context."""
     prompt, width = group[0].prompt_ids, max(len(r.tokens) for r in group)
     inputs = torch.tensor([[prompt[-1], *r.tokens[:-1], *[0] * (width - len(r.tokens))] for r in group])
     found: list[tuple[float, list[int]]] = []
@@ -103,8 +104,8 @@ def _most_disputed(
                 draft = _first_draft(drafter, text, length.to(policy.device), features, temperature)
                 q = _dense_q(draft, log_p.shape[1])[0]
                 p = log_p[at].exp().cpu()
-                stands = torch.minimum(p, q)  # 0 without a draft
-                found.append((0.5 * float((stands - stands.sum() * p).abs().sum()), context))
+                accepted = torch.minimum(p, q)  # 0 without a draft
+                found.append((0.5 * float((accepted - accepted.sum() * p).abs().sum()), context))
     return max(found)
 
 
@@ -149,8 +150,8 @@ def _first_draft(
     drafter.open(len(tokens), tokens.shape[1] + 2, 1)
     drafter.prefill(0, tokens, lengths, None if features is None else features[:, :-1])
     last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
-    heat = torch.full((len(tokens),), temperature, device=tokens.device)
-    return drafter.propose(Rows(last, lengths - 1, torch.zeros_like(lengths), heat), torch.ones_like(lengths))
+    temperatures = torch.full((len(tokens),), temperature, device=tokens.device)
+    return drafter.propose(Rows(last, lengths - 1, torch.zeros_like(lengths), temperatures), torch.ones_like(lengths))
 
 
 def _dense_q(draft: Draft, vocabulary: int) -> Tensor:
@@ -178,6 +179,11 @@ def _read(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[np.ndarra
     above = (p.double() * before).sum(-1)
     fields = (above, own[..., 0].double().exp(), -own[..., 0].double() - entropy, variance)
     return tuple(field.double().cpu().numpy() for field in fields)
+
+
+def float32_copy(policy: Policy) -> Policy:
+    """The same weights computed with in float32."""
+    return Policy(copy.deepcopy(policy.model).float(), policy.tokenizer, policy.name)
 
 
 @torch.no_grad()

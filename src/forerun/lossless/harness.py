@@ -1,12 +1,11 @@
-"""`forerun verify`: is what this engine emits, with this speculation block, still the policy's own?
+"""`forerun verify`: does this engine, with this speculation block, emit samples of the policy?
 
-Five claims on the user's model, in the order of the functions below. Each says what it saw, what it would have caught,
-and whether it holds. Left out: what the claims test and how (`parity.py`, `law.py`, `samples.py`, `contract.py`).
+Five claims on the user's model, in the order of the functions below. Each reports what it measured, what it would have
+detected, and whether it holds. How they test: parity.py, two_sample.py, distribution.py, weights.py.
 """
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,13 +22,13 @@ from forerun.engine import RolloutEngine, Sampling, build_engine
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.events import Began, Ended, Work, finish
-from forerun.lossless.distribution import law_checks
-from forerun.lossless.exact import disputed_contexts
-from forerun.lossless.faults import check_fault, spoil, tree_verifier_of, verifier_of
-from forerun.lossless.parity import greedy_checks, parity_checks
-from forerun.lossless.two_sample import sample_checks
+from forerun.lossless.distribution import distribution_checks
+from forerun.lossless.exact import disputed_contexts, float32_copy
+from forerun.lossless.faults import break_engine, check_fault, tree_verifier_of, verifier_of
+from forerun.lossless.parity import greedy_check, parity_checks
+from forerun.lossless.two_sample import two_sample_checks
 from forerun.lossless.verdict import Check, Claim, Kind, Verification
-from forerun.lossless.weights import contract_checks
+from forerun.lossless.weights import weight_checks
 from forerun.models import Policy
 from forerun.tasks import Task, load_task
 from forerun.tracking.environment import describe_environment, machine_line
@@ -38,8 +37,8 @@ from forerun.training.prompts import Request, encode, prepare_policy
 from forerun.training.rollout import RolloutBatch, generate
 from forerun.training.weights import publish
 
-SEED, SEEDS = 77, 1000  # of recipe.seed 0; and how far apart those of two recipes' seeds are
-CROWD = 32  # slots of plain decoding and of short texts: cheap in a crowd, and the law does not depend on it
+SEED, SEED_STRIDE = 77, 1000  # of recipe.seed 0, and from one recipe.seed to the next
+MANY_SLOTS = 32  # for plain decoding and short texts: large batches are cheap, and change no distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class Effort:
 
     prompts: int  # whole rollouts: of each engine, `samples` a prompt
     samples: int
-    contexts: int  # law: contexts, and texts from each
+    contexts: int  # distribution test: contexts, and texts from each
     texts: int
     greedy_prompts: int
     greedy_tokens: int
@@ -70,24 +69,24 @@ class Subject:
     drafter: Drafter
     task: Task
     engine: RolloutEngine
-    plain: LocalEngine  # of whichever engine: the policy's own word
+    plain: LocalEngine  # the reference, whatever engine is verified
     inject: str | None
 
     @property
-    def heat(self) -> float:
-        """Temperature of the sampled claims: the recipe's, or 1 where it is greedy (greedy text has its own claim)."""
+    def temperature(self) -> float:
+        """Of the sampled claims: the recipe's, or 1 where it is greedy (greedy text has its own claim)."""
         return self.recipe.rollout.temperature or 1.0
 
     @property
     def seed(self) -> int:
-        """Of everything that is drawn here: another `seed=` of the recipe makes an independent verification."""
-        return SEED + SEEDS * self.recipe.seed
+        """Of all sampling here: another `seed=` of the recipe makes an independent verification."""
+        return SEED + SEED_STRIDE * self.recipe.seed
 
     def rollouts(self, engine: RolloutEngine, effort: Effort, samples: int, seed: int) -> RolloutBatch:
         """`samples` whole rollouts of each prompt."""
         problems = self.task.problems("eval")[: effort.prompts]
         prompts = [encode(p, self.recipe, self.policy) for p in problems]
-        sampling = Sampling(self.recipe.rollout.max_new_tokens, self.heat, seed, tuple(self.recipe.rollout.stop))
+        sampling = Sampling(self.recipe.rollout.max_new_tokens, self.temperature, seed, tuple(self.recipe.rollout.stop))
         return finish(generate(engine, self.policy, self.task, Request(problems, prompts, sampling), samples))
 
     def prompts(self, count: int) -> list[list[int]]:
@@ -103,7 +102,7 @@ def verify_recipe(
     Args:
         effort: sample sizes; QUICK takes minutes on two cores for a model of 135M parameters.
         against: plain rollouts per prompt to compare the speculative ones with; None: as many as those.
-        inject: a fault of `faults.py`; the verification has to fail.
+        inject: a fault of faults.py; the verification must fail.
 
     Raises:
         UserError: the recipe does not speculate, or names something that cannot be loaded; or there is no such fault.
@@ -130,23 +129,26 @@ def _subject(recipe: Recipe, inject: str | None, scratch: Path) -> Work[Subject]
     drafter = yield from prepare_drafter(recipe, policy, task, scratch / "drafter")
     assert drafter is not None
     engine = _speculative(recipe, policy, drafter, inject)
-    spoil(engine, inject)
-    plain = LocalEngine(policy, slots=max(recipe.rollout.slots, CROWD))
+    break_engine(engine, inject)
+    plain = LocalEngine(policy, slots=max(recipe.rollout.slots, MANY_SLOTS))
     return Subject(recipe, policy, drafter, task, engine, plain, inject)
 
 
-def _speculative(
-    recipe: Recipe, policy: Policy, drafter: Drafter, inject: str | None, crowd: bool = False
-) -> RolloutEngine:
-    """The engine under test. One with a server of its own is started once, with room for a crowd."""
-    speculation, local = recipe.speculation, recipe.rollout.engine == "local" and not recipe.rollout.replicas
-    slots = max(recipe.rollout.slots, CROWD if crowd or not local else 1)
-    if not local:
+def _speculative(recipe: Recipe, policy: Policy, drafter: Drafter, inject: str | None, slots: int = 1) -> RolloutEngine:
+    """The engine under test with at least that many slots. One with its own server is started once, with many."""
+    speculation = recipe.speculation
+    if recipe.rollout.engine != "local" or recipe.rollout.replicas:
+        slots = max(recipe.rollout.slots, MANY_SLOTS)
         return build_engine(recipe.rollout.model_copy(update={"slots": slots}), policy, drafter, speculation)
     return LocalEngine(
-        policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots, verifier=verifier_of(inject),
+        policy,
+        drafter,
+        k=speculation.tokens,
+        rule=speculation.verify,
+        slots=max(recipe.rollout.slots, slots),
+        verifier=verifier_of(inject),
         tree_verifier=tree_verifier_of(inject if speculation.method == "graft" else None),
-    )  # fmt: skip
+    )
 
 
 def _claims(subject: Subject, effort: Effort, against: int | None, scratch: Path) -> Work[list[Claim]]:
@@ -155,9 +157,9 @@ def _claims(subject: Subject, effort: Effort, against: int | None, scratch: Path
     tests: list[tuple[str, Kind, Callable[[], list[Check]]]] = [
         ("greedy identity", "numerical", lambda: _greedy(subject, effort, scratch)),
         ("two samples", "algorithmic", lambda: _two_samples(subject, effort, against or effort.samples, made)),
-        ("joint law", "algorithmic", lambda: _law(subject, effort, made["plain"])),
+        ("joint law", "algorithmic", lambda: _distribution(subject, effort, made["plain"])),
         ("log-probabilities", "log-probability", lambda: _parity(subject, effort, made["speculative"])),
-        ("weight versions", "contract", lambda: _contract(subject)),
+        ("weight versions", "contract", lambda: _weights(subject)),
     ]
     for name, kind, test in tests:
         started = time.perf_counter()
@@ -169,39 +171,37 @@ def _claims(subject: Subject, effort: Effort, against: int | None, scratch: Path
 
 def _greedy(subject: Subject, effort: Effort, scratch: Path) -> list[Check]:
     """In the recipe's number format, and in float32 where that is another one."""
-    recipe, k = subject.recipe, subject.recipe.speculation.tokens
+    recipe, tokens, k = subject.recipe, effort.greedy_tokens, subject.recipe.speculation.tokens
     prompts = subject.prompts(effort.greedy_prompts)
-    checks = greedy_checks(subject.plain, subject.engine, subject.policy, prompts, effort.greedy_tokens, k)
-    if subject.policy.dtype != torch.float32:
-        exact = Policy(copy.deepcopy(subject.policy.model).float(), subject.policy.tokenizer, subject.policy.name)
-        subject.drafter.save(scratch / "float32", {})
-        speculation = recipe.speculation.model_copy(update={"draft": str(scratch / "float32")})
-        drafter = load_drafter(exact, speculation)
-        assert drafter is not None
-        plain = LocalEngine(exact, slots=max(recipe.rollout.slots, CROWD))
-        few = prompts[: effort.greedy_prompts_float32]
-        with closing(_speculative(recipe, exact, drafter, subject.inject)) as engine:
-            checks += greedy_checks(plain, engine, exact, few, effort.greedy_tokens, k)
-    return checks
+    check = greedy_check(subject.plain, subject.engine, subject.policy, prompts, tokens, k)
+    if subject.policy.dtype == torch.float32:
+        return [check]
+    exact = float32_copy(subject.policy)
+    subject.drafter.save(scratch / "float32", {})
+    drafter = load_drafter(exact, recipe.speculation.model_copy(update={"draft": str(scratch / "float32")}))
+    assert drafter is not None
+    plain = LocalEngine(exact, slots=max(recipe.rollout.slots, MANY_SLOTS))
+    with closing(_speculative(recipe, exact, drafter, subject.inject)) as engine:
+        return [check, greedy_check(plain, engine, exact, prompts[: effort.greedy_prompts_float32], tokens, k)]
 
 
 def _two_samples(subject: Subject, effort: Effort, against: int, made: dict[str, RolloutBatch]) -> list[Check]:
-    """Keeps the rollouts in `made` for the claims that follow."""
+    """Keeps the rollouts in `made` for later claims."""
     made["plain"] = subject.rollouts(subject.plain, effort, against, subject.seed)
     made["speculative"] = subject.rollouts(subject.engine, effort, effort.samples, subject.seed + 1)
     rewards = [float(x) for g in (made["plain"], made["speculative"]) for x in g.rewards.flatten()]
-    return sample_checks(made["plain"].rollouts, made["speculative"].rollouts, rewards, subject.seed)
+    return two_sample_checks(made["plain"].rollouts, made["speculative"].rollouts, rewards, subject.seed)
 
 
-def _law(subject: Subject, effort: Effort, plain: RolloutBatch) -> list[Check]:
-    """Texts long enough to hold a whole round of k drafts and the token after it; thousands of them, side by side."""
-    contexts = disputed_contexts(subject.policy, subject.drafter, plain.rollouts, effort.contexts, subject.heat)
+def _distribution(subject: Subject, effort: Effort, plain: RolloutBatch) -> list[Check]:
+    """On thousands of texts long enough for a whole round of k drafts and the token after it."""
+    contexts = disputed_contexts(subject.policy, subject.drafter, plain.rollouts, effort.contexts, subject.temperature)
     length = max(3, subject.recipe.speculation.tokens + 2)
-    sampling = Sampling(length, subject.heat, subject.seed + 2)
+    sampling = Sampling(length, subject.temperature, subject.seed + 2)
     engine = subject.engine
-    if isinstance(engine, LocalEngine):  # a larger one of these costs nothing
-        engine = _speculative(subject.recipe, subject.policy, subject.drafter, subject.inject, crowd=True)
-    return law_checks(engine, subject.policy, subject.drafter, contexts, effort.texts, length, sampling)
+    if isinstance(engine, LocalEngine):
+        engine = _speculative(subject.recipe, subject.policy, subject.drafter, subject.inject, MANY_SLOTS)
+    return distribution_checks(engine, subject.policy, subject.drafter, contexts, effort.texts, length, sampling)
 
 
 def _parity(subject: Subject, effort: Effort, speculative: RolloutBatch) -> list[Check]:
@@ -209,14 +209,14 @@ def _parity(subject: Subject, effort: Effort, speculative: RolloutBatch) -> list
     stride = max(1, len(speculative.rollouts) // effort.parity)
     some, most = speculative.rollouts[::stride][: effort.parity], effort.parity_tokens
     some = [replace(r, tokens=r.tokens[:most], logprobs=r.logprobs[:most]) for r in some]
-    return parity_checks(subject.policy, some, k, slots, subject.heat)
+    return parity_checks(subject.policy, some, k, slots, subject.temperature)
 
 
-def _contract(subject: Subject) -> list[Check]:
+def _weights(subject: Subject) -> list[Check]:
     def weights(version: int) -> Any:
         return publish(version, subject.policy, subject.drafter, shared=subject.engine.shares_weights)
 
-    return contract_checks(subject.engine, subject.drafter, weights, subject.prompts(4))
+    return weight_checks(subject.engine, subject.drafter, weights, subject.prompts(4))
 
 
 def _about(subject: Subject, effort: Effort) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def _about(subject: Subject, effort: Effort) -> dict[str, Any]:
         "policy": subject.policy.name,
         "dtype": str(subject.policy.dtype)[6:],
         "speculation": f"{speculation.method}, k = {speculation.tokens}, rule {rule}",
-        "temperature": subject.heat,
+        "temperature": subject.temperature,
         "effort": asdict(effort),
         "injected_fault": subject.inject,
         "machine": machine_line(describe_environment()),

@@ -1,33 +1,38 @@
 """Two claims about numbers: greedy text is the policy's argmax, and reported log-probabilities are the policy's.
 
-A forward of k+1 rows rounds otherwise than one of a single row, as does a forward of another batch size. The right
-null is therefore plain against plain at another batch size: speculation may differ from plain decoding by what plain
-decoding differs from itself, times SLACK. Where a greedy text leaves the plain one, the two likeliest tokens must have
-been a near-tie of that size.
+A pass of k+1 rows per sequence rounds differently than one of a single row, as does another batch size or the learner's
+pass. Two of these may differ by SLACK times what rounding explains, the larger of two measurements: plain rows at two
+batch sizes, which on some machines agree to the bit; and, in a reduced number format, twice the error of a computation
+to float32 on the same weights, since independent errors add. The error is the median of three computations, so that a
+faulty one cannot raise it.
+
+Faults smaller than the rounding of a reduced format show in float32, where verified rows are compared once more. Greedy
+texts may part only at a near-tie of the size of the rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from statistics import median
 
 import numpy as np
 import torch
 
 from forerun.engine import RolloutEngine, Sampling
-from forerun.lossless.exact import replay
+from forerun.lossless.exact import float32_copy, replay
 from forerun.lossless.verdict import Check
 from forerun.models import Policy
 from forerun.models.logprobs import completion_logits, token_batch, token_logprobs
 from forerun.types import Rollout
 
 SLACK = 3.0
-FLOOR = {torch.float32: 1e-9, torch.bfloat16: 1e-5}  # of KL, nats a token: where even the null rounds to nothing
+FLOOR = {torch.float32: 1e-9, torch.bfloat16: 1e-5}  # of KL, nats a token: for where the null is zero
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """How far two sets of log-probabilities of the same tokens are apart."""
+    """Distance of two sets of log-probabilities of the same tokens."""
 
     mean: float  # |difference|, nats
     p99: float
@@ -46,21 +51,43 @@ def gap(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Gap:
     return Gap(float(size.mean()), float(np.quantile(size, 0.99)), float(size.max()), kl)
 
 
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What two correct computations may differ by."""
+
+    batches: Gap  # of plain rows at two batch sizes
+    error_kl: float  # of one computation to float32; 0 for float32
+    dtype: torch.dtype
+
+    @property
+    def bound(self) -> float:
+        """Allowed KL, nats a token."""
+        return SLACK * max(self.batches.kl, 2 * self.error_kl) + FLOOR.get(self.dtype, 1e-5)
+
+
 def parity_checks(policy: Policy, rollouts: Sequence[Rollout], k: int, slots: int, temperature: float) -> list[Check]:
     """Log-probabilities of speculative rollouts: replayed plainly, as verified rows, by the learner, as reported."""
-    reported = [np.array(r.logprobs) for r in rollouts]
     plain = replay(policy, rollouts, 1, slots, temperature)
-    others = (max(1, slots // 2), 2 * slots)[: 1 if len(rollouts) <= slots else 2]  # batches that come out otherwise
-    nulls = [gap(plain, replay(policy, rollouts, 1, other, temperature)) for other in others]
-    null = max(nulls, key=lambda g: g.kl)
     verified = replay(policy, rollouts, k + 1, slots, temperature)
-    bound = SLACK * null.kl + FLOOR.get(policy.dtype, 1e-5)
-    compared = {
-        "verified rows against plain rows": gap(plain, verified),
-        "learner against plain rows": gap(plain, learner_logprobs(policy, rollouts, temperature)),
-        "reported against verified rows": gap(verified, reported),
+    learner = learner_logprobs(policy, rollouts, temperature)
+    sizes = (max(1, slots // 2), 2 * slots)[: 1 if len(rollouts) <= slots else 2]  # that change the batches
+    batches = max(
+        (gap(plain, replay(policy, rollouts, 1, size, temperature)) for size in sizes), key=lambda gap: gap.kl
+    )
+    in_float32, error_kl = [], 0.0
+    if policy.dtype != torch.float32:
+        exact = float32_copy(policy)
+        truth = learner_logprobs(exact, rollouts, temperature)
+        error_kl = median(gap(truth, values).kl for values in (plain, verified, learner))
+        seen = gap(truth, replay(exact, rollouts, k + 1, slots, temperature))
+        in_float32.append(_parity("verified rows against the learner, float32", seen, FLOOR[torch.float32]))
+    rounding = Rounding(batches, error_kl, policy.dtype)
+    pairs = {
+        "verified rows against plain rows": (plain, verified),
+        "learner against plain rows": (plain, learner),
+        "reported against verified rows": (verified, [np.array(r.logprobs) for r in rollouts]),
     }
-    return [_parity(name, seen, null, bound) for name, seen in compared.items()]
+    return [_parity(name, gap(*pair), rounding.bound, rounding) for name, pair in pairs.items()] + in_float32
 
 
 def learner_logprobs(policy: Policy, rollouts: Sequence[Rollout], temperature: float) -> list[np.ndarray]:
@@ -75,32 +102,35 @@ def learner_logprobs(policy: Policy, rollouts: Sequence[Rollout], temperature: f
     return values
 
 
-def _parity(name: str, seen: Gap, null: Gap, bound: float) -> Check:
-    numbers = {field: getattr(seen, field) for field in Gap.__slots__}
-    numbers |= {f"null_{field}": getattr(null, field) for field in Gap.__slots__} | {"bound_kl": bound}
-    sentence = f"{seen} nats; plain at another batch size: {null}; allowed KL {bound:.2g}"
-    return Check(name, seen.kl <= bound, sentence, numbers)
+def _parity(name: str, seen: Gap, bound: float, rounding: Rounding | None = None) -> Check:
+    numbers, sentence = asdict(seen), f"{seen} nats"
+    if rounding is not None:
+        numbers |= {f"null_{field}": value for field, value in asdict(rounding.batches).items()}
+        numbers["rounding_kl"] = rounding.error_kl
+        sentence += f"; plain at another batch size: {rounding.batches}; to float32: KL {rounding.error_kl:.2g}"
+    return Check(name, seen.kl <= bound, f"{sentence}; allowed KL {bound:.2g}", numbers | {"bound_kl": bound})
 
 
-def greedy_checks(
+def greedy_check(
     plain: RolloutEngine, speculative: RolloutEngine, policy: Policy, prompts: list[list[int]], tokens: int, k: int
-) -> list[Check]:
+) -> Check:
     """Greedy text of both engines; where they part, the margin of the policy's two likeliest tokens."""
     sampling = Sampling(tokens, 0.0, 0)
     ours, theirs = (sorted(e.stream(prompts, sampling), key=lambda r: r.prompt_index) for e in (speculative, plain))
     margins = [m for a, b in zip(ours, theirs, strict=True) if (m := parting_margin(policy, a, b)) is not None]
-    noise = _row_noise(policy, theirs, k) if margins else 0.0  # identical texts need no excuse
+    noise = _row_noise(policy, theirs, k) if margins else 0.0
     same = len(prompts) - len(margins)
     worst = max(margins, default=0.0)
-    sentence = f"{same} of {len(prompts)} texts identical over {tokens} tokens in {str(policy.dtype)[6:]}"
+    dtype = str(policy.dtype)[6:]
+    sentence = f"{same} of {len(prompts)} texts identical over {tokens} tokens in {dtype}"
     if margins:
         sentence += f"; the others part at near-ties: margins up to {worst:.3g} nats, rounding explains {2 * noise:.3g}"
     numbers = {"identical": same, "prompts": len(prompts), "worst_margin": worst, "noise": noise}
-    return [Check(f"greedy text, {str(policy.dtype)[6:]}", worst <= 2 * noise, sentence, numbers)]
+    return Check(f"greedy text, {dtype}", worst <= 2 * noise, sentence, numbers)
 
 
 def _row_noise(policy: Policy, rollouts: Sequence[Rollout], k: int) -> float:
-    """Largest change of a log-probability between one row and k+1 rows a pass, over texts that were decoded plainly."""
+    """Largest change of a log-probability between one row and k+1 rows a pass, over plainly decoded texts."""
     return gap(replay(policy, rollouts, 1, 8, 1.0), replay(policy, rollouts, k + 1, 8, 1.0)).max
 
 

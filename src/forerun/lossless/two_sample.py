@@ -1,7 +1,7 @@
 """Claim: whole rollouts of the plain and of the speculative engine come from one distribution.
 
-Permutation tests: which of the two engines made a rollout is exchanged at random among the rollouts of one prompt.
-They are exact, whatever the dependence between the tokens of a rollout, and ask nothing of the policy.
+Permutation tests: the labels "plain" and "speculative" are permuted among the rollouts of each prompt. They are exact,
+whatever the dependence between the tokens of a rollout, and need no probabilities of the policy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PERMUTATIONS = 20_000
 BIGRAMS = 256  # most frequent ones of both engines together
 
 
-def sample_checks(
+def two_sample_checks(
     plain: Sequence[Rollout], speculative: Sequence[Rollout], rewards: Sequence[float], seed: int
 ) -> list[Check]:
     """Lengths, bigrams and rewards of two sets of rollouts of the same prompts.

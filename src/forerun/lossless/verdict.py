@@ -1,7 +1,4 @@
-"""What a verification concludes: checks with numbers, gathered into claims, gathered into one verdict.
-
-Left out: how a check is made (`law.py`, `samples.py`, `parity.py`, `contract.py`).
-"""
+"""Results of a verification: checks with numbers, grouped into claims, grouped into one verdict."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ Kind = Literal["algorithmic", "numerical", "log-probability", "contract"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at."""
+    """One test and its outcome."""
 
     name: str
     passed: bool
-    sentence: str  # what was seen, with its numbers
+    sentence: str  # what was measured
     numbers: dict[str, float]
     p_value: float | None = None  # None: not a statistical test
     detectable: str | None = None  # the smallest fault that this sample would have caught nine times in ten
@@ -25,7 +22,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Checks that stand or fall together."""
+    """A claim holds if all its checks pass."""
 
     name: str
     kind: Kind
@@ -53,7 +50,7 @@ class Verification:
         return [claim.name for claim in self.claims if not claim.passed]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON, with the verdict of every claim spelled out."""
+        """For JSON, with the outcome of every claim."""
         claims = [{**asdict(claim), "passed": claim.passed} for claim in self.claims]
         return {**self.about, "passed": self.passed, "failed_claims": self.failed_claims, "claims": claims}
 

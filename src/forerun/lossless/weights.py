@@ -1,7 +1,7 @@
-"""Claim: the engine holds the weights that it says it holds, policy and drafter under one version.
+"""Claim: the engine holds the weights that it reports, policy and drafter under one version.
 
-A missing, partial or stale drafter must be an error; a drafter that went bad inside a valid version must raise the
-acceptance alarm. The rollouts stay exact in every case; what these failures cost is speed, in silence.
+A missing, partial or stale drafter must be an error; a bad drafter under a valid version must raise the acceptance
+alarm. Rollouts stay exact in every case: these failures cost speed, and unnoticed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from forerun.errors import UserError
 from forerun.lossless.verdict import Check
 
 ALARM_PROMPTS, ALARM_TOKENS = 8, 32
-_MARGIN = 0.15  # the engine looks at the first rounds only
+_MARGIN = 0.15  # the engine reads the first rounds only
 
 
-def contract_checks(
+def weight_checks(
     engine: RolloutEngine, drafter: Drafter, weights: Callable[[int], Weights], prompts: list[list[int]]
 ) -> list[Check]:
     """Load right and wrong versions; afterwards the engine holds the right one again."""
@@ -57,7 +57,7 @@ def _refused(engine: RolloutEngine, weights: Weights, name: str) -> Check:
         engine.load(weights)
     except UserError as error:
         return Check(name, True, f"refused: {error}", {})
-    return Check(name, False, "the load went through without a word", {})
+    return Check(name, False, "the load was accepted", {})
 
 
 def _alarm(

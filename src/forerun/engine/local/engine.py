@@ -42,13 +42,13 @@ from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.checksum import checksum
 from forerun.models.forward import PolicyForward, check_trees
 from forerun.models.load import load_exactly
-from forerun.types import Draft, Rollout, VerifyResult
+from forerun.types import Draft, Rollout, VerifyInput, VerifyResult
 
 if TYPE_CHECKING:  # an engine with a drafter needs no recipe, and so no pydantic
     from forerun.config import SpeculationConfig
 
-Verify = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], VerifyResult]
-VerifyTree = Callable[[str, Tensor, Draft, Tensor, Tensor, Tensor], TreeResult]
+Verify = Callable[[str, VerifyInput], VerifyResult]
+VerifyTree = Callable[[str, VerifyInput], TreeResult]
 
 
 class LocalEngine(RolloutEngine):
@@ -250,14 +250,15 @@ class LocalEngine(RolloutEngine):
     ) -> tuple[VerifyResult, Tensor | None]:
         """The verdict, and the features of what it judged in the order of the text; keeps a tree's accepted path."""
         keys = round_keys(rows.lengths, logits.shape[1])
-        coins = uniforms(rows.seeds, keys[:, :-1], Purpose.COIN)
-        picks = uniforms(rows.seeds, keys[:, :1], Purpose.PICK)[:, 0]
+        accept = uniforms(rows.seeds, keys[:, :-1], Purpose.ACCEPT)
+        residual = uniforms(rows.seeds, keys[:, :1], Purpose.RESIDUAL)[:, 0]
+        inputs = VerifyInput(logits, draft, rows.temperature, accept, residual)
         if draft.parents is None:
             rule = self._chain_rule if draft.tokens.shape[1] > 0 else "token"  # without drafts all rules are one
-            return self._verify(rule, logits, draft, rows.temperature, coins, picks), features
-        judged = self._verify_tree(self._tree_rule, logits, draft, rows.temperature, coins, picks)
-        keep_path(self._cache, rows.lengths, judged.path)
-        return judged.verdict, None if features is None else along_path(features, judged.path)
+            return self._verify(rule, inputs), features
+        result = self._verify_tree(self._tree_rule, inputs)
+        keep_path(self._cache, rows.lengths, result.path)
+        return result, None if features is None else along_path(features, result.path)
 
     def _learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         if self.drafter is not None:

@@ -12,16 +12,16 @@ from itertools import product
 
 import pytest
 import torch
-from test_tree import DRAWN, drawn_columns, rand, randn
 from torch import Tensor
 
 from chi_square import LEVEL, p_value, sigmas_of_detection
-from forerun.acceptance.broken_tree import BROKEN_TREE
 from forerun.acceptance.chain import verify_token
-from forerun.acceptance.oracle import Model, Text, random_model, target_law
 from forerun.acceptance.random import Purpose, inverse_cdf, inverse_cdf_log, uniforms
 from forerun.acceptance.tree import TREE_RULES, TreeRuleFunction, verify_tree
-from forerun.types import Draft
+from forerun.types import Draft, VerifyInput
+from proofs.broken_tree import BROKEN_TREE
+from proofs.oracle import Model, Text, random_model, target_law
+from verify_inputs import DRAWN, drawn_columns, rand, randn
 
 Case = tuple[Model, Model, int, Text, int]  # target, drafter, V, parents, rounds
 FAULTY: Case = (random_model(22, 3), random_model(122, 3), 3, (-1, -1, 0, 1), 200_000)  # as in test_tree_oracle.py
@@ -54,9 +54,9 @@ def drawn_rounds(given: Case, drawn: str) -> tuple[Tensor, Tensor, Tensor]:
     for slot, parent in enumerate(parents):
         above = texts[parent + 1]
         q_rows.append(table(drafter, size, above.shape[1])[index(above, size)])
-        elders = [elder for elder in range(slot) if parents[elder] == parent]
-        left = q_rows[-1].scatter(1, columns[:, elders], 0.0)
-        fixed = drawn == "top" or (drawn == "best" and not elders)
+        earlier = [other for other in range(slot) if parents[other] == parent]
+        left = q_rows[-1].scatter(1, columns[:, earlier], 0.0)
+        fixed = drawn == "top" or (drawn == "best" and not earlier)
         chosen = left.argmax(1) if fixed else inverse_cdf(left, u[:, slot])
         columns = torch.cat([columns, chosen[:, None]], 1)
         texts.append(torch.cat([above, chosen[:, None]], 1))
@@ -64,7 +64,7 @@ def drawn_rounds(given: Case, drawn: str) -> tuple[Tensor, Tensor, Tensor]:
     return columns, torch.stack(q_rows, 1).log().float(), logits.float()
 
 
-def counts(rule: TreeRuleFunction, given: Case, drawn: str, told: bool = True, shape: str = "whole") -> Tensor:
+def counts(rule: TreeRuleFunction, given: Case, drawn: str, with_q: bool = True, shape: str = "whole") -> Tensor:
     """How often every text came out: [V**length]."""
     target, _, size, parents, rounds = given
     tokens, log_q, logits = drawn_rounds(given, drawn)
@@ -74,9 +74,9 @@ def counts(rule: TreeRuleFunction, given: Case, drawn: str, told: bool = True, s
         lengths = torch.where(tokens[:, :2].sum(1) % 2 == 0, k, 2)
     if shape == "peeking":
         lengths = torch.where(tokens[:, 0] == 0, 0, k)
-    draft = Draft(tokens, lengths, log_q if told else None, parents=torch.tensor(parents).expand(rounds, -1))
-    coins, picks = draws(Purpose.COIN, rounds, k), draws(Purpose.PICK, rounds, 1)[:, 0]
-    verdict = rule(logits, draft, torch.ones(rounds), coins, picks).verdict
+    draft = Draft(tokens, lengths, log_q if with_q else None, parents=torch.tensor(parents).expand(rounds, -1))
+    accept, residual = draws(Purpose.ACCEPT, rounds, k), draws(Purpose.RESIDUAL, rounds, 1)[:, 0]
+    verdict = rule(VerifyInput(logits, draft, torch.ones(rounds), accept, residual))
     length = depth_of(parents) + 1
     texts = torch.nn.functional.pad(verdict.tokens, (0, length - verdict.tokens.shape[1]))
     u = draws(Purpose.PLAIN, rounds, length)
@@ -121,7 +121,7 @@ def test_the_right_rules_pass_where_the_faults_fail(rule: str) -> None:
 @pytest.mark.parametrize("name", BROKEN_TREE)
 def test_the_sampled_test_catches_every_broken_rule(name: str) -> None:
     fault = BROKEN_TREE[name]
-    assert p_value(counts(fault.rule, FAULTY, fault.siblings, fault.told), law(FAULTY)) < LEVEL
+    assert p_value(counts(fault.rule, FAULTY, fault.siblings, fault.with_q), law(FAULTY)) < LEVEL
 
 
 @pytest.mark.parametrize("rule", ["rrs", "traversal"])
@@ -146,10 +146,11 @@ def test_a_wide_vocabulary_follows_the_target(rule: str) -> None:
     tokens = vocabulary[torch.cat([top, below], 1)]
     logits = torch.cat([first.expand(rounds, 1, -1), second[tokens[:, :2]], torch.zeros(rounds, 2, size)], 1)
     draft = Draft(tokens, torch.full((rounds,), 4), q[:, [0, 0, 1, 2]], vocabulary, parents)
-    result = verify_tree(rule, logits, draft, torch.ones(rounds), rand(rounds, 4, seed=6), rand(rounds, seed=7))
-    start = result.verdict.tokens[:, 0]
+    accept, residual = rand(rounds, 4, seed=6), rand(rounds, seed=7)
+    result = verify_tree(rule, VerifyInput(logits, draft, torch.ones(rounds), accept, residual))
+    start = result.tokens[:, 0]
     plain = inverse_cdf_log(second[start], rand(rounds, seed=8))
-    texts = start * size + torch.where(result.verdict.accepted > 0, result.verdict.tokens[:, 1], plain)
+    texts = start * size + torch.where(result.accepted > 0, result.tokens[:, 1], plain)
     joint = first.double().softmax(0)[:, None] * second.double().softmax(1)
     seen = texts.bincount(minlength=size**2).view(size, size)
     assert p_value(seen.sum(1), joint.sum(1)) > LEVEL
@@ -157,15 +158,14 @@ def test_a_wide_vocabulary_follows_the_target(rule: str) -> None:
     assert p_value(seen.flatten(), joint.flatten()) > LEVEL
 
 
-def test_a_tree_accepts_more_than_its_eldest_path_and_traversal_most() -> None:
+def test_a_tree_accepts_more_than_its_first_path_and_traversal_most() -> None:
     tokens, log_q, logits = drawn_rounds(FAULTY, "sampled")
     rounds = len(tokens)
-    eldest = Draft(tokens[:, [0, 2]], torch.full((rounds,), 2), log_q[:, [0, 2]])
-    coins, picks = draws(Purpose.COIN, rounds, 4), draws(Purpose.PICK, rounds, 1)[:, 0]
-    chain = verify_token(logits[:, [0, 1, 3]], eldest, torch.ones(rounds), coins[:, [0, 2]], picks)
+    path = Draft(tokens[:, [0, 2]], torch.full((rounds,), 2), log_q[:, [0, 2]])
+    accept, residual = draws(Purpose.ACCEPT, rounds, 4), draws(Purpose.RESIDUAL, rounds, 1)[:, 0]
+    inputs = VerifyInput(logits[:, [0, 1, 3]], path, torch.ones(rounds), accept[:, [0, 2]], residual)
+    chain = verify_token(inputs).accepted.double().mean()
     draft = Draft(tokens, torch.full((rounds,), 4), log_q, parents=torch.tensor(FAULTY[3]).expand(rounds, -1))
-    accepted = {
-        rule: verify_tree(rule, logits, draft, torch.ones(rounds), coins, picks).verdict.accepted.double().mean()
-        for rule in ("walk", "rrs", "traversal")
-    }
-    assert accepted["traversal"] > accepted["rrs"] > chain.accepted.double().mean() > accepted["walk"]
+    inputs = VerifyInput(logits, draft, torch.ones(rounds), accept, residual)
+    accepted = {rule: verify_tree(rule, inputs).accepted.double().mean() for rule in ("walk", "rrs", "traversal")}
+    assert accepted["traversal"] > accepted["rrs"] > chain > accepted["walk"]

@@ -1,19 +1,19 @@
 """Exact proof by enumeration that a tree rule emits text distributed as the target's, and the slow reference.
 
 Three parts. The first states every rule once, in plain Python, for one tree and any kind of number. The second runs it
-on rational numbers over all trees a drafter may draw: the law must equal the target's exactly. Run on floats with given
-coins, the same statement is `verify_tree_reference`, which the batched code must agree with. The third has that code
-under it: it recovers by bisection every threshold at which a coin or a pick changes the verdict, and so integrates the
-code over its uniforms without sampling.
+on rational numbers over all trees a drafter may draw: the law must equal the target's exactly. On floats with given
+uniforms the same statement is `verify_tree_reference`, which the batched code must agree with. The third runs the
+batched code: it recovers by bisection every threshold at which a uniform changes the result, and so integrates the code
+over its uniforms without sampling.
 
 Conventions: as in `oracle.py` (texts, models, laws) and `tree.py` (rows: 0 the root, j+1 the node of slot j).
-- A rule is a generator. It yields questions, (coin, chances): which of the successive intervals of these widths does
-  that coin fall into, or none (the number of chances)? It returns the last accepted row and the weights of the token
-  after it.
+- A rule is a generator. It yields questions, (slot, chances): which of the successive intervals of these widths is the
+  acceptance uniform of that slot in, or none (the number of chances)? It returns the last accepted row and the weights
+  of the token after it.
 - A Shape decides, from the parents and tokens of the slots drawn so far, on the parent of the next slot (-1 the root),
   or stops (None). It sees nothing of the slot it decides on: that is non-anticipation.
 
-Left out: speed. V <= 3 and k <= 5 take seconds.
+V <= 3 and k <= 5 take seconds.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from forerun.acceptance.oracle import HIGH, LOW, Law, Model, Round, Text, completed, largest, merge
 from forerun.acceptance.tree import TreeResult, TreeRuleFunction
-from forerun.types import Draft, VerifyResult
+from forerun.types import Draft, VerifyInput
+from proofs.oracle import HIGH, LOW, Law, Model, Round, Text, completed, largest, merge
 
 Number = Fraction | float
 Numbers = tuple[Number, ...]
@@ -45,13 +45,13 @@ _STEP = 2.0**-27  # past a threshold that bisection has found
 
 @dataclass(frozen=True, slots=True)
 class DraftTree:
-    """One tree a drafter may draw, its probability, and the rows that judge it."""
+    """One tree a drafter may draw, its probability, and the rows that verify it."""
 
     parents: Text  # slots, -1 the root
     tokens: Text
     p: tuple[Numbers, ...]  # k+1 target rows
     q: tuple[Numbers, ...]  # k+1 rows that the children of every row are drawn from
-    sampled: bool = True  # False: q is not told to the rule
+    sampled: bool = True  # False: q is not given to the rule
     probability: Fraction = Fraction(1)
 
     def children(self, row: int) -> list[int]:
@@ -78,7 +78,7 @@ TreeRule = Callable[[DraftTree], Generator[Question, int, Settled]]
 
 
 def walk_rule(tree: DraftTree) -> Generator[Question, int, Settled]:
-    """Target-only walk: coin d is tossed between the children of the node at depth d."""
+    """Target-only walk: uniform d decides between the children of the node at depth d."""
     row, depth = 0, 0
     while children := tree.children(row):
         tokens = [tree.token(child) for child in children]
@@ -89,11 +89,11 @@ def walk_rule(tree: DraftTree) -> Generator[Question, int, Settled]:
     return row, tree.p[row]
 
 
-def rrs_rule(tree: DraftTree, eldest_fixed: bool = False) -> Generator[Question, int, Settled]:
-    """Recursive rejection without replacement: coin j accepts or rejects node j."""
+def rrs_rule(tree: DraftTree, first_fixed: bool = False) -> Generator[Question, int, Settled]:
+    """Recursive rejection without replacement: uniform j accepts or rejects node j."""
     row = 0
     while True:
-        chances, residual, _ = fall(tree, row, 1, eldest_fixed)
+        chances, residual, _ = rejected(tree, row, 1, first_fixed)
         for child, chance in zip(tree.children(row), chances, strict=True):
             if (yield child - 1, (chance,)) == 0:
                 row = child
@@ -103,15 +103,15 @@ def rrs_rule(tree: DraftTree, eldest_fixed: bool = False) -> Generator[Question,
 
 
 def traversal_rule(tree: DraftTree) -> Generator[Question, int, Settled]:
-    """Traversal verification: coin j accepts or rejects node j once everything below it has been rejected."""
+    """Traversal verification: uniform j accepts or rejects node j once everything below it has been rejected."""
     settled = yield from _traverse(tree, 0, 1)
     assert settled is not None
     return settled
 
 
 def _traverse(tree: DraftTree, row: int, weight: Number) -> Generator[Question, int, Settled | None]:
-    """Judge the nodes from this one down, which together stand with the chance `weight`; None if all fall."""
-    chances, residual, threshold = fall(tree, row, weight, False)
+    """Verify the nodes from this one down; one is accepted with probability `weight`. None if all are rejected."""
+    chances, residual, threshold = rejected(tree, row, weight, False)
     for child, chance in zip(tree.children(row), chances, strict=True):
         settled = yield from _traverse(tree, child, chance)
         if settled is not None:
@@ -124,36 +124,38 @@ def _traverse(tree: DraftTree, row: int, weight: Number) -> Generator[Question, 
 TREE_EXACT: dict[str, TreeRule] = {
     "walk": walk_rule,
     "rrs": rrs_rule,
-    "best_sampled": partial(rrs_rule, eldest_fixed=True),
+    "best_sampled": partial(rrs_rule, first_fixed=True),
     "traversal": traversal_rule,
 }
 
 
-def fall(tree: DraftTree, row: int, weight: Number, eldest_fixed: bool) -> tuple[Numbers, Numbers, Number]:
-    """What `spend_children` computes: chances of the children, what they leave of weight * p, and its mass."""
+def rejected(tree: DraftTree, row: int, weight: Number, first_fixed: bool) -> tuple[Numbers, Numbers, Number]:
+    """What `reject_children` computes: chances of the children, what they leave of weight * p, and its mass."""
     tokens = tuple(tree.token(child) for child in tree.children(row))
     # The same rationals come back in thousands of trees; floats stay out of the cache, which holds 1.0 and 1 for equal.
-    compute = _fall if isinstance(tree.p[row][0], float) else _fall_cached
-    return compute(tree.p[row], tree.q[row], tokens, weight, eldest_fixed)
+    compute = _rejected if isinstance(tree.p[row][0], float) else _rejected_cached
+    return compute(tree.p[row], tree.q[row], tokens, weight, first_fixed)
 
 
-def _fall(p: Numbers, q: Numbers, tokens: Text, weight: Number, eldest_fixed: bool) -> tuple[Numbers, Numbers, Number]:
-    """`fall` by content."""
+def _rejected(
+    p: Numbers, q: Numbers, tokens: Text, weight: Number, first_fixed: bool
+) -> tuple[Numbers, Numbers, Number]:
+    """`rejected` by content."""
     measure: Numbers = tuple(weight * a for a in p)
     chances: list[Number] = []
     for rank, token in enumerate(tokens):
         proposal = normalised(without(q, tokens[:rank]))
-        if eldest_fixed and rank == 0:
+        if first_fixed and rank == 0:
             proposal = tuple(int(other == token) for other in range(len(q)))
         chances.append(min(1, measure[token] / proposal[token]))
         left: Numbers = tuple(max(a - b, 0) for a, b in zip(measure, proposal, strict=True))
-        fallen = sum(left) + 1 - weight
-        if fallen > 0:
-            measure, weight = tuple(a / fallen for a in left), sum(left) / fallen
+        rejection = sum(left) + 1 - weight
+        if rejection > 0:
+            measure, weight = tuple(a / rejection for a in left), sum(left) / rejection
     return tuple(chances), measure, weight
 
 
-_fall_cached = lru_cache(maxsize=1 << 16)(_fall)
+_rejected_cached = lru_cache(maxsize=1 << 16)(_rejected)
 
 
 def without(row: Numbers, tokens: Sequence[int]) -> Numbers:
@@ -183,7 +185,7 @@ def growing_shape(parents: Text, goes_on: Callable[[Text, Text], bool]) -> Shape
 def drawn_trees(target: Model, draft: Model, shape: Shape, siblings: str = "sampled") -> list[DraftTree]:
     """Every tree the drafter may draw.
 
-    `siblings` says how: "sampled" without replacement; "best", the eldest the argmax and the others sampled; "top", the
+    `siblings` says how: "sampled" without replacement; "best", the first the argmax and the others sampled; "top", the
     likeliest in order, deterministic. A tree ends early where a parent has no token left to draw.
     """
     finished, growing = [], [DraftTree((), (), (target(()),), (draft(()),))]
@@ -219,8 +221,8 @@ def _grown(tree: DraftTree, parent: int, token: int, chance: Number, target: Mod
     )
 
 
-def untold(trees: list[DraftTree]) -> list[DraftTree]:
-    """The same trees with q kept from the rule."""
+def without_q(trees: list[DraftTree]) -> list[DraftTree]:
+    """The same trees without q for the rule."""
     return [replace(tree, sampled=False) for tree in trees]
 
 
@@ -277,33 +279,33 @@ def _added(texts: Iterable[tuple[Fraction, Text]]) -> list[tuple[Fraction, Text]
 # --- on floats --------------------------------------------------------------------------------------------------------
 
 
-def verify_tree_reference(
-    rule: str, target_logits: Tensor, draft: Draft, temperature: Tensor, coins: Tensor, picks: Tensor
-) -> TreeResult:
-    """The tree rules, slow and obvious: one sequence at a time, Python floats. Arguments as `verify_tree`."""
-    trees = [_float_tree(target_logits[b], draft, b, float(temperature[b])) for b in range(len(picks))]
+def verify_tree_reference(rule: str, inputs: VerifyInput) -> TreeResult:
+    """The tree rules, slow and obvious: one sequence at a time, Python floats."""
+    temperature = inputs.temperature.tolist()
+    trees = [_float_tree(inputs.target_logits[b], inputs.draft, b, t) for b, t in enumerate(temperature)]
     deepest = max((len(tree.path(row)) for tree in trees for row in range(len(tree.p))), default=0)
     accepted = torch.zeros(len(trees), dtype=torch.int64)
     tokens, logprobs = torch.zeros(len(trees), deepest + 1, dtype=torch.int64), torch.zeros(len(trees), deepest + 1)
     path = torch.full((len(trees), deepest), -1)
     for b, tree in enumerate(trees):
         statement = TREE_EXACT[rule] if tree.sampled else walk_rule
-        row, weights = _greedy(tree) if temperature[b] == 0 else _driven(statement, tree, coins[b].tolist())
-        emitted = (*tree.text(row), _inverse(weights, float(picks[b])))
+        uniforms = inputs.accept_uniforms[b].tolist()
+        row, weights = _greedy(tree) if temperature[b] == 0 else _driven(statement, tree, uniforms)
+        emitted = (*tree.text(row), _inverse(weights, float(inputs.residual_uniforms[b])))
         accepted[b] = n = len(emitted) - 1
         path[b, :n] = torch.tensor(tree.path(row), dtype=torch.int64) - 1
         tokens[b, : n + 1] = torch.tensor(emitted)
         rows = [0, *tree.path(row)]
         logprobs[b, : n + 1] = torch.tensor([math.log(tree.p[r][t]) for r, t in zip(rows, emitted, strict=True)])
-    return TreeResult(VerifyResult(accepted, tokens, logprobs), path)
+    return TreeResult(accepted, tokens, logprobs, path)
 
 
-def _float_tree(logits: Tensor, draft: Draft, b: int, heat: float) -> DraftTree:
+def _float_tree(logits: Tensor, draft: Draft, b: int, temperature: float) -> DraftTree:
     """One sequence's tree with dense rows of floats."""
     assert draft.parents is not None
     n, size = int(draft.lengths[b]), logits.shape[1]
     parents, tokens = tuple(draft.parents[b, :n].tolist()), tuple(draft.tokens[b, :n].tolist())
-    p = (logits[: n + 1].to(torch.float64) / (heat or 1.0)).softmax(-1).tolist()
+    p = (logits[: n + 1].to(torch.float64) / (temperature or 1.0)).softmax(-1).tolist()
     q: list[Numbers] = [()] * (n + 1)
     if draft.log_q is not None:
         columns = list(range(size)) if draft.vocabulary is None else draft.vocabulary.tolist()
@@ -313,14 +315,14 @@ def _float_tree(logits: Tensor, draft: Draft, b: int, heat: float) -> DraftTree:
     return DraftTree(parents, tokens, tuple(map(tuple, p)), tuple(q), draft.log_q is not None)
 
 
-def _driven(rule: TreeRule, tree: DraftTree, coins: list[float]) -> Settled:
-    """Where a rule ends when these coins answer it."""
+def _driven(rule: TreeRule, tree: DraftTree, uniforms: list[float]) -> Settled:
+    """Where a rule ends with these acceptance uniforms."""
     steps = rule(tree)
     try:
-        coin, chances = next(steps)
+        slot, chances = next(steps)
         while True:
             sums = itertools.accumulate(chances)
-            coin, chances = steps.send(next((i for i, end in enumerate(sums) if coins[coin] < end), len(chances)))
+            slot, chances = steps.send(next((i for i, end in enumerate(sums) if uniforms[slot] < end), len(chances)))
     except StopIteration as end:
         row, weights = end.value
         return row, weights
@@ -336,10 +338,10 @@ def _greedy(tree: DraftTree) -> Settled:
     return row, tuple(int(token == best) for token in range(len(tree.p[row])))
 
 
-def _inverse(weights: Numbers, pick: float) -> int:
-    """The first token whose running sum exceeds the pick's share of the total."""
+def _inverse(weights: Numbers, uniform: float) -> int:
+    """The first token whose running sum exceeds that share of the total."""
     sums = list(itertools.accumulate(weights))
-    return next(token for token, total in enumerate(sums) if total > pick * sums[-1])
+    return next(token for token, total in enumerate(sums) if total > uniform * sums[-1])
 
 
 # --- under the torch code ---------------------------------------------------------------------------------------------
@@ -357,9 +359,9 @@ def tree_round(trees: list[DraftTree], temperature: float = 1.0, vocabulary: Tex
         parents[b, :n] = torch.tensor(tree.parents, dtype=torch.int64)
         log_q[b, :n] = torch.tensor([_float_logs(tree.q[parent + 1]) for parent in tree.parents]).reshape(n, size)
     columns = None if vocabulary is None else torch.tensor(vocabulary)
-    told = log_q if columns is None else log_q[:, :, columns]
+    known = log_q if columns is None else log_q[:, :, columns]
     lengths = torch.tensor([len(tree.tokens) for tree in trees])
-    draft = Draft(tokens, lengths, told if trees[0].sampled else None, columns, parents)
+    draft = Draft(tokens, lengths, known if trees[0].sampled else None, columns, parents)
     return Round(logits.to(torch.float32), draft, torch.full((count,), temperature))
 
 
@@ -370,24 +372,24 @@ def _float_logs(row: Numbers) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class TreeCells:
-    """A rule's verdict as a table over its uniforms: coins fall into a product of intervals, and the pick into V.
+    """A rule's result as a table over its uniforms: a product of intervals for acceptance, V for the residual.
 
-    Assumes that a coin's thresholds show while the coins before it take one value in each of their intervals and those
-    after it are at one of their ends, and that the emitted token never falls with the pick. `predict` states what the
-    table says, so that a test can hold the assumption against the code at random uniforms.
+    Assumes that an acceptance uniform's thresholds show while those before it take one value in each of their intervals
+    and those after it are at one of their ends, and that the emitted token never decreases with the residual uniform.
+    `predict` reads the table, so that a test can check the assumption against the code at random uniforms.
     """
 
     edges: list[Tensor]  # k of [P, m_j + 1], ascending from 0 to 1
     last: Tensor  # [P, C], C the product of all m_j
-    thresholds: Tensor  # [P, C, V-1], largest pick that emits a token <= v
+    thresholds: Tensor  # [P, C, V-1], largest residual uniform that emits a token <= v
 
-    def predict(self, coins: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
-        """Last accepted rows and next tokens at coins [P, k] and picks [P]."""
-        cell = torch.zeros(len(coins), dtype=torch.int64)
+    def predict(self, accept: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Last accepted rows and next tokens at uniforms [P, k] and [P]."""
+        cell = torch.zeros(len(accept), dtype=torch.int64)
         for slot, edges in enumerate(self.edges):
-            cell = cell * (edges.shape[1] - 1) + (coins[:, slot, None] > edges[:, 1:-1]).sum(1)
-        row = torch.arange(len(coins))
-        return self.last[row, cell], (picks[:, None] > self.thresholds[row, cell]).sum(1)
+            cell = cell * (edges.shape[1] - 1) + (accept[:, slot, None] > edges[:, 1:-1]).sum(1)
+        row = torch.arange(len(accept))
+        return self.last[row, cell], (residual[:, None] > self.thresholds[row, cell]).sum(1)
 
     def volumes(self) -> Tensor:
         """Probability of every cell: [P, C]."""
@@ -398,19 +400,19 @@ class TreeCells:
 
 
 def tree_cells(rule: TreeRuleFunction, given: Round) -> TreeCells:
-    """Recover the table of a torch rule, one coin after the other, by bisection."""
+    """Recover the table of a torch rule, one acceptance uniform after the other, by bisection."""
     paths, k = given.draft.tokens.shape
-    edges, coins = [], torch.zeros(paths, 1, 0, dtype=torch.float64)
+    edges, accept = [], torch.zeros(paths, 1, 0, dtype=torch.float64)
     for slot in range(k):
-        edges.append(_coin_edges(rule, given, coins, k - slot - 1))
+        edges.append(_accept_edges(rule, given, accept, k - slot - 1))
         middles = (edges[-1][:, 1:] + edges[-1][:, :-1]) / 2  # [P, m]
-        coins = _crossed(coins, middles[:, :, None])
-    last, _ = judge_at(rule, given, coins, torch.full(coins.shape[:2], 0.5, dtype=torch.float64))
-    return TreeCells(edges, last, _pick_thresholds(rule, given, coins))
+        accept = _crossed(accept, middles[:, :, None])
+    last, _ = results_at(rule, given, accept, torch.full(accept.shape[:2], 0.5, dtype=torch.float64))
+    return TreeCells(edges, last, _residual_thresholds(rule, given, accept))
 
 
 def torch_tree_law(cells: TreeCells, trees: list[DraftTree], target: Model, length: int) -> Law:
-    """Law of `length` tokens of a torch rule, integrated over coins and picks, completed by the target."""
+    """Law of `length` tokens of a torch rule, integrated over its uniforms, completed by the target."""
     bounds = torch.nn.functional.pad(torch.nn.functional.pad(cells.thresholds, (1, 0)), (0, 1), value=1.0)
     masses = (cells.volumes()[:, :, None] * bounds.diff(dim=2)).tolist()
     texts = (
@@ -429,22 +431,22 @@ def _crossed(some: Tensor, others: Tensor) -> Tensor:
     return torch.cat([left, others.repeat(1, some.shape[1], 1)], 2)
 
 
-def _coin_edges(rule: TreeRuleFunction, given: Round, before: Tensor, after: int) -> Tensor:
-    """Interval ends of the coin that follows `before` [P, C, j], with `after` coins behind it: [P, m+1]."""
+def _accept_edges(rule: TreeRuleFunction, given: Round, before: Tensor, after: int) -> Tensor:
+    """Interval ends of the uniform that follows `before` [P, C, j], with `after` more behind it: [P, m+1]."""
     paths = len(before)
     ends = torch.tensor(list(itertools.product((LOW, HIGH), repeat=after)), dtype=torch.float64)
     others = _crossed(before, ends.reshape(1, 2**after, after).expand(paths, -1, -1))
     slot = before.shape[2]
 
-    def verdict(value: Tensor) -> Tensor:
-        coins = torch.cat([others[:, :, :slot], value[:, :, None], others[:, :, slot:]], 2)
-        last, token = judge_at(rule, given, coins, torch.full_like(value, 0.5))
+    def result(value: Tensor) -> Tensor:
+        accept = torch.cat([others[:, :, :slot], value[:, :, None], others[:, :, slot:]], 2)
+        last, token = results_at(rule, given, accept, torch.full_like(value, 0.5))
         return last * given.logits.shape[2] + token
 
     found: list[list[float]] = [[0.0] for _ in range(paths)]
     start, top = (torch.full(others.shape[:2], end, dtype=torch.float64) for end in (LOW, HIGH))
-    while bool((verdict(start) != verdict(top)).any()):
-        edge = largest(partial(_unchanged, verdict, start, verdict(start)), tuple(start.shape), _BISECTIONS)
+    while bool((result(start) != result(top)).any()):
+        edge = largest(partial(_unchanged, result, start, result(start)), tuple(start.shape), _BISECTIONS)
         for values, more in zip(found, edge.tolist(), strict=True):
             values.extend(more)
         start = (edge + _STEP).clamp(max=HIGH)
@@ -453,32 +455,26 @@ def _coin_edges(rule: TreeRuleFunction, given: Round, before: Tensor, after: int
     return torch.tensor([values + [1.0] * (widest - len(values)) for values in merged], dtype=torch.float64)
 
 
-def _unchanged(verdict: Callable[[Tensor], Tensor], start: Tensor, there: Tensor, value: Tensor) -> Tensor:
-    """Whether the verdict at a coin above `start` is still what it was there."""
-    return (value <= start) | (verdict(value) == there)
+def _unchanged(result: Callable[[Tensor], Tensor], start: Tensor, there: Tensor, value: Tensor) -> Tensor:
+    """Whether the result at a uniform above `start` is still what it was there."""
+    return (value <= start) | (result(value) == there)
 
 
-def _pick_thresholds(rule: TreeRuleFunction, given: Round, coins: Tensor) -> Tensor:
-    """Largest pick that emits a token of at most 0, 1, .. V-2, in every cell: [P, C, V-1]."""
+def _residual_thresholds(rule: TreeRuleFunction, given: Round, accept: Tensor) -> Tensor:
+    """Largest residual uniform that emits a token of at most 0, 1, .. V-2, in every cell: [P, C, V-1]."""
     most = torch.arange(given.logits.shape[2] - 1)
-    shape = (*coins.shape[:2], len(most))
-    repeated = coins.repeat_interleave(len(most), 1)  # [P, C * (V-1), k]
+    shape = (*accept.shape[:2], len(most))
+    repeated = accept.repeat_interleave(len(most), 1)  # [P, C * (V-1), k]
 
-    def holds(picks: Tensor) -> Tensor:
-        return judge_at(rule, given, repeated, picks.flatten(1))[1].view(shape) <= most
+    def holds(residual: Tensor) -> Tensor:
+        return results_at(rule, given, repeated, residual.flatten(1))[1].view(shape) <= most
 
     return largest(holds, shape, _BISECTIONS)
 
 
-def judge_at(rule: TreeRuleFunction, given: Round, coins: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the rule on C settings of the uniforms per tree: coins [P, C, k], picks [P, C] -> last rows, next tokens."""
-    trees, settings, _ = coins.shape
-    index = torch.arange(trees).repeat_interleave(settings)
-    draft = given.draft
-    assert draft.parents is not None
-    log_q = None if draft.log_q is None else draft.log_q[index]
-    repeated = Draft(draft.tokens[index], draft.lengths[index], log_q, draft.vocabulary, draft.parents[index])
-    result = rule(given.logits[index], repeated, given.temperature[index], coins.flatten(0, 1), picks.flatten())
-    accepted = result.verdict.accepted[:, None]
+def results_at(rule: TreeRuleFunction, given: Round, accept: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Last rows and next tokens at C settings of the uniforms per tree: [P, C, k], [P, C] -> two [P, C]."""
+    result = rule(given.repeated(accept, residual))
+    accepted = result.accepted[:, None]
     rows = torch.nn.functional.pad(result.path + 1, (1, 0)).gather(1, accepted)
-    return rows.view(trees, settings), result.verdict.tokens.gather(1, accepted).view(trees, settings)
+    return rows.view(residual.shape), result.tokens.gather(1, accepted).view(residual.shape)

@@ -1,9 +1,9 @@
 """Exact proof by enumeration that a verification rule emits text distributed as the target's.
 
-Two halves. The first knows a rule as mathematics: it enumerates (draft path, coins, next token) in rational numbers,
-for any rule, proposal and admission policy, and the law must equal the target's exactly. The second has the rule's own
-torch code under it: it recovers by bisection every threshold at which a coin or a pick changes the verdict, and so
-integrates the code over its uniforms without sampling; that law must equal the target's to float accuracy.
+Two halves. The first treats a rule as mathematics: it enumerates (draft path, acceptance, next token) in rational
+numbers, for any rule, proposal and admission policy; the law must equal the target's exactly. The second runs the
+rule's own torch code: it recovers by bisection every threshold at which a uniform changes the result, and so integrates
+the code over its uniforms without sampling; that law must equal the target's to float accuracy.
 
 Conventions
 - Text is a tuple of tokens; a Model maps a text to the next token's distribution, a tuple of V Fractions.
@@ -13,7 +13,7 @@ Conventions
   sampled before the slot it decides on; `peeking` reads the slot itself and must fail.
 - A rule turns what a round proposes into weighted texts (`chain_texts`); a rule on trees is one more such function.
 
-Left out: speed. V <= 3 and k <= 3 take milliseconds to seconds.
+V <= 3 and k <= 3 take milliseconds to seconds.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import itertools
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from forerun.acceptance.chain import RuleFunction
-from forerun.types import Draft
+from forerun.types import Draft, VerifyInput
 
 Text = tuple[int, ...]
 Row = tuple[Fraction, ...]
@@ -38,7 +38,7 @@ Admission = Callable[[Text], int]
 Law = dict[Text, Fraction]
 Outcome = tuple[Fraction, int, Fraction]  # probability, accepted tokens, weight of p in the residual
 
-LOW, HIGH = 2.0**-54, 1.0 - 2.0**-53  # the ends of the open unit interval as a coin sees them
+LOW, HIGH = 2.0**-54, 1.0 - 2.0**-53  # the ends of the open unit interval of uniforms
 _BISECTIONS = 42
 _SAME = 1e-11  # thresholds closer than this are one
 
@@ -50,7 +50,7 @@ class Proposal:
     probability: Fraction
     path: Text
     q: tuple[Row, ...]
-    sampled: bool  # False: deterministic, q is one-hot and not told to the rule
+    sampled: bool  # False: deterministic, q is one-hot and not given to the rule
 
 
 ChainRule = Callable[[list[Row], tuple[Row, ...], Text], Iterator[Outcome]]
@@ -112,9 +112,9 @@ def token_rule(p: list[Row], q: tuple[Row, ...], path: Text) -> Iterator[Outcome
     """Token rejection sampling over gamma = len(path) slots; p has gamma+1 rows. Source: 2211.17192, algorithm 1."""
     reached = Fraction(1)
     for i, token in enumerate(path):
-        stands = min(Fraction(1), p[i][token] / q[i][token])
-        yield reached * (1 - stands), i, Fraction(1)
-        reached *= stands
+        chance = min(Fraction(1), p[i][token] / q[i][token])
+        yield reached * (1 - chance), i, Fraction(1)
+        reached *= chance
     yield reached, len(path), Fraction(1)
 
 
@@ -125,9 +125,9 @@ def block_rule(p: list[Row], q: tuple[Row, ...], path: Text) -> Iterator[Outcome
         prefix.append(min(prefix[-1] * p[i][token] / q[i][token], Fraction(1)))
     longer_fail = Fraction(1)
     for i in range(len(path), 0, -1):
-        stands = prefix[i] if i == len(path) else block_threshold(p[i], q[i], prefix[i])
-        yield longer_fail * stands, i, prefix[i]
-        longer_fail *= 1 - stands
+        chance = prefix[i] if i == len(path) else block_threshold(p[i], q[i], prefix[i])
+        yield longer_fail * chance, i, prefix[i]
+        longer_fail *= 1 - chance
     yield longer_fail, 0, Fraction(1)
 
 
@@ -196,17 +196,29 @@ def total_variation(one: Law, other: Law) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """The torch inputs of every proposal at once: one row per path."""
+    """A `VerifyInput` without uniforms for every proposal at once: one row per path."""
 
     logits: Tensor  # [P, k+1, V] float32
     draft: Draft
     temperature: Tensor  # [P]
 
+    def inputs(self, accept: Tensor, residual: Tensor) -> VerifyInput:
+        """With uniforms [P, k] and [P]."""
+        return VerifyInput(self.logits, self.draft, self.temperature, accept, residual)
+
+    def repeated(self, accept: Tensor, residual: Tensor) -> VerifyInput:
+        """With C settings of the uniforms per path, [P, C, k] and [P, C], flattened to P * C rows."""
+        index = torch.arange(accept.shape[0]).repeat_interleave(accept.shape[1])
+        some = {name: getattr(self.draft, name) for name in ("tokens", "lengths", "log_q", "parents")}
+        rows = {name: None if value is None else value[index] for name, value in some.items()}
+        draft = replace(self.draft, **rows)
+        return VerifyInput(self.logits[index], draft, self.temperature[index], accept.flatten(0, 1), residual.flatten())
+
 
 def torch_round(
     target: Model, proposals: list[Proposal], admit: Admission, temperature: float = 1.0, vocabulary: Text | None = None
 ) -> Round:
-    """Tensors whose target at this temperature is the model; `vocabulary` tells the q of those columns only.
+    """Tensors whose target at this temperature is the model; `vocabulary` gives the q of those columns only.
 
     At temperature 0 the logits are the model's log-probabilities, and the law to expect is `greedy_model`'s.
     """
@@ -222,32 +234,32 @@ def torch_round(
         log_q = log_q[:, :, columns]
     tokens = torch.tensor([one.path for one in proposals], dtype=torch.int64).reshape(len(proposals), k)
     lengths = torch.tensor([admit(one.path) for one in proposals])
-    heat = torch.full((len(proposals),), temperature)
-    return Round(logits.to(torch.float32), Draft(tokens, lengths, log_q, columns), heat)
+    draft = Draft(tokens, lengths, log_q, columns)
+    return Round(logits.to(torch.float32), draft, torch.full((len(proposals),), temperature))
 
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """A rule's verdict as a table over its uniforms: coins fall into a product of intervals, and the pick into V.
+    """A rule's result as a table over its uniforms: a product of intervals for acceptance, V for the residual.
 
-    Assumes that the accepted count never grows with a coin, that the emitted token never falls with the pick, and that
-    a coin's thresholds show while every other coin is at one of its ends. `predict` states what the table says, so that
-    a test can hold the assumption against the code at random uniforms.
+    Assumes that the accepted count never grows with an acceptance uniform, that the emitted token never decreases with
+    the residual uniform, and that an acceptance uniform's thresholds show while all others are at one of their ends.
+    `predict` reads the table, so that a test can check the assumption against the code at random uniforms.
     """
 
     edges: Tensor  # [P, k, m+1] ascending from 0 to 1
     accepted: Tensor  # [P, m**k]
-    thresholds: Tensor  # [P, m**k, V-1] largest pick that emits a token <= v
+    thresholds: Tensor  # [P, m**k, V-1] largest residual uniform that emits a token <= v
 
-    def predict(self, coins: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
-        """Accepted counts and next tokens at coins [P, k] and picks [P]."""
+    def predict(self, accept: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Accepted counts and next tokens at uniforms [P, k] and [P]."""
         _, k, ends = self.edges.shape
-        cell = torch.zeros(len(coins), dtype=torch.int64)
+        cell = torch.zeros(len(accept), dtype=torch.int64)
         for slot in range(k):
             inner = self.edges[:, slot, 1:-1]
-            cell = cell * (ends - 1) + (coins[:, slot, None] > inner).sum(1)
-        row = torch.arange(len(coins))
-        return self.accepted[row, cell], (picks[:, None] > self.thresholds[row, cell]).sum(1)
+            cell = cell * (ends - 1) + (accept[:, slot, None] > inner).sum(1)
+        row = torch.arange(len(accept))
+        return self.accepted[row, cell], (residual[:, None] > self.thresholds[row, cell]).sum(1)
 
     def volumes(self) -> Tensor:
         """Probability of every cell: [P, m**k]."""
@@ -258,18 +270,18 @@ class Cells:
 
 
 def cells_of(rule: RuleFunction, given: Round) -> Cells:
-    """Recover the table of a torch rule by bisection: 2^(k-1) settings of the other coins for each coin and count."""
+    """Recover the table of a torch rule by bisection: 2^(k-1) settings of the others for each uniform and count."""
     edges = _edges(rule, given)
     middles = (edges[:, :, 1:] + edges[:, :, :-1]) / 2  # [P, k, m]
     paths, k, m = middles.shape
     chosen = torch.tensor(list(itertools.product(range(m), repeat=k)), dtype=torch.int64).reshape(m**k, k)
-    coins = middles.gather(2, chosen.T.expand(paths, k, m**k)).transpose(1, 2)  # [P, C, k]
-    accepted, _ = _judge(rule, given, coins, torch.full(coins.shape[:2], 0.5, dtype=torch.float64))
-    return Cells(edges, accepted, _pick_thresholds(rule, given, coins))
+    accept = middles.gather(2, chosen.T.expand(paths, k, m**k)).transpose(1, 2)  # [P, C, k]
+    accepted, _ = _results(rule, given, accept, torch.full(accept.shape[:2], 0.5, dtype=torch.float64))
+    return Cells(edges, accepted, _residual_thresholds(rule, given, accept))
 
 
 def torch_law(rule: RuleFunction, given: Round, proposals: list[Proposal], target: Model, length: int) -> Law:
-    """Law of `length` tokens of the torch rule, integrated over coins and picks, completed by the target.
+    """Law of `length` tokens of the torch rule, integrated over its uniforms, completed by the target.
 
     Every probability is a Fraction made of a float: the law is exact up to the rule's own float arithmetic.
     """
@@ -287,30 +299,17 @@ def torch_law(rule: RuleFunction, given: Round, proposals: list[Proposal], targe
     return completed(texts, target, length)
 
 
-def _judge(rule: RuleFunction, given: Round, coins: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the rule on C settings of the uniforms per path: coins [P, C, k], picks [P, C] -> two [P, C]."""
-    paths, settings, _ = coins.shape
-    draft = given.draft
-    verdict = rule(
-        given.logits.repeat_interleave(settings, 0),
-        Draft(
-            draft.tokens.repeat_interleave(settings, 0),
-            draft.lengths.repeat_interleave(settings, 0),
-            None if draft.log_q is None else draft.log_q.repeat_interleave(settings, 0),
-            draft.vocabulary,
-        ),
-        given.temperature.repeat_interleave(settings, 0),
-        coins.flatten(0, 1),
-        picks.flatten(),
-    )
-    following = verdict.tokens.gather(1, verdict.accepted[:, None])[:, 0]
-    return verdict.accepted.view(paths, settings), following.view(paths, settings)
+def _results(rule: RuleFunction, given: Round, accept: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Accepted counts and next tokens at C settings of the uniforms per path: [P, C, k], [P, C] -> two [P, C]."""
+    result = rule(given.repeated(accept, residual))
+    following = result.tokens.gather(1, result.accepted[:, None])[:, 0]
+    return result.accepted.view(residual.shape), following.view(residual.shape)
 
 
 def _edges(rule: RuleFunction, given: Round) -> Tensor:
-    """Interval ends of every coin, thresholds that coincide merged: [P, k, m+1]."""
+    """Interval ends of every acceptance uniform, thresholds that coincide merged: [P, k, m+1]."""
     paths, k = given.draft.tokens.shape
-    thresholds = _coin_thresholds(rule, given).view(paths, k, -1).tolist() if k else [[] for _ in range(paths)]
+    thresholds = _accept_thresholds(rule, given).view(paths, k, -1).tolist() if k else [[] for _ in range(paths)]
     inner = [[[value for value in values if _SAME < value < 1 - _SAME] for values in row] for row in thresholds]
     merged = [[merge([0.0, *sorted(values), 1.0]) for values in row] for row in inner]
     most = max((len(values) for row in merged for values in row), default=2)
@@ -323,36 +322,36 @@ def merge(values: list[float]) -> list[float]:
     return [value for i, value in enumerate(values) if i == 0 or value - values[i - 1] > _SAME]
 
 
-def _coin_thresholds(rule: RuleFunction, given: Round) -> Tensor:
-    """Largest coin of each slot that still accepts each count, whichever ends the other coins are at: [P, k * C]."""
+def _accept_thresholds(rule: RuleFunction, given: Round) -> Tensor:
+    """Largest uniform of each slot that still accepts each count, whichever ends the others are at: [P, k * C]."""
     paths, k = given.draft.tokens.shape
     ends = list(itertools.product((LOW, HIGH), repeat=k))
     settings = [
-        (slot, count, coins)
+        (slot, count, accept)
         for slot in range(k)
         for count in range(1, k + 1)
-        for coins in ends
-        if coins[slot] == LOW  # overwritten below; one of the two is enough
+        for accept in ends
+        if accept[slot] == LOW  # overwritten below; one of the two is enough
     ]
     slots = torch.tensor([slot for slot, _, _ in settings]).expand(paths, -1)[..., None]
     counts = torch.tensor([count for _, count, _ in settings])
-    others = torch.tensor([coins for _, _, coins in settings], dtype=torch.float64).expand(paths, -1, -1)
+    others = torch.tensor([accept for _, _, accept in settings], dtype=torch.float64).expand(paths, -1, -1)
 
     def holds(value: Tensor) -> Tensor:
-        coins = others.scatter(2, slots, value[..., None])
-        return _judge(rule, given, coins, torch.full_like(value, 0.5))[0] >= counts
+        accept = others.scatter(2, slots, value[..., None])
+        return _results(rule, given, accept, torch.full_like(value, 0.5))[0] >= counts
 
     return largest(holds, (paths, len(settings)))
 
 
-def _pick_thresholds(rule: RuleFunction, given: Round, coins: Tensor) -> Tensor:
-    """Largest pick that emits a token of at most 0, 1, .. V-2, in every cell: [P, C, V-1]."""
+def _residual_thresholds(rule: RuleFunction, given: Round, accept: Tensor) -> Tensor:
+    """Largest residual uniform that emits a token of at most 0, 1, .. V-2, in every cell: [P, C, V-1]."""
     most = torch.arange(given.logits.shape[2] - 1)
-    shape = (*coins.shape[:2], len(most))
-    repeated = coins.repeat_interleave(len(most), 1)  # [P, C * (V-1), k]
+    shape = (*accept.shape[:2], len(most))
+    repeated = accept.repeat_interleave(len(most), 1)  # [P, C * (V-1), k]
 
-    def holds(picks: Tensor) -> Tensor:
-        return _judge(rule, given, repeated, picks.flatten(1))[1].view(shape) <= most
+    def holds(residual: Tensor) -> Tensor:
+        return _results(rule, given, repeated, residual.flatten(1))[1].view(shape) <= most
 
     return largest(holds, shape)
 
