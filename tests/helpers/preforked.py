@@ -47,27 +47,20 @@ class Spares:
         if not (ours and self._waiting):
             return self._original(words, *more, **settings)
         assert settings["stdin"] == subprocess.DEVNULL and not more
-        output, write = None, -1
-        if settings["stdout"] == subprocess.PIPE:
-            read, write = os.pipe()
-            output = open(read, "rb")  # noqa: SIM115 (the caller's to close)
-        out = write if output is not None else settings["stdout"].fileno()
         passed = list(settings["pass_fds"])
         pid, connection = self._waiting.pop(0)
         order = {"words": words[2:], "passed": passed, "env": dict(settings["env"])}
         with connection:
-            socket.send_fds(connection, [b"?"], [out, settings["stderr"].fileno(), *passed])
+            socket.send_fds(connection, [b"?"], [settings["stdout"].fileno(), settings["stderr"].fileno(), *passed])
             connection.sendall(json.dumps(order).encode())
-        if output is not None:
-            os.close(write)
-        return Taken(pid, output)
+        return Taken(pid)
 
 
 class Taken:
     """A child that is at work, as `subprocess.Popen` shows one."""
 
-    def __init__(self, pid: int, stdout: Any) -> None:
-        self.pid, self.stdout = pid, stdout
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
         self.returncode: int | None = None
 
     def poll(self) -> int | None:

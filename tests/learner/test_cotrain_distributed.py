@@ -43,7 +43,8 @@ from forerun.models import Policy, load_policy
 from forerun.models.logprobs import microbatches
 from forerun.training import run as runs
 from forerun.types import Rollout
-from forerun.workers.local import PROGRAM, Nursery
+from forerun.workers.local import LocalLauncher
+from forerun.workers.server import PROGRAM
 
 PROMPTS = [[5, 6, 7], [9, 3, 1, 2, 4, 4], [20]]
 REWARDS = [[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0]]  # the second group has zero advantages
@@ -165,7 +166,7 @@ class Bench:
 
 @contextmanager
 def ranks(policy: Policy, program: str = PROGRAM) -> Iterator[LearnerGroup]:
-    group = LearnerGroup(policy, TRAIN.model_copy(update={"ranks": 2}), 1.0, Nursery(program))
+    group = LearnerGroup(policy, TRAIN.model_copy(update={"ranks": 2}), 1.0, LocalLauncher(program=program))
     try:
         yield group
     finally:
