@@ -19,7 +19,8 @@ from forerun.config import SpeculationConfig
 from forerun.drafters.ngram import NgramDrafter
 from forerun.engine import Sampling, Weights
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.replicated import ReplicasLost, ReplicatedEngine, Stream, invalid_output
+from forerun.engine.replicated import ReplicasLost, ReplicatedEngine
+from forerun.engine.stream import Stream
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.training.weights import publish
@@ -159,9 +160,9 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_invalid_output_is_seen(fault: str) -> None:
     stream = Stream(PROMPTS, LONG, N, [{(0, 1)}], {0})
     honest = Rollout(PROMPTS[0], [4, 5], [-1.0, -2.0], [0, 0], "length", 0, 1)
-    assert invalid_output(honest, stream, stream.pending[0], 55) == ""
+    assert stream.fault_of(honest, 0, 55) == ""
     changes, words = FAULTS[fault]
-    assert words in invalid_output(replace(honest, **changes), stream, stream.pending[0], 55)
+    assert words in stream.fault_of(replace(honest, **changes), 0, 55)
 
 
 def test_one_that_returns_invalid_output_is_replaced(

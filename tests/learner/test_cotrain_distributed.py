@@ -52,11 +52,11 @@ CONFIG = DraftConfig(depth=3, online_learning_rate=1e-3)
 TRAIN = TrainConfig(optimizer="sgd", max_grad_norm=1e3, microbatch_tokens=60, silence_s=20)
 LEFT_OUT = f"""
 import torch.distributed as dist
-from forerun.learner.cotrain_worker import Pupil
-listen = Pupil.listen
-def deaf(self, rollouts, batches):
-    return listen(self, rollouts, batches if dist.get_rank() == 0 else [[]] * len(batches))
-Pupil.listen = deaf
+from forerun.learner.cotrain_worker import RankCoTrainer
+caching_forward = RankCoTrainer.caching_forward
+def on_rank_0(self, rollouts, batches):
+    return caching_forward(self, rollouts, batches if dist.get_rank() == 0 else [[]] * len(batches))
+RankCoTrainer.caching_forward = on_rank_0
 {PROGRAM}
 """
 Drafter = Eagle3Drafter | MtpDrafter
@@ -379,7 +379,7 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
     """Killed in the second step's draft training, it ends with policy and drafter of an undisturbed run."""
     trained: list[str] = []
     published: dict[int, dict[str, str]] = {}
-    compare, publish, study = LearnerGroup.compare, runs.publish, LearnerGroup.study
+    compare, publish, study = LearnerGroup.check_drafters, runs.publish, LearnerGroup.train_drafter
 
     def compared(self: LearnerGroup, held: Sequence[str], received: str) -> None:
         compare(self, held, received)
@@ -391,7 +391,7 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
         published[version] = dict(weights.checksums)
         return weights
 
-    monkeypatch.setattr(LearnerGroup, "compare", compared)
+    monkeypatch.setattr(LearnerGroup, "check_drafters", compared)
     monkeypatch.setattr(runs, "publish", recorded)
     undisturbed = forerun.train(str(recipe))
     rows = steps_of(undisturbed["run"])
@@ -408,7 +408,7 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
             os.kill(self.pids[1], signal.SIGKILL)
         return study(self, head)
 
-    monkeypatch.setattr(LearnerGroup, "study", killing)
+    monkeypatch.setattr(LearnerGroup, "train_drafter", killing)
     summary = forerun.train(str(recipe))
     assert calls == [2, 2, 2]  # the second step's twice
     (warning,) = (words for words in summary["warnings"] if "goes back" in words)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,15 +26,13 @@ from forerun.engine.base import (
     check_request,
     engine_metrics,
     nothing,
-    requested,
 )
 from forerun.engine.stragglers import Stragglers
-from forerun.engine.worker import FACTORY, EngineSpec, Status
+from forerun.engine.stream import Stream
+from forerun.engine.worker import FACTORY, EngineSpec, Status, save_models
 from forerun.errors import PartLost, UserError
 from forerun.models import Policy
 from forerun.models.checksum import checksum
-from forerun.models.load import save_policy
-from forerun.tracking.files import disk_errors
 from forerun.types import Rollout
 from forerun.workers.handle import Launcher, Spec, Timeouts, Worker, WorkerLost, kill_all, poll
 from forerun.workers.local import LocalLauncher
@@ -47,7 +43,6 @@ from forerun.workers.wire import Message
 MAKE = "forerun.engine:load"
 TICK_S = 0.2  # the longest wait between two looks at all replicas
 LOSSES = 3  # see `ReplicatedEngine`
-ROUNDING = 1e-3  # by which a log-probability may exceed 0
 
 
 class ReplicasLost(PartLost):
@@ -64,17 +59,6 @@ class Replica:
     losses: int = 0  # in a row: since its last sample, in this stream or load
     counted: Counters | None = None  # in the worker's last status
     metrics: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Stream:
-    """A stream under way."""
-
-    prompts: Sequence[list[int]]
-    sampling: Sampling
-    n: int
-    pending: list[set[tuple[int, int]]]  # per replica: (prompt, sample) not delivered yet
-    versions: set[int]  # that may have emitted its tokens
 
 
 class ReplicatedEngine(RolloutEngine):
@@ -118,11 +102,8 @@ class ReplicatedEngine(RolloutEngine):
         self._stream: Stream | None = None
         self._paused = False
         self._folder = ScratchFolder()
-        block = _save(policy, drafter, speculation, self._folder.path)
+        block, files = save_models(policy, drafter, speculation, self._folder.path)
         spec = EngineSpec(make, engine, str(policy.dtype)[6:], block, slots)
-        files = {"policy": self._folder.path / "policy"}
-        if block.get("draft") and Path(block["draft"]).is_dir():
-            files["draft"] = Path(block["draft"])
         threads = max(1, torch.get_num_threads() // replicas)
         self._spec = Spec(FACTORY, (spec,), files, threads, timeouts or Timeouts())
         self._launcher = launcher or LocalLauncher()
@@ -158,7 +139,7 @@ class ReplicatedEngine(RolloutEngine):
         if self._stream is not None:
             raise UserError("This engine is already generating; finish or close its stream first")
         check_request(prompts, sampling, n, self._vocabulary, self.policy.context)
-        self._stream = stream = Stream(prompts, sampling, n, self._route(len(prompts), n, only), {self._held.version})
+        self._stream = stream = Stream.routed(prompts, sampling, n, only, len(self._replicas), self._held.version)
         self._forget_losses()
         self.timeline = []
         started = time.perf_counter()
@@ -282,13 +263,6 @@ class ReplicatedEngine(RolloutEngine):
 
     # ---- streams ----
 
-    def _route(self, prompts: int, n: int, only: Requests | None) -> list[set[tuple[int, int]]]:
-        """The samples of each replica."""
-        pending: list[set[tuple[int, int]]] = [set() for _ in self._replicas]
-        for prompt, sample in requested(prompts, n, only):
-            pending[prompt % len(pending)].add((prompt, sample))
-        return pending
-
     def _request_samples(self, replica: Replica) -> None:
         """Ask it for what it has not delivered of the stream under way. Raises WorkerLost."""
         stream = self._stream
@@ -325,7 +299,7 @@ class ReplicatedEngine(RolloutEngine):
         pending = stream.pending[replica.index]
         if kind == "rollout":
             rollout = message[1]
-            if fault := invalid_output(rollout, stream, pending, self._vocabulary):
+            if fault := stream.fault_of(rollout, replica.index, self._vocabulary):
                 raise WorkerLost(f"returned invalid output: {fault}")
             pending.discard((rollout.prompt_index, rollout.sample_index))
             replica.losses = 0
@@ -417,41 +391,6 @@ class ReplicatedEngine(RolloutEngine):
         self.warnings += [f"Replica {replica.index}: {warning}" for warning in status.warnings]
 
 
-def invalid_output(rollout: Rollout, stream: Stream, pending: set[tuple[int, int]], vocabulary: int) -> str:
-    """Why a rollout cannot be an answer to what was asked; "" when it can."""
-    name = f"sample {rollout.sample_index} of prompt {rollout.prompt_index}"
-    count, limit = len(rollout.tokens), stream.sampling.max_new_tokens
-    if (rollout.prompt_index, rollout.sample_index) not in pending:
-        return f"{name} was not asked of it, or came twice"
-    if rollout.prompt_ids != stream.prompts[rollout.prompt_index]:
-        return f"{name} has another prompt"
-    if not 1 <= count <= limit or count != len(rollout.logprobs) or count != len(rollout.versions):
-        return (
-            f"{name} has {count} tokens of at most {limit}, {len(rollout.logprobs)} log-probabilities and "
-            f"{len(rollout.versions)} versions"
-        )
-    if not 0 <= min(rollout.tokens) <= max(rollout.tokens) < vocabulary:
-        return f"{name} holds a token id outside 0 .. {vocabulary - 1}"
-    if not all(isfinite(x) and x <= ROUNDING for x in rollout.logprobs):
-        return f"{name} has a log-probability that is not finite, or above 0"
-    if not stream.versions.issuperset(rollout.versions):
-        return f"{name} is of versions {sorted(set(rollout.versions))}; it should be of {sorted(stream.versions)}"
-    return ""
-
-
 def _checksums(policy: Policy, drafter: Drafter | None) -> dict[str, str]:
     sums = {"policy": checksum(policy.model.state_dict())}
     return sums if drafter is None else sums | {"draft": checksum(drafter.state_dict())}
-
-
-def _save(policy: Policy, drafter: Drafter | None, speculation: SpeculationConfig, folder: Path) -> dict[str, Any]:
-    """Write both; the speculation block with the drafter's new place."""
-    save_policy(policy, folder / "policy")
-    if drafter is None:
-        return {"method": "none"}
-    block = speculation.model_dump(mode="json")
-    if drafter.state_dict():
-        with disk_errors(folder):
-            drafter.save(folder / "drafter", {})
-        block["draft"] = str(folder / "drafter")
-    return block

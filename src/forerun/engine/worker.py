@@ -13,12 +13,20 @@ import importlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from forerun.engine.base import Counters, Requests, RolloutEngine, Sampling, Weights
+from forerun.models import Policy
+from forerun.models.load import save_policy
+from forerun.tracking.files import disk_errors
 from forerun.workers.server import Requests as RequestTable
 from forerun.workers.server import Server
 from forerun.workers.weights import Layout, receive_groups
+
+if TYPE_CHECKING:
+    from forerun.config import SpeculationConfig
+    from forerun.drafters import Drafter
 
 FACTORY = "forerun.engine.worker:serve_engine"
 HEARTBEAT_S = 0.2  # between two heartbeats
@@ -50,6 +58,28 @@ class Status:
 
 class Aborted(Exception):
     """The driver does not want the rest of the stream."""
+
+
+def save_models(
+    policy: Policy, drafter: Drafter | None, speculation: SpeculationConfig, folder: Path
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Write the policy, and the drafter if it has weights; the workers' speculation block and files.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    save_policy(policy, folder / "policy")
+    files = {"policy": folder / "policy"}
+    if drafter is None:
+        return {"method": "none"}, files
+    block = speculation.model_dump(mode="json")
+    if drafter.state_dict():
+        with disk_errors(folder):
+            drafter.save(folder / "draft", {})
+        block["draft"] = str(folder / "draft")
+    if block.get("draft") and Path(block["draft"]).is_dir():
+        files["draft"] = Path(block["draft"])
+    return block, files
 
 
 def serve_engine(server: Server, spec: EngineSpec) -> RequestTable:

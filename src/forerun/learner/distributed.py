@@ -37,7 +37,7 @@ from forerun.workers.scratch import ScratchFolder
 from forerun.workers.wire import Message, pack, unpack
 
 if TYPE_CHECKING:
-    from forerun.learner.cotrain_worker import Taught
+    from forerun.learner.cotrain_worker import RankUpdate
     from forerun.learner.fsdp import Blueprint
 
 FACTORY = "forerun.learner.worker:serve_rank"
@@ -117,7 +117,7 @@ class LearnerGroup:
         rollouts: Sequence[Rollout],
         batches: Sequence[Sequence[int]] = (),
     ) -> Counting[Scored]:
-        """See `Learner.score`. `batches`: of rollouts, from which the ranks keep what `study` learns from."""
+        """See `Learner.score`. `batches`: of rollouts, from which the ranks keep what `train_drafter` learns from."""
         parts = self._split(rollouts, range(len(rollouts)))
         requests = [("score", [rollouts[i] for i in part], _within(batches, part)) for part in parts]
         answers = yield from self._ranks.run(self._for_all(requests))
@@ -152,20 +152,20 @@ class LearnerGroup:
         self._ranks.ask("restore", str(folder.absolute()))
         self._fetch("send_policy", self.policy.model)
 
-    # ---- a drafter beside the policy, see `cotrain_distributed.py` ----
+    # ---- a drafter that trains with the policy, see `cotrain_distributed.py` ----
 
-    def enrol(self, head: nn.Module, config: DraftConfig) -> None:
+    def add_drafter(self, head: nn.Module, config: DraftConfig) -> None:
         """Have every rank hold this drafter from here on. Raises RanksLost."""
         self._ranks.ask("add_drafter", pack(head), config)
 
-    def study(self, head: nn.Module) -> list[Taught]:
-        """Have the ranks train it on what the last `score` taught; `head` follows. Raises UserError, RanksLost."""
+    def train_drafter(self, head: nn.Module) -> list[RankUpdate]:
+        """Have the ranks train it on what the last `score` cached; `head` follows. Raises UserError, RanksLost."""
         answers = finish(self._ranks.run([("train_drafter",)] * self.config.ranks))
         self._fetch("send_drafter", head)
         check_refusals(answers)
         return [answer[1] for answer in answers]
 
-    def compare(self, held: Sequence[str], received: str) -> None:
+    def check_drafters(self, held: Sequence[str], received: str) -> None:
         """Checksums of the ranks' drafters, and of what they sent. Raises RanksLost when they are not one."""
         if set(held) != {received}:
             self._ranks.end(f"The learner's ranks hold drafters {', '.join(held)} and have sent {received}")

@@ -41,7 +41,7 @@ from forerun.workers.weights import chunks_of, send_pieces
 from forerun.workers.wire import pack, unpack
 
 if TYPE_CHECKING:
-    from forerun.learner.cotrain_worker import Pupil
+    from forerun.learner.cotrain_worker import RankCoTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Rank:
 
     spec: RankSpec
     learner: Learner
-    drafter: Pupil | None = None
+    drafter: RankCoTrainer | None = None
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -132,8 +132,8 @@ class Rank:
     # ---- the learner's methods ----
 
     def score(self, rollouts: list[Rollout], batches: list[list[int]]) -> None:
-        """This rank's rows of a batch; `batches` of them are kept for the drafter, see `Pupil.listen`."""
-        forward = completion_logits if self.drafter is None else self.drafter.listen(rollouts, batches)
+        """This rank's rows of a batch; for `batches` see `RankCoTrainer.caching_forward`."""
+        forward = completion_logits if self.drafter is None else self.drafter.caching_forward(rollouts, batches)
         scored = self._report(self.learner.score(rollouts, forward))
         own = [x.cpu().clone() for x in scored.logprobs]  # not the storage that they are views of
         reference = None if scored.reference is None else [x.cpu().clone() for x in scored.reference]
@@ -205,17 +205,17 @@ class Rank:
 
     def add_drafter(self, head: bytes, config: DraftConfig) -> None:
         """Hold a drafter, in place of an earlier one."""
-        from forerun.learner.cotrain_worker import Pupil  # drafters load slowly
+        from forerun.learner.cotrain_worker import RankCoTrainer  # drafters load slowly
 
         learner, dtype = self.learner, self.spec.plan.dtype
         drafter = unpack(head, learner.policy.device)
-        self.drafter = Pupil(drafter, learner.policy, dtype, config, learner.config, learner.temperature)
+        self.drafter = RankCoTrainer(drafter, learner.policy, dtype, config, learner.config, learner.temperature)
         self._answer()
 
     def train_drafter(self) -> None:
         """Train it on what the last scoring kept."""
         assert self.drafter is not None
-        self._answer(self.drafter.study(lambda: self._progress(0)))
+        self._answer(self.drafter.train(lambda: self._progress(0)))
 
     def send_drafter(self) -> None:
         """Send its weights."""
