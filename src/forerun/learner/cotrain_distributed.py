@@ -111,11 +111,9 @@ class GroupCoTrainer:
         updates = self.group.train_drafter(self.head)
         self.group.check_drafters([update.checksum for update in updates], checksum(self.head.state_dict()))
         updates = updates[:: self.group.config.tensor_parallel]  # one of the ranks that ran the same rows
-        losses = [sum(parts) for parts in zip(*(t.losses for t in updates), strict=True)]
-        losses_of_positions = [passes for t in updates for passes in t.position_losses]
-        return draft_metrics(
-            losses, updates[0].norms, losses_of_positions, self.plan.tokens, self.plan.left_out, started
-        )
+        losses = [sum(parts) for parts in zip(*(update.losses for update in updates), strict=True)]
+        by_batch = [batch for update in updates for batch in update.position_losses]
+        return draft_metrics(losses, updates[0].norms, by_batch, self.plan.tokens, self.plan.left_out, started)
 
     def state_dict(self) -> dict[str, Any]:
         """See `CoTrainer.state_dict`. Raises UserError, RanksLost."""

@@ -92,6 +92,7 @@ class LearnerGroup:
 
         self.policy, self.config = policy, config
         self.objective = Objective(config, max_new_tokens)
+        self._store: Store | None = None  # at which the ranks meet
         launcher = launcher or LocalLauncher()
         devices = rank_devices(policy.device, config.ranks, launcher)
         threads = max(1, torch.get_num_threads() // config.ranks)
@@ -183,6 +184,7 @@ class LearnerGroup:
     def close(self) -> None:
         """End all ranks at once."""
         self._ranks.close()
+        self._store = None
 
     @property
     def pids(self) -> list[int]:
@@ -195,7 +197,7 @@ class LearnerGroup:
 
         config, count = self.config, self.config.ranks
         timeout_s = max(START_S, config.silence_s)
-        self._store, place = open_store(address)  # at which they meet
+        self._store, place = open_store(address)
         specs = [
             RankSpec(
                 plan, config, temperature, rank, count, devices[rank], self._ranks.addresses[rank], place, timeout_s

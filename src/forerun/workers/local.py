@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from forerun.workers.handle import LOOPBACK, Spec, Worker, limit_blocking
+from forerun.workers.handle import LOOPBACK, Spec, Worker, WorkerLost, kill_all, limit_blocking
 from forerun.workers.server import PROGRAM
 
 TAIL_BYTES = 2**16  # of stderr, in which the last line is looked for
@@ -43,9 +43,16 @@ class LocalLauncher:
 
     def start(self, count: int, spec: Spec) -> list[Worker]:
         """See `Launcher`."""
-        workers = [self._starter.submit(self._start, spec).result() for _ in range(count)]
-        for worker in workers:
-            worker.make(spec, {name: str(path) for name, path in spec.files.items()}, spec.threads)
+        workers: list[Worker] = []
+        try:
+            for _ in range(count):
+                workers.append(self._starter.submit(self._start, spec).result())
+                workers[-1].make(spec, {name: str(path) for name, path in spec.files.items()}, spec.threads)
+        except BaseException as error:
+            kill_all(workers)
+            if isinstance(error, WorkerLost):
+                error.number = len(workers) - 1
+            raise
         return workers
 
     def close(self) -> None:
