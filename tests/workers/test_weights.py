@@ -219,7 +219,7 @@ def test_without_room_it_is_streamed_with_one_warning(shared: ReplicatedEngine, 
 
 
 def test_a_slow_replica_holds_up_no_other(engine: ReplicatedEngine, policy: Policy) -> None:
-    """The first of them stands still until all others are done."""
+    """The first of them is stopped until all others are done."""
     weights = version(11, policy)
     with loading(engine, weights, stopped=0) as states:
         assert (0, "idle") not in states
@@ -251,7 +251,7 @@ engine.load(publish(1, policy, None, shared=False, frozen=True))
 
 
 def test_a_driver_that_is_killed_in_a_load_leaves_nothing() -> None:
-    """Its first replica stands still, so that the load lasts."""
+    """Its first replica is stopped, so that the load lasts."""
     driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, cwd=ROOT, text=True)
     assert driver.stdout is not None
     with driver.stdout as out:

@@ -374,7 +374,7 @@ class ReplicatedEngine(RolloutEngine):
             replica.losses = 0
 
     def _report(self, replica: Replica, state: str) -> None:
-        """Tell `on_state`."""
+        """Call `on_state`."""
         version = self._held.version if self._weights is None else self._weights.version
         self.on_state(f"replica {replica.index}", state, version)
 

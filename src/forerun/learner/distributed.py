@@ -304,7 +304,7 @@ def _share(update: Update, chunks: list[list[int]]) -> Update:
 
 
 def _merge(rollouts: Sequence[Rollout], parts: list[list[int]], scored: list[Scored]) -> Scored:
-    """What the ranks found, in the order of the batch."""
+    """The ranks' results in the order of the batch."""
     own, entropies = [torch.empty(0)] * len(rollouts), [0.0] * len(rollouts)
     reference = None if scored[0].reference is None else list(own)
     for part, found in zip(parts, scored, strict=True):

@@ -1,7 +1,7 @@
 """Weight sync: one version of policy and drafter on its way into workers, checked before anything changes.
 
 Workers that share memory with the driver map the version, which is written once for all of them
-(`shared_memory.py`). To the others it is sent in chunks: flat slices of tensors, gathered in the worker beside the
+(`shared_memory.py`). To the others it is sent in chunks: flat slices of tensors, gathered in the worker next to the
 weights in use (one more copy of them meanwhile). Either way checksums are compared over the whole version: one that is
 partial or damaged leaves the worker as it was. Each worker is served by a thread: a slow one delays no other.
 """
