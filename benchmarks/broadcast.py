@@ -30,12 +30,12 @@ from torch import Tensor
 from forerun.config import SpeculationConfig
 from forerun.engine.base import Counters, Requests, Sampling, Weights, nothing, requested
 from forerun.engine.replicated import ReplicatedEngine
-from forerun.engine.worker import OnThisMachine
 from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.tracking.environment import describe_environment, machine_line
 from forerun.training.weights import publish
 from forerun.types import Rollout
+from forerun.workers.local import LocalLauncher
 
 VOCABULARY = 32
 WAYS = {"shared memory": True, "streams": False}
@@ -114,7 +114,7 @@ def holders(policy: Policy, replicas: int, shared_memory: bool) -> ReplicatedEng
     os.environ["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     return ReplicatedEngine(
         "local", policy, None, SpeculationConfig(method="none"), slots=1, replicas=replicas,
-        maker="benchmarks.broadcast:holder", starter=OnThisMachine(shared_memory),
+        make="benchmarks.broadcast:holder", launcher=LocalLauncher(shared_memory),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A long run whose replicas die, hang and talk nonsense: nothing lost, nothing twice, and no memory that grows.
+"""A long run whose replicas crash, hang and return invalid output: no sample lost or twice, no memory that grows.
 
     python -m benchmarks.soak --steps 1000 --replicas 4 --lag 2 [--failures 0.001] [--out soak.json]
 
@@ -30,13 +30,14 @@ import torch
 
 from forerun.config import SpeculationConfig
 from forerun.engine.base import Counters, Requests, Sampling, Weights, nothing, requested
-from forerun.engine.replicated import Patience, ReplicatedEngine
+from forerun.engine.replicated import ReplicatedEngine
 from forerun.models import Policy
 from forerun.tracking.environment import describe_environment
 from forerun.training.prefetch import Prefetcher
 from forerun.training.rollout import RolloutBatch
 from forerun.training.weights import publish
 from forerun.types import Rollout
+from forerun.workers.handle import Timeouts
 
 VOCABULARY = 32
 PROMPTS, SAMPLES, LONGEST = 8, 4, 12
@@ -166,7 +167,7 @@ def soak(steps: int, replicas: int, lag: int, failures: float) -> dict[str, Any]
     policy, watch, began = small_policy(), Watch(lag), time.perf_counter()
     engine = ReplicatedEngine(
         "local", policy, None, SpeculationConfig(method="none"), slots=SAMPLES, replicas=replicas,
-        patience=Patience(silence_s=SILENCE_S, losses=10), maker="benchmarks.soak:unreliable",
+        timeouts=Timeouts(heartbeat_s=SILENCE_S), losses=10, make="benchmarks.soak:unreliable",
     )  # fmt: skip
     prompts = [[1 + p, 2, 3] for p in range(PROMPTS)]
 

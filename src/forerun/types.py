@@ -6,11 +6,14 @@ Left out: anything that decides something. Records only carry.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from forerun.workers.shared_memory import Segment
 
 STAGES = ("data", "prepare", "generation", "logprob", "train")  # of a step, as 2604.26779 times them
 
@@ -73,3 +76,22 @@ class Rollout:
     sample_index: int = 0
     rounds: int = 0  # policy forwards that produced `tokens`, prefill not counted
     drafted: list[bool] = field(default_factory=list)  # whether tokens[t] was an accepted draft
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """One version of everything an engine needs. `checksums` has an entry per group: "policy", and "draft" if any.
+
+    `policy` or `draft` is None where the engine shares the live module and only has to check that it holds these bytes.
+    """
+
+    version: int
+    checksums: Mapping[str, str]
+    policy: Mapping[str, Tensor] | None = None
+    draft: Mapping[str, Tensor] | None = None
+    segment: Segment | None = None  # where these tensors are in shared memory already
+
+    @property
+    def groups(self) -> dict[str, Mapping[str, Tensor]]:
+        """The tensors that are carried, by group."""
+        return {g: s for g, s in (("policy", self.policy), ("draft", self.draft)) if s is not None}

@@ -9,7 +9,6 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
 from threading import Thread
@@ -20,22 +19,23 @@ import yaml
 
 import faulty_engines
 import forerun
-from forerun.config import ClusterConfig, RolloutConfig, SpeculationConfig, load_recipe
+from forerun.config import ClusterConfig, Recipe, RolloutConfig, SpeculationConfig, load_recipe
 from forerun.drafters.ngram import NgramDrafter
 from forerun.engine import Sampling, build_engine
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.replicated import ReplicatedEngine
-from forerun.engine.worker import MAKER, Order, Patience
+from forerun.engine.replicated import MAKE, ReplicatedEngine
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.training.weights import publish
 from forerun.workers import ray as cluster
+from forerun.workers import wire
+from forerun.workers.handle import LOOPBACK, Launcher, Timeouts
 from private_ray import ray_settings
 
 PROMPTS = [[5, 6, 7], [9, 3], [3, 4, 5, 6, 7, 8], [20, 21]]
 GREEDY = Sampling(48, 0.0, 3, ignore_eos=True)
 N = 3
-HASTY = Patience(silence_s=10.0, start_s=240.0)
+HASTY = Timeouts(heartbeat_s=10.0, start_s=240.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,10 +56,10 @@ def block() -> SpeculationConfig:
     return SpeculationConfig.model_validate({"method": "ngram", "k": 3, "ngram": {"prompt_lookup_min": 1}})
 
 
-def start(policy: Policy, settings: ClusterConfig, replicas: int, maker: str = MAKER) -> ReplicatedEngine:
+def start(policy: Policy, settings: ClusterConfig, replicas: int, make: str = MAKE) -> ReplicatedEngine:
     return ReplicatedEngine(
-        "local", policy, NgramDrafter(block().ngram), block(), slots=4, replicas=replicas, patience=HASTY, maker=maker,
-        starter=cluster.OnCluster(settings, replicas),
+        "local", policy, NgramDrafter(block().ngram), block(), slots=4, replicas=replicas, timeouts=HASTY, make=make,
+        launcher=cluster.RayLauncher(settings, "replica", replicas, 1),
     )  # fmt: skip
 
 
@@ -75,6 +75,10 @@ def expected(policy: Policy) -> dict[tuple[int, int], list[int]]:
     return by_place(LocalEngine(policy, slots=4).stream(PROMPTS, GREEDY, N))
 
 
+def launcher_of(recipe: Recipe) -> Launcher | None:
+    return cluster.ray_launcher(recipe.cluster, "replica", recipe.rollout.replicas, recipe.train.ranks)
+
+
 # ---- without Ray ----
 
 
@@ -85,7 +89,8 @@ def test_a_cluster_is_for_replicas() -> None:
         load_recipe("quickstart", {"cluster.address": "auto", "rollout.replicas": 2, "compare.steps": 2})
     words = {"cluster.address": "10.0.0.1:6379", "rollout.replicas": 2, "compare.steps": 0}
     assert load_recipe("quickstart", words).cluster.address == "10.0.0.1:6379"
-    assert cluster.starter(load_recipe("quickstart")) is None
+    assert launcher_of(load_recipe("quickstart")) is None
+    assert launcher_of(load_recipe("quickstart", words)) is not None
 
 
 def test_ray_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,8 +101,8 @@ def test_ray_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cluster_that_is_not_there_is_told_at_once() -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'forerun[ray]'")
-    with socket.create_server((cluster.LOOPBACK, 0)) as server:
-        cluster.check_that_it_listens(address := f"{cluster.LOOPBACK}:{server.getsockname()[1]}")
+    with socket.create_server((LOOPBACK, 0)) as server:
+        cluster.check_that_it_listens(address := f"{LOOPBACK}:{server.getsockname()[1]}")
     for there in (address, f"ray://{address}"):
         with pytest.raises(UserError, match=f"cluster.address={there}: no Ray cluster answers there .*refused"):
             cluster.connect(ClusterConfig(address=there), 1)
@@ -106,29 +111,24 @@ def test_a_cluster_that_is_not_there_is_told_at_once() -> None:
 
 def test_folders_arrive_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a connection, in pieces that do not divide the files; empty files and folders in folders too."""
-    monkeypatch.setattr(cluster, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(wire, "CHUNK_BYTES", 1000)
     contents = {"policy/a.bin": os.urandom(2500), "policy/sub/b.bin": b"", "policy/c": b"x" * 1000, "draft/d": b"12"}
     for name, content in contents.items():
         path = tmp_path / "mine" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    order = Order("local", str(tmp_path / "mine" / "policy"), "float32", {"draft": str(tmp_path / "mine" / "draft")},
-                  4, 1, MAKER)  # fmt: skip
-    sent = list(cluster.files_in(cluster.folders_of(order)))
+    mine = tmp_path / "mine"
+    files = {"policy": mine / "policy", "draft": mine / "draft", "weights.pt": mine / "policy" / "a.bin"}
+    sent = list(cluster.files_in(files))
     here, there = Pipe()
-    sender = Thread(target=lambda: [cluster.send_file(here, path) for _, path in sent])
+    sender = Thread(target=lambda: [wire.send_file(here, path) for _, path in sent])
     sender.start()
     for name, path in sent:
-        cluster.receive_file(there, tmp_path / "theirs" / name, path.stat().st_size)
+        wire.receive_file(there, tmp_path / "theirs" / name, path.stat().st_size)
     sender.join()
     arrived = {str(p.relative_to(tmp_path / "theirs")): p.read_bytes()
                for p in (tmp_path / "theirs").rglob("*") if p.is_file()}  # fmt: skip
-    assert arrived == contents
-    moved = cluster.placed(order, tmp_path / "theirs")
-    assert moved.policy == str(tmp_path / "theirs" / "policy")
-    assert moved.speculation["draft"] == str(tmp_path / "theirs" / "draft")
-    named = replace(order, policy="a-hub/name", speculation={"draft": "another-hub/name"})
-    assert cluster.folders_of(named) == {} and cluster.placed(named, tmp_path) == named
+    assert arrived == contents | {"weights.pt": contents["policy/a.bin"]}
 
 
 # ---- with Ray ----
@@ -145,7 +145,7 @@ def ray() -> Any:
 @pytest.fixture(scope="module")
 def engine(ray: Any, small: Policy) -> Iterator[ReplicatedEngine]:
     """Two actors of a private Ray, with a pause before each round."""
-    made = start(small, ClusterConfig(address="local", cpus_per_replica=1), 2, "faulty_engines:patient")
+    made = start(small, ClusterConfig(address="local", cpus_per_replica=1), 2, "faulty_engines:slow")
     yield made
     made.close()
 
@@ -182,20 +182,20 @@ def test_an_actor_makes_its_engine_of_what_it_was_sent(ray: Any, engine: Replica
     """The maker refuses and names its folder: one that is swept when it is killed, and not the driver's own."""
     settings = ClusterConfig(address="local", cpus_per_replica=0.5)
     with pytest.raises(UserError, match=r"made from /.*/forerun-scratch-.*/policy with .*config\.json") as told:
-        start(small, settings, 1, "faulty_engines:telling")
-    assert engine._order.policy not in str(told.value)
+        start(small, settings, 1, "faulty_engines:refusing_with_its_files")
+    assert str(engine._spec.files["policy"]) not in str(told.value)
 
 
 @pytest.mark.slow
 def test_replicas_that_do_not_fit_are_told(ray: Any, engine: ReplicatedEngine, small: Policy) -> None:
     """Two of the four CPUs are taken."""
-    starter = cluster.OnCluster(ClusterConfig(address="local", cpus_per_replica=3), 1)
+    launcher = cluster.RayLauncher(ClusterConfig(address="local", cpus_per_replica=3), "replica", 1, 1)
     with pytest.raises(UserError, match="was not placed in 3 s: it needs 3 CPUs and 0 GPUs, and the cluster has 2"):
-        ReplicatedEngine("local", small, None, SpeculationConfig(), slots=1, replicas=1, starter=starter,
-                         patience=Patience(start_s=3.0))  # fmt: skip
+        ReplicatedEngine("local", small, None, SpeculationConfig(), slots=1, replicas=1, launcher=launcher,
+                         timeouts=Timeouts(start_s=3.0))  # fmt: skip
 
 
-def test_engines_of_this_machine_need_no_starter(small: Policy) -> None:
+def test_an_engine_of_this_process_needs_no_launcher(small: Policy) -> None:
     assert isinstance(build_engine(RolloutConfig(slots=2), small, None, SpeculationConfig()), LocalEngine)
 
 
@@ -232,10 +232,10 @@ def test_a_machine_that_goes_away_is_survived(ray: Any, engine: ReplicatedEngine
     nodes = [machines.add_node(num_cpus=1) for _ in range(2)]
     try:
         settings = ClusterConfig(address=machines.address, placement="SPREAD")
-        with closing(start(small, settings, 1, "faulty_engines:patient")) as alone:
+        with closing(start(small, settings, 1, "faulty_engines:slow")) as alone:
             stream = alone.stream(PROMPTS, GREEDY, N)
             found = [next(stream)]
-            place = alone._replicas[0].process.node  # type: ignore[attr-defined]
+            place = alone._replicas[0].worker.process.node  # type: ignore[attr-defined]
             machines.remove_node(next(n for n in nodes if n.node_id == place), allow_graceful=False)
             found += list(stream)
             assert by_place(found) == expected(small) and alone.lost >= 1

@@ -1,4 +1,4 @@
-"""Engines in processes of their own, under real kills, hangs and lies: every sample comes once, of its version."""
+"""Engines in worker processes, under real kills, hangs and invalid output: every sample comes once, of its version."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from forerun.config import SpeculationConfig
 from forerun.drafters.ngram import NgramDrafter
 from forerun.engine import Sampling, Weights
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.replicated import Job, Patience, ReplicatedEngine, nonsense
+from forerun.engine.replicated import ReplicasLost, ReplicatedEngine
+from forerun.engine.stream import Stream
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.training.weights import publish
 from forerun.types import Rollout
+from forerun.workers.handle import Timeouts
 
 PROMPTS = [[5, 6, 7], [9, 3], [3, 4, 5, 6, 7, 8], [20, 21], [30] * 10]
 LONG = Sampling(48, 1.0, 3, ignore_eos=True)
 N = 4
 GREEDY = replace(LONG, temperature=0.0)
-HASTY = Patience(silence_s=8.0, start_s=120.0)
+HASTY = Timeouts(heartbeat_s=8.0, start_s=120.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,16 +55,24 @@ def drafter() -> NgramDrafter:
     return NgramDrafter(block().ngram)
 
 
-def start(policy: Policy, replicas: int, maker: str, patience: Patience = HASTY) -> ReplicatedEngine:
+def start(policy: Policy, replicas: int, make: str, losses: int | None = None) -> ReplicatedEngine:
     return ReplicatedEngine(
-        "local", policy, drafter(), block(), slots=4, replicas=replicas, patience=patience, maker=maker
+        "local",
+        policy,
+        drafter(),
+        block(),
+        slots=4,
+        replicas=replicas,
+        timeouts=HASTY,
+        make=make,
+        losses=losses,
     )
 
 
 @pytest.fixture(scope="module")
 def shared(small: Policy) -> Iterator[ReplicatedEngine]:
     """Two replicas with a pause before each round, so that something can happen to them."""
-    engine = start(small, 2, "faulty_engines:patient")
+    engine = start(small, 2, "faulty_engines:slow")
     yield engine
     engine.close()
 
@@ -133,7 +143,7 @@ def test_one_lost_between_streams_is_replaced_at_the_next_load(engine: Replicate
     assert {v for r in engine.stream(PROMPTS, LONG, N) for v in r.versions} == {1}
 
 
-LIES: dict[str, tuple[dict[str, Any], str]] = {
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "token": ({"tokens": [4, 10**6]}, "token id outside"),
     "lengths": ({"logprobs": [-1.0]}, "1 log-probabilities"),
     "too long": ({"tokens": [4] * 49, "logprobs": [-1.0] * 49, "versions": [0] * 49}, "49 tokens of at most 48"),
@@ -146,27 +156,30 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_nonsense_is_seen(lie: str) -> None:
-    job = Job(PROMPTS, LONG, N, [{(0, 1)}], {0})
+@pytest.mark.parametrize("fault", FAULTS)
+def test_invalid_output_is_seen(fault: str) -> None:
+    stream = Stream(PROMPTS, LONG, N, [{(0, 1)}], {0})
     honest = Rollout(PROMPTS[0], [4, 5], [-1.0, -2.0], [0, 0], "length", 0, 1)
-    assert nonsense(honest, job, job.pending[0], 55) == ""
-    changes, words = LIES[lie]
-    assert words in nonsense(replace(honest, **changes), job, job.pending[0], 55)
+    assert stream.fault_of(honest, 0, 55) == ""
+    changes, words = FAULTS[fault]
+    assert words in stream.fault_of(replace(honest, **changes), 0, 55)
 
 
-def test_a_liar_is_replaced(small: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_returns_invalid_output_is_replaced(
+    small: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first process spoils its third rollout; its successor is honest."""
-    monkeypatch.setenv("FORERUN_TEST_LIE", str(tmp_path / "told"))
-    with closing(start(small, 1, "faulty_engines:liar")) as engine:
+    monkeypatch.setenv("FORERUN_TEST_INVALID", str(tmp_path / "told"))
+    with closing(start(small, 1, "faulty_engines:invalid")) as engine:
         assert by_place(engine.stream(PROMPTS, GREEDY, N)) == expected(small, GREEDY)
         assert (tmp_path / "told").exists()
-        assert engine.metrics()["replicas"]["lost"] == 1 and "token id outside" in engine.warnings[0]
+        assert engine.metrics()["replicas"]["lost"] == 1
+        assert "returned invalid output" in engine.warnings[0] and "token id outside" in engine.warnings[0]
 
 
 def test_replicas_that_fail_again_and_again_stop_the_run(small: Policy) -> None:
-    with closing(start(small, 1, "faulty_engines:mortal", Patience(silence_s=20.0, losses=1))) as engine:
-        with pytest.raises(UserError, match="it was made to die; 2 were lost"):
+    with closing(start(small, 1, "faulty_engines:crashing", losses=1)) as engine:
+        with pytest.raises(ReplicasLost, match="it was made to die; 2 were lost"):
             list(engine.stream(PROMPTS, LONG, N))
         assert engine.metrics()["replicas"]["lost"] == 2
 

@@ -1,4 +1,4 @@
-"""A replica that is slow is told apart from one that is dead, and from one that had a long sample once."""
+"""A replica that is slow is distinguished from one that is dead, and from one that had a long sample once."""
 
 from __future__ import annotations
 
@@ -12,59 +12,64 @@ import pytest
 import faulty_engines
 from forerun.config import SpeculationConfig
 from forerun.engine import Sampling
-from forerun.engine.replicated import Patience, ReplicatedEngine
-from forerun.engine.stragglers import STREAK, Paces
+from forerun.engine.replicated import ReplicatedEngine
+from forerun.engine.stragglers import STREAK, Stragglers
 from forerun.models import load_policy
+from forerun.workers.handle import Timeouts
 
 
-def stream(paces: Paces, *seconds: float, tokens: int = 100) -> list[str]:
+def stream(stragglers: Stragglers, *seconds: float, tokens: int = 100) -> list[str]:
     """One stream in which replica i takes so many seconds for its two samples."""
     for replica in range(len(seconds)):
-        paces.begin(replica, 10.0)
+        stragglers.begin(replica, 10.0)
     for replica, busy in enumerate(seconds):
-        paces.delivered(replica, tokens // 4, 10.0 + busy / 2)
-        paces.delivered(replica, tokens - tokens // 4, 10.0 + busy)
-    return paces.judge()
+        stragglers.delivered(replica, tokens // 4, 10.0 + busy / 2)
+        stragglers.delivered(replica, tokens - tokens // 4, 10.0 + busy)
+    return stragglers.report()
 
 
 def test_the_slowest_is_compared_with_the_others() -> None:
-    paces = Paces()
-    assert stream(paces, 2.0, 2.0, 8.0, 4.0) == [] and paces.slowest_ratio == 4.0
-    assert stream(paces, 1.0, 3.0) == [] and paces.slowest_ratio == 3.0  # two: against the other one, not their mean
-    assert stream(paces, 5.0) == [] and paces.slowest_ratio == 1.0  # alone
+    stragglers = Stragglers()
+    assert stream(stragglers, 2.0, 2.0, 8.0, 4.0) == [] and stragglers.slowest_ratio == 4.0
+    assert (
+        stream(stragglers, 1.0, 3.0) == [] and stragglers.slowest_ratio == 3.0
+    )  # two: against the other one, not their mean
+    assert stream(stragglers, 5.0) == [] and stragglers.slowest_ratio == 1.0  # alone
 
 
-def test_it_takes_a_streak_to_be_told_of_and_is_told_once() -> None:
-    paces, told = Paces(), []
+def test_it_takes_a_streak_to_be_reported_and_is_reported_once() -> None:
+    stragglers, warnings = Stragglers(), []
     for slow in [True, True, False, *[True] * (STREAK + 2), False, *[True] * STREAK]:
-        told.append(stream(paces, 1.0, 3.0 if slow else 1.0, 1.0))
-    assert [i for i, words in enumerate(told) if words] == [2 + STREAK, 5 + 2 * STREAK]
-    assert told[2 + STREAK][0].startswith("Replica 1 is alive but slow: 30 ms per token, 3.0 times the others' median")
+        warnings.append(stream(stragglers, 1.0, 3.0 if slow else 1.0, 1.0))
+    assert [i for i, found in enumerate(warnings) if found] == [2 + STREAK, 5 + 2 * STREAK]
+    assert warnings[2 + STREAK][0].startswith(
+        "Replica 1 is alive but slow: 30 ms per token, 3.0 times the others' median"
+    )
 
 
 def test_a_successor_is_timed_from_its_own_beginning() -> None:
-    paces = Paces()
-    paces.begin(0, 0.0)
-    paces.begin(1, 0.0)
-    paces.delivered(0, 10, 1.0)
-    paces.delivered(1, 10, 50.0)
-    paces.begin(1, 100.0)  # the first one was lost
-    paces.delivered(1, 10, 101.0)
-    paces.judge()
-    assert paces.slowest_ratio == 1.0
+    stragglers = Stragglers()
+    stragglers.begin(0, 0.0)
+    stragglers.begin(1, 0.0)
+    stragglers.delivered(0, 10, 1.0)
+    stragglers.delivered(1, 10, 50.0)
+    stragglers.begin(1, 100.0)  # the first one was lost
+    stragglers.delivered(1, 10, 101.0)
+    stragglers.report()
+    assert stragglers.slowest_ratio == 1.0
 
 
 @pytest.mark.slow
-def test_a_sleepy_replica_is_told_of_and_left_alone(
+def test_a_sleepy_replica_is_reported_and_not_replaced(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its streams take longer than the silence that would have it replaced, but it beats between its rounds."""
+    """Its streams take longer than the heartbeat timeout, but it sends heartbeats between its rounds."""
     monkeypatch.setenv("PYTHONPATH", str(Path(faulty_engines.__file__).parent), prepend=os.pathsep)
     monkeypatch.setenv("FORERUN_TEST_SLEEPY", str(tmp_path / "taken"))
     policy = load_policy(str(tiny("llama")), "float32", "cpu")
     engine = ReplicatedEngine(
-        "local", policy, None, SpeculationConfig(), slots=4, replicas=2, patience=Patience(silence_s=6.0),
-        maker="faulty_engines:sleepy",
+        "local", policy, None, SpeculationConfig(), slots=4, replicas=2, timeouts=Timeouts(heartbeat_s=6.0),
+        make="faulty_engines:slow_first",
     )  # fmt: skip
     with closing(engine):
         for _ in range(STREAK):

@@ -110,12 +110,14 @@ def test_pieces_come_together_again(size: int) -> None:
     for pieces in sent:
         assert sum(p.values.numel() * p.values.element_size() for p in pieces) <= max(size, 8)
         staging.add(pieces)
-    assert staging.checksums() == {g: checksum(s) for g, s in groups.items()}
+    staging.check({g: checksum(s) for g, s in groups.items()})
+    with pytest.raises(UserError, match="have checksum other"):
+        staging.check(dict.fromkeys(groups, "other"))
     short = Staging.of({g: shapes(s) for g, s in groups.items()})
     for pieces in sent[:-1]:
         short.add(pieces)
     with pytest.raises(UserError, match="elements missing"):
-        short.checksums()
+        short.check({})
 
 
 def test_tokens_behind_the_end_are_taken_back() -> None:

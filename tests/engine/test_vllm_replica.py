@@ -12,9 +12,10 @@ from forerun.config import SpeculationConfig
 from forerun.drafters.eagle3 import Eagle3Drafter
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.engine.replicated import Patience, ReplicatedEngine
+from forerun.engine.replicated import ReplicatedEngine
 from forerun.models import Policy
 from forerun.types import Rollout
+from forerun.workers.handle import Timeouts
 from vllm_tiny import PROMPTS, changed, needs_vllm, version
 
 pytestmark = [needs_vllm, pytest.mark.slow]
@@ -25,8 +26,8 @@ GREEDY = Sampling(40, 0.0, 3, ignore_eos=True)
 @pytest.fixture(scope="module")
 def engine(small: Policy, drafter: Eagle3Drafter) -> Iterator[ReplicatedEngine]:
     block = SpeculationConfig.model_validate({"method": "eagle3", "draft": "given", "k": 3})
-    patience = Patience(silence_s=20.0, start_s=300.0)
-    made = ReplicatedEngine("vllm", small, drafter, block, slots=4, replicas=1, patience=patience)
+    timeouts = Timeouts(heartbeat_s=20.0, start_s=300.0)
+    made = ReplicatedEngine("vllm", small, drafter, block, slots=4, replicas=1, timeouts=timeouts)
     yield made
     made.close()
 

@@ -1,4 +1,4 @@
-"""Engines for the replicas of tests/engine, made in their processes: slow, lying, mortal, refusing, doubting."""
+"""Engines for the replicas of tests, made in their processes: slow, refusing, crashing, with invalid output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from forerun.errors import UserError
 from forerun.types import Rollout
 
 
-def patient(engine: str, **settings: Any) -> RolloutEngine:
+def slow(engine: str, **settings: Any) -> RolloutEngine:
     """The real engine with a pause before each round, so that something can happen to it."""
     return slowed(load(engine, **settings), 0.01)
 
@@ -35,15 +35,15 @@ def slowed(made: RolloutEngine, seconds: float) -> RolloutEngine:
     return made
 
 
-def liar(engine: str, **settings: Any) -> RolloutEngine:
+def invalid(engine: str, **settings: Any) -> RolloutEngine:
     """Spoils its third rollout, unless the file named in the environment says that this was done already."""
     made = load(engine, **settings)
-    told, original = Path(os.environ["FORERUN_TEST_LIE"]), made.stream
+    done, original = Path(os.environ["FORERUN_TEST_INVALID"]), made.stream
 
     def stream(*arguments: Any) -> Iterator[Rollout]:
         for count, rollout in enumerate(original(*arguments)):
-            if count == 2 and not told.exists():
-                told.touch()
+            if count == 2 and not done.exists():
+                done.touch()
                 rollout = replace(rollout, tokens=[10**6, *rollout.tokens[1:]])
             yield rollout
 
@@ -51,7 +51,7 @@ def liar(engine: str, **settings: Any) -> RolloutEngine:
     return made
 
 
-def mortal(engine: str, **settings: Any) -> RolloutEngine:
+def crashing(engine: str, **settings: Any) -> RolloutEngine:
     """Dies whenever it shall generate."""
     made = load(engine, **settings)
 
@@ -67,13 +67,13 @@ def refusing(engine: str, **settings: Any) -> RolloutEngine:
     raise UserError("no such engine for the test")
 
 
-def telling(engine: str, **settings: Any) -> RolloutEngine:
-    """Cannot be made either, and says of what."""
+def refusing_with_its_files(engine: str, **settings: Any) -> RolloutEngine:
+    """Cannot be made either, and lists the files it was given."""
     held = sorted(p.name for p in Path(settings["policy"]).iterdir())
     raise UserError(f"made from {settings['policy']} with {' '.join(held)}")
 
 
-def sleepy(engine: str, **settings: Any) -> RolloutEngine:
+def slow_first(engine: str, **settings: Any) -> RolloutEngine:
     """The real engine; the first replica that is made sleeps before each round."""
     made = load(engine, **settings)
     try:
@@ -83,7 +83,7 @@ def sleepy(engine: str, **settings: Any) -> RolloutEngine:
     return slowed(made, 0.6)
 
 
-def doubter(engine: str, **settings: Any) -> RolloutEngine:
+def refusing_weights(engine: str, **settings: Any) -> RolloutEngine:
     """Holds weights, and the first process that is given any refuses them."""
     from benchmarks.broadcast import holder
 
@@ -92,10 +92,10 @@ def doubter(engine: str, **settings: Any) -> RolloutEngine:
 
     def load_unless(weights: Weights) -> Weights:
         try:
-            Path(os.environ["FORERUN_TEST_DOUBT"]).touch(exist_ok=False)
+            Path(os.environ["FORERUN_TEST_REFUSED"]).touch(exist_ok=False)
         except FileExistsError:
             return original(weights)
-        raise UserError("it doubts")
+        raise UserError("it refuses them")
 
     made.load = load_unless
     return made

@@ -3,7 +3,7 @@
 A script that reads one JSON object per line, forks a process for it that runs the command line, and answers with one
 line: {"code": exit code, or minus the signal}. The libraries are loaded once, before the first fork.
 
-    {"words": ["train", "--resume", "runs/latest"], "out": file, "struck": file,
+    {"arguments": ["train", "--resume", "runs/latest"], "out": file, "struck": file,
      "kills": [{"step": 2, "point": "train", "who": "driver"}], "in_turn": false, "sabotage": "" or "truncate"}
 
 Who is the driver, or with `which` one of several: a replica, a rank. Nobody is killed where it is the "disk", which is
@@ -37,7 +37,7 @@ from forerun.training import checkpoint, loop
 from forerun.training import run as runs
 from forerun.training.run import Run
 from forerun.types import STAGES
-from preforked import Spares
+from preforked import Preforked
 
 POINTS = (*STAGES, "rollouts", "learnt", "checkpoint", "writing", "flushing", "renamed", "finishing")
 INSIDE = ("scoring", "training", "evaluation", "sharding", "restoring")  # the last two: ranks save, and load
@@ -219,18 +219,18 @@ def title(pid: int) -> str:
         return ""
 
 
-def live(order: dict[str, Any]) -> int:
+def live(request: dict[str, Any]) -> int:
     """One life, to its end or its death."""
-    out = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    out = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    if spares := order.get("spares", 0):
-        Spares(spares).arm()
-    faulthandler.dump_traceback_later(order.get("limit_s", LIMIT_S), exit=True)
-    Hand(order["kills"], order["struck"], order.get("in_turn", False)).arm()
-    if order.get("sabotage") == "truncate":
+    if preforked := request.get("preforked", 0):
+        Preforked(preforked).arm()
+    faulthandler.dump_traceback_later(request.get("limit_s", LIMIT_S), exit=True)
+    Hand(request["kills"], request["struck"], request.get("in_turn", False)).arm()
+    if request.get("sabotage") == "truncate":
         RunFolder.truncate_after = lambda self, step: 0  # type: ignore[method-assign]
-    sys.argv = ["forerun", *order["words"]]
+    sys.argv = ["forerun", *request["arguments"]]
     try:
         forerun.cli.main()
     except SystemExit as end:

@@ -49,12 +49,12 @@ def write_recipe(folder: Path, model: Path, **blocks: dict[str, Any]) -> Path:
 class Zygote:
     """`kill_driver.py`, waiting to be asked. All that comes of it carries its mark and keeps to its folder."""
 
-    def __init__(self, folder: Path, spares: int = 0, prefix: Sequence[str] = (), limit_s: float = LIMIT_S) -> None:
-        """`spares`: processes that each life has ready for its replicas and ranks. `prefix`: of its command.
+    def __init__(self, folder: Path, preforked: int = 0, prefix: Sequence[str] = (), limit_s: float = LIMIT_S) -> None:
+        """`preforked`: processes that each life has ready for its replicas and ranks. `prefix`: of its command.
 
         `limit_s`: of a life.
         """
-        self.folder, self.spares, self.limit_s = folder, spares, limit_s
+        self.folder, self.preforked, self.limit_s = folder, preforked, limit_s
         (folder / "tmp").mkdir()
         own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp"), "KILL_TESTS_IN": str(folder)}
         self.process = subprocess.Popen(
@@ -63,33 +63,34 @@ class Zygote:
         )  # fmt: skip
 
     def live(
-        self, words: list[str], kills: list[dict[str, Any]] | None = None, sabotage: str = "", in_turn: bool = False
+        self, arguments: list[str], kills: list[dict[str, Any]] | None = None, sabotage: str = "", in_turn: bool = False
     ) -> int:
         """One life of a driver; its exit code, or minus the signal."""
-        order = {
-            "words": words, "kills": kills or [], "in_turn": in_turn, "sabotage": sabotage, "spares": self.spares,
+        request = {
+            "arguments": arguments, "kills": kills or [], "in_turn": in_turn, "sabotage": sabotage,
+            "preforked": self.preforked,
             "out": str(self.folder / "out.txt"), "struck": str(self.folder / "struck.jsonl"),
             "limit_s": self.limit_s,
         }  # fmt: skip
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         ready, _, _ = select.select([self.process.stdout], [], [], self.limit_s + 60)
         assert ready, f"the driver hangs: {self.said}"
         return int(json.loads(self.process.stdout.readline())["code"])
 
-    def lives(self, recipe: Path, words: list[str], plans: list[list[dict[str, Any]]], sabotage: str = "") -> Path:
+    def lives(self, recipe: Path, arguments: list[str], plans: list[list[dict[str, Any]]], sabotage: str = "") -> Path:
         """Start a run and resume it until it ends: life i has the kills of plan i, the last one of which is its own."""
         for number, plan in enumerate([*plans, []]):
-            code = self.live(beginning(recipe, words, number), plan, sabotage)
+            code = self.live(beginning(recipe, arguments, number), plan, sabotage)
             assert code == (-9 if plan else 0), f"life {number} with {plan} ended with {code}: {self.said}"
         return latest(recipe)
 
-    def lives_in_turn(self, recipe: Path, words: list[str], plan: list[dict[str, Any]]) -> Path:
+    def lives_in_turn(self, recipe: Path, arguments: list[str], plan: list[dict[str, Any]]) -> Path:
         """The same with one plan for all lives, whose kills come one after another."""
         number = 0
         while True:
-            code = self.live(beginning(recipe, words, number), plan[len(self.struck) :], in_turn=True)
+            code = self.live(beginning(recipe, arguments, number), plan[len(self.struck) :], in_turn=True)
             if code == 0:
                 return latest(recipe)
             last = self.struck[-1:]
@@ -140,10 +141,10 @@ def marked(mark: str) -> set[int]:
     return found
 
 
-def beginning(recipe: Path, words: list[str], number: int) -> list[str]:
+def beginning(recipe: Path, arguments: list[str], number: int) -> list[str]:
     """The command line of a run's first life, or of a later one."""
     if number == 0:
-        return ["train", str(recipe), *words]
+        return ["train", str(recipe), *arguments]
     return ["train", "--resume", str(recipe.parent / "runs" / "latest")]
 
 

@@ -1,8 +1,8 @@
 """Processes forked before they are needed, each of which becomes one `python -c PROGRAM` that a run starts.
 
-Importing the libraries takes longer than all that a tiny model does. A spare has imported them, waits, and then does
-what a new interpreter would do: takes over the descriptors, the environment and the program, in a session of its own.
-Fork them before anything is computed. When they run out, real interpreters are started.
+Importing the libraries takes longer than all that a tiny model does. A preforked process has imported them, waits, and
+then does what a new interpreter would do: takes over the descriptors, the environment and the program, in a session of
+its own. Fork them before anything is computed. When they run out, real interpreters are started.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 ABOVE = 300  # descriptors are put aside there before they get the numbers that they are to have
 
 
-class Spares:
+class Preforked:
     """`Popen` in place of `subprocess.Popen`."""
 
     def __init__(self, count: int) -> None:
@@ -41,33 +41,26 @@ class Spares:
         """From here on they are used."""
         subprocess.Popen = self.popen  # type: ignore[misc, assignment]
 
-    def popen(self, words: Any, *more: Any, **settings: Any) -> Any:
+    def popen(self, command: Any, *more: Any, **settings: Any) -> Any:
         """What `subprocess.Popen` returns, or as much of it as a run uses."""
-        ours = isinstance(words, list) and words[:2] == [sys.executable, "-c"] and settings.get("start_new_session")
+        ours = isinstance(command, list) and command[:2] == [sys.executable, "-c"] and settings.get("start_new_session")
         if not (ours and self._waiting):
-            return self._original(words, *more, **settings)
+            return self._original(command, *more, **settings)
         assert settings["stdin"] == subprocess.DEVNULL and not more
-        output, write = None, -1
-        if settings["stdout"] == subprocess.PIPE:
-            read, write = os.pipe()
-            output = open(read, "rb")  # noqa: SIM115 (the caller's to close)
-        out = write if output is not None else settings["stdout"].fileno()
         passed = list(settings["pass_fds"])
         pid, connection = self._waiting.pop(0)
-        order = {"words": words[2:], "passed": passed, "env": dict(settings["env"])}
+        request = {"arguments": command[2:], "passed": passed, "env": dict(settings["env"])}
         with connection:
-            socket.send_fds(connection, [b"?"], [out, settings["stderr"].fileno(), *passed])
-            connection.sendall(json.dumps(order).encode())
-        if output is not None:
-            os.close(write)
-        return Taken(pid, output)
+            socket.send_fds(connection, [b"?"], [settings["stdout"].fileno(), settings["stderr"].fileno(), *passed])
+            connection.sendall(json.dumps(request).encode())
+        return PreforkedPopen(pid)
 
 
-class Taken:
+class PreforkedPopen:
     """A child that is at work, as `subprocess.Popen` shows one."""
 
-    def __init__(self, pid: int, stdout: Any) -> None:
-        self.pid, self.stdout = pid, stdout
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -82,7 +75,7 @@ class Taken:
         until = time.monotonic() + (float("inf") if timeout is None else timeout)
         while (code := self.poll()) is None:
             if time.monotonic() > until:
-                raise subprocess.TimeoutExpired("a spare", timeout or 0.0)
+                raise subprocess.TimeoutExpired("a preforked process", timeout or 0.0)
             time.sleep(0.005)
         return code
 
@@ -93,23 +86,23 @@ class Taken:
 
 
 def _wait_for_work(connection: socket.socket) -> None:
-    """A spare's life."""
+    """The life of a preforked process."""
     _, fds, _, _ = socket.recv_fds(connection, 1, 64)
     if not fds:
         os._exit(0)  # not needed: who forked it is gone
     with connection.makefile("rb") as file:
-        order = json.loads(file.read())
+        request = json.loads(file.read())
     connection.close()
     os.setsid()
     aside = [fcntl.fcntl(fd, fcntl.F_DUPFD, ABOVE) for fd in fds]
-    for fd, number in zip(aside, [1, 2, *order["passed"]], strict=True):
+    for fd, number in zip(aside, [1, 2, *request["passed"]], strict=True):
         os.dup2(fd, number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for fd in [*aside, *(f for f in fds if f not in (1, 2, *order["passed"]))]:
+    for fd in [*aside, *(f for f in fds if f not in (1, 2, *request["passed"]))]:
         os.close(fd)
     os.environ.clear()
-    os.environ.update(order["env"])
-    program, *arguments = order["words"]
+    os.environ.update(request["env"])
+    program, *arguments = request["arguments"]
     sys.argv, code = ["-c", *arguments], 0
     try:
         exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})

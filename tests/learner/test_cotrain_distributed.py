@@ -43,7 +43,8 @@ from forerun.models import Policy, load_policy
 from forerun.models.logprobs import microbatches
 from forerun.training import run as runs
 from forerun.types import Rollout
-from forerun.workers.local import PROGRAM, Nursery
+from forerun.workers.local import LocalLauncher
+from forerun.workers.server import PROGRAM
 
 PROMPTS = [[5, 6, 7], [9, 3, 1, 2, 4, 4], [20]]
 REWARDS = [[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0]]  # the second group has zero advantages
@@ -51,11 +52,11 @@ CONFIG = DraftConfig(depth=3, online_learning_rate=1e-3)
 TRAIN = TrainConfig(optimizer="sgd", max_grad_norm=1e3, microbatch_tokens=60, silence_s=20)
 LEFT_OUT = f"""
 import torch.distributed as dist
-from forerun.learner.cotrain_worker import Pupil
-listen = Pupil.listen
-def deaf(self, rollouts, batches):
-    return listen(self, rollouts, batches if dist.get_rank() == 0 else [[]] * len(batches))
-Pupil.listen = deaf
+from forerun.learner.cotrain_worker import RankCoTrainer
+caching_forward = RankCoTrainer.caching_forward
+def on_rank_0(self, rollouts, batches):
+    return caching_forward(self, rollouts, batches if dist.get_rank() == 0 else [[]] * len(batches))
+RankCoTrainer.caching_forward = on_rank_0
 {PROGRAM}
 """
 Drafter = Eagle3Drafter | MtpDrafter
@@ -165,7 +166,7 @@ class Bench:
 
 @contextmanager
 def ranks(policy: Policy, program: str = PROGRAM) -> Iterator[LearnerGroup]:
-    group = LearnerGroup(policy, TRAIN.model_copy(update={"ranks": 2}), 1.0, Nursery(program))
+    group = LearnerGroup(policy, TRAIN.model_copy(update={"ranks": 2}), 1.0, LocalLauncher(program=program))
     try:
         yield group
     finally:
@@ -378,7 +379,7 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
     """Killed in the second step's draft training, it ends with policy and drafter of an undisturbed run."""
     trained: list[str] = []
     published: dict[int, dict[str, str]] = {}
-    compare, publish, study = LearnerGroup.compare, runs.publish, LearnerGroup.study
+    compare, publish, study = LearnerGroup.check_drafters, runs.publish, LearnerGroup.train_drafter
 
     def compared(self: LearnerGroup, held: Sequence[str], received: str) -> None:
         compare(self, held, received)
@@ -390,7 +391,7 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
         published[version] = dict(weights.checksums)
         return weights
 
-    monkeypatch.setattr(LearnerGroup, "compare", compared)
+    monkeypatch.setattr(LearnerGroup, "check_drafters", compared)
     monkeypatch.setattr(runs, "publish", recorded)
     undisturbed = forerun.train(str(recipe))
     rows = steps_of(undisturbed["run"])
@@ -407,7 +408,7 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
             os.kill(self.pids[1], signal.SIGKILL)
         return study(self, head)
 
-    monkeypatch.setattr(LearnerGroup, "study", killing)
+    monkeypatch.setattr(LearnerGroup, "train_drafter", killing)
     summary = forerun.train(str(recipe))
     assert calls == [2, 2, 2]  # the second step's twice
     (warning,) = (words for words in summary["warnings"] if "goes back" in words)

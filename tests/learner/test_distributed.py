@@ -31,7 +31,9 @@ from forerun.learner.distributed import LearnerGroup
 from forerun.learner.learner import Learner
 from forerun.models import Policy, load_policy
 from forerun.types import Rollout
-from forerun.workers.local import PROGRAM, Nursery, RanksHere, RanksLost
+from forerun.workers.group import RanksLost
+from forerun.workers.local import LocalLauncher
+from forerun.workers.server import PROGRAM
 
 PROMPTS = [[5, 6, 7], [9, 3, 1, 2, 4, 4], [20, 21]]
 REWARDS = [[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0]]  # the second group has zero advantages
@@ -101,7 +103,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @contextmanager
 def ranks(policy: Policy, count: int, config: TrainConfig, program: str = PROGRAM) -> Iterator[LearnerGroup]:
-    group = LearnerGroup(policy, config.model_copy(update={"ranks": count}), 1.0, Nursery(program))
+    group = LearnerGroup(policy, config.model_copy(update={"ranks": count}), 1.0, LocalLauncher(program=program))
     try:
         assert len(group.pids) == count
         yield group
@@ -210,7 +212,7 @@ def test_a_restored_group_goes_on_bit_for_bit(
 ) -> None:
     """From its own checkpoint; and from that of one process that had read it: two ranks, one, two again.
 
-    At its end the parent's death is played, with a rank that cannot move: no process is left.
+    At its end the driver's death is played, with a rank that is stopped: no process is left.
     """
     config = TrainConfig(kl=0.1, silence_s=20)
     for name in ("ranks", "process"):
@@ -243,17 +245,8 @@ def test_a_restored_group_goes_on_bit_for_bit(
         assert len(finish(group.score(batches[1][0])).logprobs) == 2  # and is still at work
 
         os.kill(group.pids[1], signal.SIGSTOP)
-        here = group._processes
-        assert isinstance(here, RanksHere)
-        here._lifeline.close()  # what the system does for a process that dies
-        wait_until_gone([*group.pids, here._process.pid], here)
-
-
-def wait_until_gone(pids: list[int], ranks: RanksHere) -> None:
-    until = time.monotonic() + 20
-    while ranks._process.poll() is None or alive(pids):
-        assert time.monotonic() < until, f"{alive(pids)} are left"
-        time.sleep(0.05)
+        group._ranks._launcher.close()  # its thread ends, as all threads of a driver do that dies
+        assert all(worker.process.end(20) == "was killed by signal 9" for worker in group._ranks._workers)
 
 
 @pytest.mark.parametrize("stage", ["score", "train"])
@@ -273,7 +266,7 @@ def test_a_killed_rank_ends_the_group(fresh: Callable[[], Policy], batches: list
                     killed.append(time.monotonic())
                     os.kill(group.pids[1], signal.SIGKILL)
         assert time.monotonic() - killed[0] < 20 and alive(group.pids) == []
-        with pytest.raises(RanksLost, match="make a new learner"):
+        with pytest.raises(RanksLost, match="start new ones"):
             finish(group.score(rollouts))
 
 
@@ -288,4 +281,4 @@ def test_a_rank_that_hangs_ends_the_group(fresh: Callable[[], Policy], batches: 
 
 def test_a_rank_that_cannot_start_says_why(fresh: Callable[[], Policy]) -> None:
     with pytest.raises(RanksLost, match=r"Rank \d of the learner .*ModuleNotFoundError: No module named 'nowhere'"):
-        LearnerGroup(fresh(), TrainConfig(ranks=2), 1.0, Nursery("import nowhere"))
+        LearnerGroup(fresh(), TrainConfig(ranks=2), 1.0, LocalLauncher(program="import nowhere"))

@@ -28,13 +28,16 @@ import forerun
 from forerun.config import ClusterConfig, TrainConfig, load_recipe
 from forerun.errors import UserError
 from forerun.events import Counting, finish
-from forerun.learner.distributed import LearnerGroup
+from forerun.learner import distributed
+from forerun.learner.distributed import LearnerGroup, open_store, rank_devices
 from forerun.learner.learner import Learner
+from forerun.learner.shared_folder import folder_fault, probe_file
+from forerun.learner.worker import interface_of
 from forerun.models import Policy, load_policy
 from forerun.workers import ray as cluster
-from forerun.workers import ray_ranks as cluster_ranks
-from forerun.workers.local import Job, RanksLost
-from forerun.workers.ray_ranks import LOOPBACK, RanksOnCluster, fault_of, interface_of, launcher, open_meeting, shown
+from forerun.workers.group import RanksLost
+from forerun.workers.handle import LOOPBACK
+from forerun.workers.ray import RayLauncher
 from private_ray import ray_settings
 
 LOCAL = ClusterConfig(address="local")
@@ -44,48 +47,56 @@ fresh, batches = test_distributed.fresh, test_distributed.batches
 # ---- without Ray ----
 
 
-def test_ranks_alone_may_be_placed_on_a_cluster(tmp_path: Path) -> None:
+def launchers(changes: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether replicas and ranks of a recipe are Ray's to start."""
+    recipe = load_recipe("quickstart", changes)
+    counts = (recipe.rollout.replicas, recipe.train.ranks)
+    replica, rank = (cluster.ray_launcher(recipe.cluster, kind, *counts) for kind in ("replica", "rank"))
+    return replica is not None, rank is not None
+
+
+def test_ranks_alone_may_be_placed_on_a_cluster() -> None:
     ranks = {"cluster.address": "local", "train.ranks": 2}
-    assert isinstance(launcher(load_recipe("quickstart", ranks), tmp_path), RanksOnCluster)
-    assert cluster.starter(load_recipe("quickstart", ranks)) is None
-    assert launcher(load_recipe("quickstart", {"train.ranks": 2}), tmp_path) is None
-    assert launcher(load_recipe("quickstart", ranks | {"train.ranks": 1, "rollout.replicas": 1,
-                                                       "compare.steps": 0}), tmp_path) is None  # fmt: skip
+    replicas = {"train.ranks": 1, "rollout.replicas": 1, "compare.steps": 0}
+    assert launchers(ranks) == (False, True)
+    assert launchers(ranks | replicas) == (True, False)
+    assert launchers({"train.ranks": 2}) == (False, False)
     with pytest.raises(UserError, match=r"rollout\.replicas is 0 and train\.ranks is 1"):
         load_recipe("quickstart", ranks | {"train.ranks": 1})
     with pytest.raises(UserError, match=r"cluster\.gpus_per_rank"):
         load_recipe("quickstart", ranks | {"cluster.gpus_per_rank": 2})
 
 
-def test_a_policy_on_a_gpu_is_not_trained_on_cpus_unasked(tmp_path: Path) -> None:
-    job = Job(2, torch.device("cuda:0"), "a.module", 1.0, 1.0)
+def test_a_policy_on_a_gpu_is_not_trained_on_cpus_unasked() -> None:
+    gpu = torch.device("cuda:0")
     with pytest.raises(UserError, match=r"cluster\.gpus_per_rank=0 would train it on CPUs"):
-        RanksOnCluster(LOCAL, tmp_path).start(job)
+        rank_devices(gpu, 2, RayLauncher(LOCAL, "rank", 0, 2))
+    with_gpus = LOCAL.model_copy(update={"gpus_per_rank": 1})
+    assert rank_devices(gpu, 2, RayLauncher(with_gpus, "rank", 0, 2)) == ["cuda:0", "cuda:0"]
 
 
 def test_a_folder_is_shared_when_its_newest_file_is_seen(tmp_path: Path) -> None:
-    with shown(tmp_path) as (file, words):
-        assert fault_of(file, words) == "" and fault_of(file, words + "x") == "does not see"
-        assert fault_of(tmp_path / "elsewhere" / file.name, words) == "does not see"
+    with probe_file(tmp_path) as (file, words):
+        assert folder_fault(file, words) == "" and folder_fault(file, words + "x") == "does not see"
+        assert folder_fault(tmp_path / "elsewhere" / file.name, words) == "does not see"
         if os.getuid() != 0:  # who may write everywhere
             tmp_path.chmod(0o500)
-            assert fault_of(file, words) == "may not write to"
+            assert folder_fault(file, words) == "may not write to"
             tmp_path.chmod(0o700)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ranks_meet_at_the_address_that_was_chosen_and_no_other() -> None:
-    store, meeting = open_meeting(LOOPBACK)
-    host, port = meeting.removeprefix("tcp://").split(":")
-    assert host == LOOPBACK and int(port) == store.port
-    other = torch.distributed.TCPStore(host, int(port), is_master=False)
+    store, (host, port) = open_store(LOOPBACK)
+    assert host == LOOPBACK and port == store.port  # type: ignore[attr-defined]
+    other = torch.distributed.TCPStore(host, port, is_master=False)
     other.set("word", "heard")
     assert store.get("word") == b"heard"
     assert interface_of("203.0.113.7") is None  # an address for examples, which nobody has
     if sys.platform == "linux":
         assert interface_of(LOOPBACK) == "lo"
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.2", int(port)))  # the same machine by another name
+            socket.create_connection(("127.0.0.2", port))  # the same machine by another name
 
 
 # ---- with Ray ----
@@ -104,7 +115,9 @@ def ray() -> Iterator[Any]:
 def group_of(
     policy: Policy, config: TrainConfig, count: int, folder: Path, settings: ClusterConfig = LOCAL
 ) -> LearnerGroup:
-    return LearnerGroup(policy, config.model_copy(update={"ranks": count}), 1.0, RanksOnCluster(settings, folder))
+    return LearnerGroup(
+        policy, config.model_copy(update={"ranks": count}), 1.0, RayLauncher(settings, "rank", 2, count), folder
+    )
 
 
 def gone(pids: list[int]) -> bool:
@@ -150,8 +163,8 @@ def test_actors_end_with_their_driver(
     """
     with closing(group_of(fresh(), PLAIN, 2, tmp_path, ClusterConfig(address="auto"))) as group:
         assert len(finish(group.score(batches[0][0])).logprobs) == 12
-        for connection in group._processes.connections:
-            connection.close()
+        for worker in group._ranks._workers:
+            worker.connection.close()
         assert gone(group.pids)
 
 
@@ -163,19 +176,19 @@ def test_a_rank_that_does_not_see_the_run_folder_is_refused(
     def elsewhere(folder: Path) -> Iterator[tuple[Path, str]]:  # what a rank finds whose disk is another one
         yield folder / "nowhere", "words"
 
-    monkeypatch.setattr(cluster_ranks, "shown", elsewhere)
+    monkeypatch.setattr(distributed, "probe_file", elsewhere)
     with pytest.raises(UserError, match=f"Rank 0 of the learner does not see the run folder {tmp_path}, .*set runs to"):
         group_of(fresh(), PLAIN, 1, tmp_path)
 
 
 @pytest.mark.slow
-def test_ranks_that_do_not_fit_are_told(ray: Any, fresh: Callable[[], Policy], tmp_path: Path) -> None:
+def test_ranks_that_do_not_fit_are_told(
+    ray: Any, fresh: Callable[[], Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "START_S", 2.0)
     settings = ClusterConfig(address="local", cpus_per_rank=3)
-    job = Job(2, torch.device("cpu"), "a.module", 20.0, 2.0)
-    with closing(RanksOnCluster(settings, tmp_path).start(job)) as ranks, pytest.raises(
-        UserError, match="Rank 0 of the learner was not placed in 2 s: it needs 3 CPUs and 0 GPUs"
-    ):  # fmt: skip
-        ranks.settle(tmp_path)
+    with pytest.raises(UserError, match="Rank 0 of the learner was not placed in 2 s: it needs 3 CPUs and 0 GPUs"):
+        group_of(fresh(), TrainConfig(silence_s=20), 2, tmp_path, settings)
 
 
 # ---- whole runs ----

@@ -20,7 +20,8 @@ from forerun.learner.distributed import LearnerGroup
 from forerun.learner.learner import Learner
 from forerun.learner.tensor_parallel import plan_of
 from forerun.models import Policy, load_policy
-from forerun.workers.local import PROGRAM, Nursery
+from forerun.workers.local import LocalLauncher
+from forerun.workers.server import PROGRAM
 
 TWO = {"tensor_parallel": 2}
 CLIPPED = PLAIN.model_copy(update={"max_grad_norm": 2.0})
@@ -124,7 +125,7 @@ def drafter_beside_split_layers(
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Weights and metrics of a drafter that four ranks train, two of them per layer."""
     config = cotrain.TRAIN.model_copy(update={"ranks": 4} | TWO)
-    group = LearnerGroup(policy, config, 1.0, Nursery(program))
+    group = LearnerGroup(policy, config, 1.0, LocalLauncher(program=program))
     try:
         trainer = GroupCoTrainer(group, cotrain.drafter_for(method, policy), "every-1", cotrain.CONFIG, 0)
         found = cotrain.steps(group, trainer.score, trainer, batches)
@@ -167,7 +168,7 @@ def test_what_cannot_be_split_is_refused(tiny: Callable[..., Path]) -> None:
         plan_of(model, 4)
     policy = load_policy(str(tiny("llama")), "float32", "cpu")
     with pytest.raises(UserError, match="does not divide the 4 attention heads"):
-        LearnerGroup(policy, TrainConfig(ranks=3, tensor_parallel=3), 1.0, Nursery())
+        LearnerGroup(policy, TrainConfig(ranks=3, tensor_parallel=3), 1.0)
     sparse = load_policy(str(tiny("qwen3")), "float32", "cpu").model
     sparse._tp_plan = {name: style for name, style in sparse.tp_plan.items() if not name.endswith("k_norm")}
     with pytest.raises(UserError, match=r"splits model\.layers\.\d\.self_attn and does not say what .*k_norm; set"):

@@ -157,9 +157,9 @@ def keep_hands_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_successor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first lost replica is one too many."""
-    monkeypatch.setattr(replicas, "Patience", partial(replicas.Patience, losses=0))
+    monkeypatch.setattr(replicas, "LOSSES", 0)
 
 
 def lose(monkeypatch: pytest.MonkeyPatch, folder: Path, steps: list[int]) -> Hand:
@@ -182,7 +182,7 @@ def once(hand: Hand, point: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("every", "goes_back_to"), [(2, "step-000002"), (0, "step 0")])
 def test_a_run_that_loses_its_replicas_goes_back_by_itself(
-    recipe: Path, undisturbed: Callable[[int], dict[str, Any]], impatient: None, monkeypatch: pytest.MonkeyPatch,
+    recipe: Path, undisturbed: Callable[[int], dict[str, Any]], no_successor: None, monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path, every: int, goes_back_to: str,
 ) -> None:  # fmt: skip
     hand = lose(monkeypatch, tmp_path, [3])
@@ -195,7 +195,7 @@ def test_a_run_that_loses_its_replicas_goes_back_by_itself(
 
 @pytest.mark.slow
 def test_a_run_that_loses_them_every_time_gives_up(
-    recipe: Path, impatient: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    recipe: Path, no_successor: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     hand = lose(monkeypatch, tmp_path, [2] * 5)
     console = Console(4)

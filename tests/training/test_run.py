@@ -157,8 +157,9 @@ def test_a_killed_replica_costs_time_and_nothing_else(recipe: Path) -> None:
     runs = recipe.parent / "runs"
     metrics = runs / "latest" / "metrics.jsonl"
     wait_for(lambda: run.poll() is not None or (metrics.exists() and steps_of(runs / "latest") != []))
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    replicas = [p for p in children if "forerun.engine.worker" in Path(f"/proc/{p}/cmdline").read_text()]
+    tasks = Path(f"/proc/{run.pid}/task").glob("*/children")  # a thread of the launcher's has started them
+    children = [pid for task in tasks for pid in task.read_text().split()]
+    replicas = [p for p in children if "forerun.workers.server" in Path(f"/proc/{p}/cmdline").read_text()]
     os.kill(int(replicas[0]), signal.SIGKILL)
     out, _ = run.communicate(timeout=300)
     assert run.returncode == 0 and json.loads(out)["weights"]["version"] == 4

@@ -11,8 +11,8 @@ from forerun.registry import ENGINES
 if TYPE_CHECKING:
     from forerun.config import RolloutConfig, SpeculationConfig
     from forerun.drafters import Drafter
-    from forerun.engine.worker import Starter
     from forerun.models import Policy
+    from forerun.workers.handle import Launcher
 
 __all__ = ["ENGINES", "Counters", "RolloutEngine", "Sampling", "Weights", "build_engine", "load"]
 
@@ -36,19 +36,20 @@ def build_engine(
     policy: Policy,
     drafter: Drafter | None,
     speculation: SpeculationConfig,
-    starter: Starter | None = None,
+    launcher: Launcher | None = None,
 ) -> RolloutEngine:
     """The recipe's engine for a live policy and drafter; plain without a drafter.
 
     Args:
-        starter: launches the processes of replicas; None: on this machine.
+        launcher: starts the processes of replicas; None: on this machine.
     """
     if rollout.replicas:
-        from forerun.engine.replicated import Patience, ReplicatedEngine
+        from forerun.engine.replicated import ReplicatedEngine
+        from forerun.workers.handle import Timeouts
 
         return ReplicatedEngine(
             rollout.engine, policy, drafter, speculation, slots=rollout.slots, replicas=rollout.replicas,
-            patience=Patience(silence_s=rollout.silence_s), starter=starter,
+            timeouts=Timeouts(heartbeat_s=rollout.silence_s), launcher=launcher,
         )  # fmt: skip
     kind: type[RolloutEngine] = ENGINES.load(rollout.engine)
     return kind.from_live(policy, drafter, speculation, rollout.slots)

@@ -12,13 +12,10 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from torch import Tensor
-
 from forerun.acceptance.truncate import EVERYTHING, Truncation
 from forerun.errors import UserError
 from forerun.models import Policy
-from forerun.types import Rollout
-from forerun.workers.shared_memory import Segment
+from forerun.types import Rollout, Weights
 
 if TYPE_CHECKING:
     from forerun.config import SpeculationConfig
@@ -37,25 +34,6 @@ class Sampling:
     stop: tuple[str, ...] = ()  # strings that end a completion and stay in it
     ignore_eos: bool = False  # go on to max_new_tokens: for benchmarks
     truncation: Truncation = EVERYTHING
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """One version of everything an engine needs. `checksums` has an entry per group: "policy", and "draft" if any.
-
-    `policy` or `draft` is None where the engine shares the live module and only has to check that it holds these bytes.
-    """
-
-    version: int
-    checksums: Mapping[str, str]
-    policy: Mapping[str, Tensor] | None = None
-    draft: Mapping[str, Tensor] | None = None
-    segment: Segment | None = None  # where these tensors are in shared memory already
-
-    @property
-    def groups(self) -> dict[str, Mapping[str, Tensor]]:
-        """The tensors that are carried, by group."""
-        return {g: s for g, s in (("policy", self.policy), ("draft", self.draft)) if s is not None}
 
 
 @dataclass(slots=True)

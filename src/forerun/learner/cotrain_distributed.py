@@ -86,7 +86,7 @@ class GroupCoTrainer:
         self.schedule = Schedule(train, config)
         self.plan = BatchPlan([])
         self._step: int | None = None  # that ends with an update
-        group.enrol(self.head.detached(), config)
+        group.add_drafter(self.head.detached(), config)
 
     def begin(self, step: int) -> None:
         """A step (0-based) begins; this decides whether it ends with an update."""
@@ -108,12 +108,12 @@ class GroupCoTrainer:
 
     def _update(self) -> dict[str, float]:
         started = time.perf_counter()
-        taught = self.group.study(self.head)
-        self.group.compare([t.checksum for t in taught], checksum(self.head.state_dict()))
-        taught = taught[:: self.group.config.tensor_parallel]  # one of the ranks that ran the same rows
-        losses = [sum(parts) for parts in zip(*(t.losses for t in taught), strict=True)]
-        judged = [passes for t in taught for passes in t.judged]
-        return draft_metrics(losses, taught[0].norms, judged, self.plan.tokens, self.plan.left_out, started)
+        updates = self.group.train_drafter(self.head)
+        self.group.check_drafters([update.checksum for update in updates], checksum(self.head.state_dict()))
+        updates = updates[:: self.group.config.tensor_parallel]  # one of the ranks that ran the same rows
+        losses = [sum(parts) for parts in zip(*(update.losses for update in updates), strict=True)]
+        by_batch = [batch for update in updates for batch in update.position_losses]
+        return draft_metrics(losses, updates[0].norms, by_batch, self.plan.tokens, self.plan.left_out, started)
 
     def state_dict(self) -> dict[str, Any]:
         """See `CoTrainer.state_dict`. Raises UserError, RanksLost."""

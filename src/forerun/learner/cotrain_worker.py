@@ -40,16 +40,16 @@ Row = tuple[Tensor, Tensor, Tensor, Tensor]  # of a TeacherBatch: [l], [l, T·H]
 
 
 @dataclass(slots=True)
-class Taught:
+class RankUpdate:
     """A rank's result of an update."""
 
     losses: list[float] = field(default_factory=list)  # its part of each optimizer step's
     norms: list[float] = field(default_factory=list)  # the same on every rank
-    judged: list[list[PositionLoss]] = field(default_factory=list)  # of its own rows
+    position_losses: list[list[PositionLoss]] = field(default_factory=list)  # of its own rows
     checksum: str = ""  # of the drafter
 
 
-class Pupil:
+class RankCoTrainer:
     """The drafter on one rank."""
 
     def __init__(
@@ -74,7 +74,7 @@ class Pupil:
         self.batches: Sequence[Sequence[int]] = []
         self.rows: dict[int, Row] = {}  # by number of the rollout
 
-    def listen(
+    def caching_forward(
         self, rollouts: Sequence[Rollout], batches: Sequence[Sequence[int]]
     ) -> Callable[[Any, TokenBatch], Tensor]:
         """`completion_logits` for `Learner.score` of these rollouts, which caches their teacher outputs.
@@ -97,7 +97,7 @@ class Pupil:
 
         return forward
 
-    def study(self, tick: Callable[[], None]) -> Taught:
+    def train(self, tick: Callable[[], None]) -> RankUpdate:
         """The update on the cached rows. `tick`: called after every optimizer step.
 
         Raises:
@@ -105,16 +105,16 @@ class Pupil:
         """
         try:
             with self._gathered_policy():
-                assert self.policy.dtype == self.dtype  # by which `judge` computes
-                taught = Taught()
+                assert self.policy.dtype == self.dtype  # the dtype that the losses are computed in
+                result = RankUpdate()
                 for batch, rows in zip(self.batches, self._rows_of_batches(), strict=True):
                     if rows:
-                        self._train_on(batch, rows, taught)
+                        self._train_on(batch, rows, result)
                     tick()
         finally:
             self.batches, self.rows = [], {}
-        taught.checksum = checksum(self.head.state_dict())
-        return taught
+        result.checksum = checksum(self.head.state_dict())
+        return result
 
     @contextmanager
     def _gathered_policy(self) -> Iterator[None]:
@@ -138,7 +138,7 @@ class Pupil:
         dist.all_reduce(own)
         return [[n for n in rows if n] for rows in (own // self.copies).tolist()]
 
-    def _train_on(self, batch: Sequence[int], rows: Sequence[int], taught: Taught) -> None:
+    def _train_on(self, batch: Sequence[int], rows: Sequence[int], result: RankUpdate) -> None:
         """One optimizer step on this rank's rollouts of a batch, possibly none, and the other ranks' of it."""
         positions: list[PositionLoss] = []
         if batch:
@@ -150,10 +150,10 @@ class Pupil:
             part = weighted_loss(positions, self.config.decay, rows)
             part.backward()
             loss = float(part.detach())
-            taught.judged.append([PositionLoss(p.loss.detach().cpu(), p.accepted, p.rows) for p in positions])
+            result.position_losses.append([PositionLoss(p.loss.detach().cpu(), p.accepted, p.rows) for p in positions])
         sum_gradients(self.optimizer.masters, self.copies)
-        taught.norms.append(draft_step(self.optimizer, self.config.online_learning_rate))
-        taught.losses.append(loss)
+        result.norms.append(draft_step(self.optimizer, self.config.online_learning_rate))
+        result.losses.append(loss)
 
 
 def _row(teacher: TeacherBatch, n: int, length: int) -> Row:

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forerun.engine.replicated import ReplicasLost
 from forerun.training.checkpoint import complete_checkpoints
-from forerun.workers.local import RanksLost
-
-LOST: tuple[type[Exception], ...] = (ReplicasLost, RanksLost)  # part of the run is gone; its checkpoints are not
 
 
 class Restarts:

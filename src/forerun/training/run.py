@@ -18,7 +18,7 @@ from forerun.config import Recipe, load_recipe
 from forerun.drafters import Drafter, load_drafter
 from forerun.engine import RolloutEngine, build_engine
 from forerun.engine.local.engine import LocalEngine
-from forerun.errors import Interrupted, UserError
+from forerun.errors import Interrupted, PartLost, UserError
 from forerun.events import Finished, Note, Warned, Work, during, finish
 from forerun.learner.cotrain_distributed import build_cotrainer
 from forerun.learner.distributed import make_learner
@@ -46,12 +46,11 @@ from forerun.training.interrupt import stop_flag
 from forerun.training.loop import train
 from forerun.training.prefetch import Ahead, Prefetcher
 from forerun.training.prompts import Request, prepare_policy, request_of_step
-from forerun.training.restart import LOST, Restarts
+from forerun.training.restart import Restarts
 from forerun.training.rollout import OnDemand, RolloutBatch, generate
 from forerun.training.timing import EngineStates, in_flight
 from forerun.training.weights import export, publish
-from forerun.workers.ray import starter
-from forerun.workers.ray_ranks import launcher
+from forerun.workers.ray import ray_launcher
 
 PATHS = ("metrics", "rollouts", "timeline", "config", "env", "summary", "report")  # of a run folder, for the summary
 
@@ -78,7 +77,7 @@ def run(recipe: Recipe, resume: Path | None = None) -> Work[dict[str, Any]]:
                 current.warnings[:0] = warnings
                 current.stop_requested = stop_requested
                 return (yield from train_to_end(current))
-            except LOST as lost:
+            except PartLost as lost:
                 folder, warning = restarts.grant(lost, current.folder.path if current else resume)
                 warnings = [*(current.warnings if current else warnings), warning]
                 yield Warned(warning)
@@ -114,14 +113,16 @@ class Run:
         self.problems = self.task.problems("train")
         self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
         self.timeline = Timeline(folder.timeline, history.wall_s, history.step)
-        self.engine = build_engine(recipe.rollout, policy, drafter, recipe.speculation, starter(recipe))
+        workers = (recipe.rollout.replicas, recipe.train.ranks)
+        launcher = ray_launcher(recipe.cluster, "replica", *workers)
+        self.engine = build_engine(recipe.rollout, policy, drafter, recipe.speculation, launcher)
         self.engine_states = EngineStates(self.engine, self.timeline)
         self.shares_weights = self.engine.shares_weights
         self.evaluator = self._evaluator()
         self.source = self._ahead() if recipe.loop.lag else self._on_demand()
         try:
-            ranks = launcher(recipe, folder.path)
-            self.learner = make_learner(policy, recipe.train, recipe.rollout, ranks)
+            launcher = ray_launcher(recipe.cluster, "rank", *workers)
+            self.learner = make_learner(policy, recipe.train, recipe.rollout, launcher, folder.path)
             self.cotrainer, self.score = build_cotrainer(self.learner, policy, drafter, recipe)
         except BaseException:
             self.engine.close()

@@ -1,10 +1,8 @@
-"""Rollout replicas as Ray actors, on whatever machines Ray finds for them, and what all actors have in common.
+"""Workers as Ray actors, on whatever machines Ray finds for them.
 
-Only who starts a process is different here, and how it is reached: the actor connects back to this process by
-TCP, gets the files that it works on (first policy, drafter) in pieces, and then runs the server of
-`engine/worker.py`. Ray's part is to place it, again after a machine was lost, and to end it. The key of a connection
-is drawn for it and travels through Ray; what follows is pickled and not encrypted: the network must be trusted.
-Left out: the learner's ranks, which are actors by the same means (`ray_ranks.py`).
+Ray places an actor, again after a machine was lost, and ends it. The actor connects back to the driver by TCP with a
+key that was drawn for it and travels through Ray, gets copies of the files of its `Spec`, and then runs the same server
+as a worker on the driver's machine.
 """
 
 from __future__ import annotations
@@ -14,186 +12,192 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from forerun.config import ClusterConfig, Recipe
-from forerun.engine.worker import CHUNK_BYTES, Lost, Order, Patience, Replica, Starter, impatient, serve
+from forerun.config import ClusterConfig
 from forerun.errors import UserError
+from forerun.workers.handle import LOOPBACK, Launcher, NotPlaced, Spec, Worker, WorkerLost, kill_all, limit_blocking
 from forerun.workers.scratch import ScratchFolder
+from forerun.workers.server import serve
+from forerun.workers.wire import receive, receive_file, send, send_file
 
-LOOPBACK = "127.0.0.1"  # nobody beyond this machine has to do with a private Ray
 STORE_BYTES = 100 * 2**20  # for Ray's objects, of which there are next to none
 REACH_S = 10.0  # until a cluster's address takes a connection
 ALIVE_S = 60  # of silence after which the system asks whether the other machine is still there
 
 
-def starter(recipe: Recipe) -> Starter | None:
-    """Where the recipe's replicas begin; None: on this machine, without Ray.
-
-    Raises:
-        UserError: Ray is not installed, or its cluster cannot be reached.
-    """
-    if recipe.cluster.address == "none" or not recipe.rollout.replicas:
-        return None
-    return OnCluster(recipe.cluster, recipe.rollout.replicas, recipe.train.ranks)
+def ray_launcher(
+    cluster: ClusterConfig, kind: Literal["replica", "rank"], replicas: int, ranks: int
+) -> Launcher | None:
+    """What starts the replicas or the ranks of a run; None: this machine, without Ray. A single rank is no worker."""
+    wanted = replicas if kind == "replica" else ranks - 1
+    return RayLauncher(cluster, kind, replicas, ranks) if cluster.address != "none" and wanted else None
 
 
-class OnCluster:
-    """The `Starter` of Ray actors. The resources of all replicas are reserved together."""
+class RayLauncher:
+    """The `Launcher` of Ray actors. The resources of all replicas, or of all ranks, are reserved together."""
 
-    def __init__(self, cluster: ClusterConfig, replicas: int, ranks: int = 1) -> None:
-        """`ranks`: of the learner, for which a private Ray keeps room."""
-        ray = connect(cluster, replicas, ranks)
-        self._room = Room(ray, cluster, replicas, cluster.cpus_per_replica, cluster.gpus_per_replica)
+    remote = True
 
-    def begin(self, order: Order, patience: Patience) -> Callable[[], Replica]:
-        """See `Starter`."""
-        call = self._room.call(Actor, patience)
-        order = replace(order, threads=self._room.threads)
+    def __init__(self, cluster: ClusterConfig, kind: Literal["replica", "rank"], replicas: int, ranks: int) -> None:
+        """Args: replicas, ranks: of the whole run, for which a private Ray has room."""
+        self.cluster, self.replicas, self.ranks = cluster, replicas, ranks
+        self.count = replicas if kind == "replica" else ranks
+        self.cpus = cluster.cpus_per_replica if kind == "replica" else cluster.cpus_per_rank
+        self.gpus = cluster.gpus_per_replica if kind == "replica" else cluster.gpus_per_rank
+        self.address = LOOPBACK  # until it starts workers
+        self._ray: Any = None
+        self._group: Any = None
 
-        def connected() -> Replica:
-            connection = call.answered(dict(files_in(folders_of(order))))
-            replica = Replica(call.process, connection)
-            replica.send("make", order)
-            return replica
-
-        return connected
+    def start(self, count: int, spec: Spec) -> list[Worker]:
+        """See `Launcher`. Raises UserError when Ray is not installed, or no cluster answers."""
+        self._reserve()
+        calls = [self._call() for _ in range(count)]
+        workers: list[Worker] = []
+        try:
+            for number, call in enumerate(calls):
+                worker, folder = self._answered(call, spec, number)
+                workers.append(worker)
+                files = {name: f"{folder}/{name}" for name in spec.files}
+                worker.make(spec, files, max(1, int(self.cpus)))
+        except BaseException:
+            kill_all(workers)
+            for call in calls:
+                call.server.close()
+                call.process.kill()
+            raise
+        return workers
 
     def close(self) -> None:
-        """Give the resources back; actors in them end."""
-        self._room.close()
+        """See `Launcher`; actors in what was reserved end."""
+        if self._group is not None and self._ray.is_initialized():
+            self._ray.util.remove_placement_group(self._group)
+        self._group = None
 
+    def _reserve(self) -> None:
+        if self._group is None:
+            self._ray = connect(self.cluster, self.replicas, self.ranks)
+            if self.cluster.address != "local":
+                self.address = str(self._ray.util.get_node_ip_address())
+            need = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+            self._group = self._ray.util.placement_group([need] * self.count, strategy=self.cluster.placement)
 
-# ---- actors of any kind ----
-
-
-class NotPlaced(Lost):
-    """The cluster had no room for an actor."""
-
-
-class Room:
-    """The resources of some actors that are alike, reserved together."""
-
-    def __init__(self, ray: Any, cluster: ClusterConfig, actors: int, cpus: float, gpus: float) -> None:
-        self.ray, self.cluster, self.cpus, self.gpus = ray, cluster, cpus, gpus
-        need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-        self._group = ray.util.placement_group([need] * actors, strategy=cluster.placement)
-
-    @property
-    def threads(self) -> int:
-        """Of an actor."""
-        return max(1, int(self.cpus))
-
-    def call(self, kind: type, patience: Patience, *words: Any) -> Call:
-        """Ask for an actor; its method `run` gets a host, a port and a key to call back with, and the words."""
-        ray, key = self.ray, secrets.token_bytes(32)
-        host = LOOPBACK if self.cluster.address == "local" else ray.util.get_node_ip_address()
-        server = socket.create_server((host, 0))
+    def _call(self) -> Call:
+        """Ask for an actor, which is to call back."""
+        ray, key = self._ray, secrets.token_bytes(32)
+        server = socket.create_server((self.address, 0))
         place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._group)
         options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "scheduling_strategy": place, "max_restarts": 0}
-        actor = ray.remote(kind).options(**options).remote()
-        running = actor.run.remote(host, server.getsockname()[1], key, *words)
-        return Call(RayProcess(ray, actor, running), server, key, patience, self)
+        actor = ray.remote(WorkerActor).options(**options).remote()
+        running = actor.run.remote(*server.getsockname()[:2], key, self.cluster.address == "local")
+        return Call(RayProcess(ray, actor, running), server, key)
 
-    def close(self) -> None:
-        """Give the resources back; actors in them end."""
-        if self.ray.is_initialized():
-            self.ray.util.remove_placement_group(self._group)
-
-
-@dataclass(slots=True)
-class Call:
-    """An actor that was asked for, and has not called back yet."""
-
-    process: RayProcess
-    server: socket.socket
-    key: bytes
-    patience: Patience
-    room: Room
-
-    def answered(self, files: Mapping[str, Path]) -> Connection:
-        """Wait for the actor, and send it files, by their paths in its folder. Raises Lost."""
+    def _answered(self, call: Call, spec: Spec, number: int) -> tuple[Worker, str]:
+        """Wait for an actor, and send it the files; with its folder for them. Raises WorkerLost."""
         try:
-            with self.server:
-                mine = self._accept()
-            impatient(mine, self.patience)
+            with call.server:
+                mine = self._accept(call, spec.timeouts.start_s)
+            limit_blocking(mine, spec.timeouts)
             keep_alive(mine)
             connection = Connection(mine.detach())
-            return self._greet(connection, files)
-        except Lost:
-            self.process.kill()
+            folder = call.greet(connection, spec.files)
+        except WorkerLost as lost:
+            lost.number = number
             raise
+        return Worker(call.process, connection, spec.timeouts), folder
 
-    def _greet(self, connection: Connection, files: Mapping[str, Path]) -> Connection:
-        process = self.process
-        try:
-            deliver_challenge(connection, self.key)
-            answer_challenge(connection, self.key)
-            process.pid, process.node, process.said = connection.recv()
-            connection.send([(name, path.stat().st_size) for name, path in files.items()])
-            for path in files.values():
-                send_file(connection, path)
-        except (OSError, EOFError, AuthenticationError) as error:
-            connection.close()
-            raise Lost(f"did not get its files: {type(error).__name__} {error}. {process.end()}".rstrip(" .")) from None
-        return connection
-
-    def _accept(self) -> socket.socket:
-        """The actor's connection, unless the actor ends before it makes one. Raises Lost."""
-        waited, limit_s = 0.0, self.patience.start_s
+    def _accept(self, call: Call, limit_s: float) -> socket.socket:
+        """The actor's connection, unless the actor ends before it makes one. Raises WorkerLost."""
+        waited = 0.0
         while waited < limit_s:
-            self.server.settimeout(1.0)
+            call.server.settimeout(1.0)
             try:
-                return self.server.accept()[0]
+                return call.server.accept()[0]
             except TimeoutError:
                 waited += 1.0
-            if end := self.process.end(0.0):
-                raise Lost(end)
-        free, room = self.room.ray.available_resources(), self.room
+            if end := call.process.end(0.0):
+                raise WorkerLost(end)
+        free = self._ray.available_resources()
         raise NotPlaced(
-            f"was not placed in {limit_s:.0f} s: it needs {room.cpus:g} CPUs and {room.gpus:g} GPUs, and the cluster "
+            f"was not placed in {limit_s:.0f} s: it needs {self.cpus:g} CPUs and {self.gpus:g} GPUs, and the cluster "
             f"has {free.get('CPU', 0):g} and {free.get('GPU', 0):g} free"
         )
 
 
-def call_back(host: str, port: int, key: bytes, folder: Path, said: Any = None) -> Connection:
-    """The actor's end of `Call.answered`: connect, tell who it is (and `said`), take the files."""
+@dataclass(slots=True)
+class Call:
+    """An actor that was asked for, and where it is to call back."""
+
+    process: RayProcess
+    server: socket.socket
+    key: bytes
+
+    def greet(self, connection: Connection, files: Mapping[str, Path]) -> str:
+        """Know the actor by its key, and send it files; its folder for them. Raises WorkerLost."""
+        process = self.process
+        try:
+            deliver_challenge(connection, self.key)
+            answer_challenge(connection, self.key)
+            process.pid, process.node, process.address, folder = receive(connection)
+            sent = list(files_in(files))
+            send(connection, [(name, path.stat().st_size) for name, path in sent])
+            for _, path in sent:
+                send_file(connection, path)
+        except (OSError, EOFError, AuthenticationError) as error:
+            connection.close()
+            end = process.end(5.0)
+            raise WorkerLost(f"did not get its files: {type(error).__name__} {error}. {end}".rstrip(" .")) from None
+        return str(folder)
+
+
+def call_back(host: str, port: int, key: bytes, folder: Path, address: str) -> Connection:
+    """The actor's end of `Call.greet`: connect, say who it is, take the files."""
     mine = socket.create_connection((host, port))
     keep_alive(mine)
     connection = Connection(mine.detach())
     answer_challenge(connection, key)
     deliver_challenge(connection, key)
-    connection.send((os.getpid(), node_id(), said))
-    for name, size in connection.recv():
+    send(connection, os.getpid(), node_id(), address, str(folder))
+    (files,) = receive(connection)
+    for name, size in files:
         receive_file(connection, folder / name, size)
     return connection
 
 
 def keep_alive(end: socket.socket) -> None:
-    """Send small messages at once, and find out when the other machine has gone without a word."""
+    """Send small messages at once, and notice when the other machine has gone."""
     end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_KEEPIDLE"):  # Linux; elsewhere the system's own patience holds
+    if hasattr(socket, "TCP_KEEPIDLE"):  # Linux; elsewhere the system's own limit holds
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ALIVE_S)
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ALIVE_S // 4)
 
 
+def files_in(files: Mapping[str, Path]) -> Iterator[tuple[str, Path]]:
+    """Every file of these files and folders, by its path in the actor's folder."""
+    for name, place in files.items():
+        inside = sorted(path for path in place.rglob("*") if path.is_file())
+        yield from ((f"{name}/{path.relative_to(place)}", path) for path in inside)
+        if place.is_file():
+            yield name, place
+
+
 @dataclass(slots=True)
 class RayProcess:
-    """An actor, as `engine.replica.Process` has it."""
+    """The `Process` of an actor."""
 
     ray: Any
     actor: Any
-    running: Any  # what `Actor.run` will have returned
+    running: Any  # the future result of `WorkerActor.run`
     pid: int = 0  # on its own machine
     node: str = ""  # that machine's name in the cluster
-    said: Any = None  # as it called back
+    address: str = ""  # see `Process`
 
     def kill(self) -> None:
         """See `Process`."""
@@ -201,7 +205,7 @@ class RayProcess:
             with suppress(self.ray.exceptions.ActorHandleNotFoundError):  # so has it, with an earlier session of Ray
                 self.ray.kill(self.actor, no_restart=True)
 
-    def end(self, timeout_s: float = 5.0) -> str:
+    def end(self, timeout_s: float) -> str:
         """See `Process`."""
         try:
             self.ray.get(self.running, timeout=timeout_s)
@@ -213,18 +217,24 @@ class RayProcess:
             return f"was lost by the cluster: {fact.rstrip('.')}"
         return "ended"
 
+    def last_line(self) -> str:
+        """See `Process`: Ray keeps it, on the actor's machine."""
+        return ""
+
     def close(self) -> None:
         """See `Process`."""
 
 
-class Actor:
-    """The replica's process on its machine."""
+class WorkerActor:
+    """A worker's process on its machine."""
 
-    def run(self, host: str, port: int, key: bytes) -> None:
-        """Connect, take the folders, serve until the driver is gone."""
-        with ScratchFolder() as folder:  # of an actor that is killed, the next one removes it
-            connection = call_back(host, port, key, folder)
-            serve(connection, lambda order: placed(order, folder))
+    def run(self, host: str, port: int, key: bytes, local: bool) -> None:
+        """Connect, take the files, serve until the driver is gone; ends the process."""
+        import ray
+
+        address = LOOPBACK if local else str(ray.util.get_node_ip_address())
+        folder = ScratchFolder()  # of an actor that is killed, the next one removes it
+        serve(call_back(host, port, key, folder.path, address), folder.close)
 
 
 def node_id() -> str:
@@ -254,59 +264,21 @@ def connect(cluster: ClusterConfig, replicas: int, ranks: int = 1) -> Any:
         placed_ranks = ranks if ranks > 1 else 0
         cpus = replicas * cluster.cpus_per_replica + placed_ranks * cluster.cpus_per_rank
         gpus = replicas * cluster.gpus_per_replica + placed_ranks * cluster.gpus_per_rank
-        settings |= {
-            "num_cpus": -int(-cpus // 1), "num_gpus": -int(-gpus // 1), "include_dashboard": False,
-            "object_store_memory": STORE_BYTES,
-        }  # fmt: skip
+        settings["num_cpus"] = -int(-cpus // 1)
+        settings["num_gpus"] = -int(-gpus // 1)
+        settings["include_dashboard"] = False
+        settings["object_store_memory"] = STORE_BYTES
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine
     try:
         check_that_it_listens(cluster.address)
         ray.init(**settings, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        words = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cluster.address={cluster.address}: no Ray cluster answers there ({words})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cluster.address={cluster.address}: no Ray cluster answers there ({reason})") from None
     return ray
 
 
 def check_that_it_listens(address: str) -> None:
-    """Ray itself would try for many minutes, without a word. Raises OSError; what is not host:port is left to Ray."""
+    """Ray itself would try for many minutes. Raises OSError; what is not host:port is left to Ray."""
     if found := re.fullmatch(r"(?:ray://)?\[?(.+?)\]?:(\d+)", address):
         socket.create_connection((found[1], int(found[2])), timeout=REACH_S).close()
-
-
-# ---- folders ----
-
-
-def folders_of(order: Order) -> dict[str, Path]:
-    """What an engine is made of, as far as it is folders of this machine: "policy", and "draft" where there is one."""
-    named = {"policy": order.policy, "draft": order.speculation.get("draft")}
-    return {name: Path(path) for name, path in named.items() if path and Path(path).is_dir()}
-
-
-def placed(order: Order, folder: Path) -> Order:
-    """The order with the folders that were sent in place of those of the driver's machine."""
-    draft = {"draft": str(folder / "draft")} if (folder / "draft").is_dir() else {}
-    policy = str(folder / "policy") if (folder / "policy").is_dir() else order.policy
-    return replace(order, policy=policy, speculation=order.speculation | draft)
-
-
-def files_in(folders: dict[str, Path]) -> Iterator[tuple[str, Path]]:
-    """Every file, by its path in the actor's folder."""
-    for name, folder in folders.items():
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            yield f"{name}/{path.relative_to(folder)}", path
-
-
-def send_file(connection: Connection, path: Path) -> None:
-    """In pieces of `CHUNK_BYTES`."""
-    with path.open("rb") as file:
-        while piece := file.read(CHUNK_BYTES):
-            connection.send_bytes(piece)
-
-
-def receive_file(connection: Connection, path: Path, size: int) -> None:
-    """The inverse."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        while file.tell() < size:
-            file.write(connection.recv_bytes())

@@ -1,7 +1,7 @@
-"""Folders that a process keeps while it lives; what a killed one has left behind is removed by the next one.
+"""Temporary folders of a process; those of a killed process are removed by the next one.
 
-A lock says that the owner lives: the kernel lets go of it however the owner ends. Left out: systems without flock,
-where nothing is swept.
+A file lock marks a folder whose owner lives: the kernel releases it however the owner ends. On systems without flock
+nothing is removed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""One weight version laid down once, in memory that every process of this machine can map.
+"""One weight version in memory that every process of this machine can map, written once.
 
-The memory has no name (memfd): its descriptor travels over a replica's Unix socket, and the kernel takes it back when
-the last process that holds it lets go of it or ends, however it ends. It is no part of /dev/shm, whose size does not
-bound it. Tensors stand one after the other, group by group; whoever receives them may write, and writes to a page of
-its own. A segment is never used for a second version. Left out: systems without memfd, and other machines.
+The memory has no name (memfd): its descriptor travels over a worker's Unix socket, and the kernel frees it when the
+last process that holds it ends, however it ends. It is not bounded by the size of /dev/shm. Tensors follow each other,
+group by group; a receiver may write, to pages of its own. A segment is never used for a second version. Not supported:
+systems without memfd.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Places = dict[str, dict[str, tuple[tuple[int, ...], torch.dtype, int]]]  # shape
 
 @dataclass(slots=True, weakref_slot=True)
 class Segment:
-    """Groups of tensors in shared memory, as whoever laid them down sees them."""
+    """Groups of tensors in shared memory, as their writer sees them."""
 
     places: Places
     tensors: Groups
@@ -54,7 +54,7 @@ class Segment:
         return segment
 
     def send(self, connection: Connection) -> None:
-        """Let the process at the other end of a Unix socket have it. Raises OSError."""
+        """Share it with the process at the other end of a Unix socket. Raises OSError."""
         with _socket(connection) as end:
             socket.send_fds(end, [b"\0"], [self._descriptor])
 
@@ -90,7 +90,7 @@ def _arranged(groups: Mapping[str, Mapping[str, Tensor]]) -> tuple[Places, int]:
 
 
 def _room(size_bytes: int) -> int:
-    """The descriptor of memory that is reserved now: a write to it cannot find out that there is none."""
+    """The descriptor of memory that is reserved at once: a later write cannot fail for want of room."""
     if not hasattr(os, "memfd_create"):
         raise OSError("this system has no memfd_create")
     descriptor = os.memfd_create(f"forerun-{os.getpid()}", os.MFD_CLOEXEC)

@@ -23,16 +23,17 @@ from benchmarks.broadcast import WAYS, random_policy, spelled
 from forerun.config import SpeculationConfig
 from forerun.engine import Sampling, Weights
 from forerun.engine.replicated import ReplicatedEngine
-from forerun.engine.worker import OnThisMachine, Patience
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.training.weights import publish
+from forerun.workers.handle import Timeouts
+from forerun.workers.local import LocalLauncher
 from forerun.workers.shared_memory import ALIGNMENT_BYTES, Segment, received
 
 ROOT = Path(__file__).parent.parent.parent
 N = 4
-PATIENCE = Patience(silence_s=20.0, start_s=120.0)
+TIMEOUTS = Timeouts(heartbeat_s=20.0, start_s=120.0)
 WAIT_S = 30.0  # for what happens in milliseconds
 
 
@@ -52,11 +53,11 @@ def makers() -> Iterator[None]:
 
 
 def start(
-    policy: Policy, replicas: int, shared_memory: bool, maker: str = "benchmarks.broadcast:holder"
+    policy: Policy, replicas: int, shared_memory: bool, make: str = "benchmarks.broadcast:holder"
 ) -> ReplicatedEngine:
     return ReplicatedEngine(
-        "local", policy, None, SpeculationConfig(method="none"), slots=1, replicas=replicas, maker=maker,
-        patience=PATIENCE, starter=OnThisMachine(shared_memory),
+        "local", policy, None, SpeculationConfig(method="none"), slots=1, replicas=replicas, make=make,
+        timeouts=TIMEOUTS, launcher=LocalLauncher(shared_memory),
     )  # fmt: skip
 
 
@@ -137,23 +138,23 @@ def until(condition: Callable[[], bool]) -> bool:
 
 @contextmanager
 def loading(engine: ReplicatedEngine, weights: Weights, stopped: int) -> Iterator[list[tuple[int, str]]]:
-    """A load while one replica stands still, entered when all others have taken it; what was told of them so far."""
-    told: list[tuple[int, str]] = []
-    engine.watch = lambda index, state, _: told.append((index, state))
+    """A load while one replica is stopped, entered when all others have taken it; the states so far."""
+    states: list[tuple[int, str]] = []
+    engine.on_state = lambda who, state, _: states.append((int(who.removeprefix("replica ")), state))
     os.kill(engine.pids[stopped], signal.SIGSTOP)
     thread = Thread(target=engine.load, args=(weights,))
     thread.start()
     try:
-        assert until(lambda: sorted(told) == so_far(stopped)), told
-        yield told
+        assert until(lambda: sorted(states) == so_far(stopped)), states
+        yield states
         thread.join(WAIT_S)
         assert not thread.is_alive()
     finally:
-        engine.watch = lambda *_: None
+        engine.on_state = lambda *_: None
 
 
 def so_far(stopped: int) -> list[tuple[int, str]]:
-    """What is told when all but one have taken a version."""
+    """The states when all but one have taken a version."""
     return sorted([(i, "load") for i in range(N)] + [(i, "idle") for i in range(N) if i != stopped])
 
 
@@ -164,7 +165,7 @@ def test_all_hold_the_version_and_shared_memory_is_written_once(engine: Replicat
     counted, called = engine.written_bytes, written_by_system_calls()
     assert engine.load(weights).version == 3
     counted, called = engine.written_bytes - counted, written_by_system_calls() - called
-    if all(replica.shares_memory for replica in engine._replicas):
+    if all(replica.worker.shares_memory for replica in engine._replicas):
         assert size <= counted < size + tensors * ALIGNMENT_BYTES and called < size / 4
     else:
         assert counted == N * size and N * size <= called < (N + 1) * size
@@ -218,12 +219,12 @@ def test_without_room_it_is_streamed_with_one_warning(shared: ReplicatedEngine, 
 
 
 def test_a_slow_replica_holds_up_no_other(engine: ReplicatedEngine, policy: Policy) -> None:
-    """The first of them stands still until all others are done."""
+    """The first of them is stopped until all others are done."""
     weights = version(11, policy)
-    with loading(engine, weights, stopped=0) as told:
-        assert (0, "idle") not in told
+    with loading(engine, weights, stopped=0) as states:
+        assert (0, "idle") not in states
         os.kill(engine.pids[0], signal.SIGCONT)
-    assert told[-1] == (0, "idle") and engine.lost == 0
+    assert states[-1] == (0, "idle") and engine.lost == 0
     assert held(engine) == [spelled(weights.groups)] * N
 
 
@@ -250,7 +251,7 @@ engine.load(publish(1, policy, None, shared=False, frozen=True))
 
 
 def test_a_driver_that_is_killed_in_a_load_leaves_nothing() -> None:
-    """Its first replica stands still, so that the load lasts."""
+    """Its first replica is stopped, so that the load lasts."""
     driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, cwd=ROOT, text=True)
     assert driver.stdout is not None
     with driver.stdout as out:
@@ -267,11 +268,11 @@ def test_a_driver_that_is_killed_in_a_load_leaves_nothing() -> None:
 
 
 def test_one_that_alone_refuses_is_replaced(policy: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORERUN_TEST_DOUBT", str(tmp_path / "doubted"))
-    with closing(start(policy, 2, True, "faulty_engines:doubter")) as engine:
+    monkeypatch.setenv("FORERUN_TEST_REFUSED", str(tmp_path / "refused"))
+    with closing(start(policy, 2, True, "faulty_engines:refusing_weights")) as engine:
         engine.load(version(1, policy))
-        assert (tmp_path / "doubted").exists() and engine.lost == 1 and engine.metrics()["version"] == 1
-        assert "refuses version 1, which others hold: it doubts" in engine.warnings[0]
+        assert (tmp_path / "refused").exists() and engine.lost == 1 and engine.metrics()["version"] == 1
+        assert "refuses version 1, which others hold: it refuses them" in engine.warnings[0]
         assert held(engine) == [spelled(version(1, policy).groups)] * N
 
 
