@@ -60,7 +60,7 @@ def train_step(run: Run, step: int) -> Work[None]:
     batch = yield from run.source.next(step, clock)
     yield from compare(run, step, batch)
     scored = yield from clock.timed("logprob", score(run, step, batch))
-    advantages = run.learner.objective.algorithm.advantages(batch.rewards, run.recipe.train).view(-1)
+    advantages = run.algorithm.advantages(batch.rewards, run.recipe.train).view(-1)
     metrics = yield from clock.timed("train", update(run, step, batch, scored, advantages))
     yield from run.source.publish(step + 1, clock)
     yield from record(run, step, clock, batch, metrics | mismatch(batch.rollouts, scored), advantages)

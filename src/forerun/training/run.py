@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from forerun.algorithms import ALGORITHMS, Algorithm
 from forerun.config import Recipe, load_recipe
 from forerun.drafters import Drafter, load_drafter
 from forerun.engine import RolloutEngine, build_engine
@@ -109,6 +110,7 @@ class Run:
         self._new_warnings: list[str] = []  # not yielded yet
         self.trackers = load_trackers(recipe.trackers, self._new_warnings.append)
         self.stop_requested: Callable[[], bool] = lambda: False
+        self.algorithm: Algorithm = ALGORITHMS.load(recipe.train.algorithm)
         self.task = load_task(recipe.task, recipe.seed)
         self.problems = self.task.problems("train")
         self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
@@ -326,6 +328,8 @@ def finish_run(current: Run, env: dict[str, Any], prediction: Prediction | None)
     folder = current.folder
     exported = yield from during("saving", _export(current))
     current.history.wall_s = current.wall_s
+    for text in current.take_warnings():
+        yield Warned(text)
     summary = current.history.summary() | run_facts(current) | {"machine": machine_line(env)}
     summary["paths"] = {name: str(getattr(folder, name)) for name in PATHS} | exported
     summary["overlap"] = overlap(current.history.lines)
@@ -336,6 +340,8 @@ def finish_run(current: Run, env: dict[str, Any], prediction: Prediction | None)
     folder.write_summary(summary)
     for tracker in current.trackers:
         tracker.finish(summary)
+    for text in current.take_warnings():  # of the trackers
+        yield Warned(text)
     current.timeline.close()
     write_report(folder.path)
     yield Finished(summary)
