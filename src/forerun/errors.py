@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in a recipe, a file or a model, told in one sentence: what, where, and what to do."""
+    """A mistake in a recipe, a file or a model, in one sentence: what, where, and what to do."""
 
 
 class Interrupted(Exception):
@@ -12,4 +12,4 @@ class Interrupted(Exception):
 
 
 class PartLost(Exception):
-    """A part of the run is gone, and the run has not found back by itself; the message is a sentence."""
+    """A worker is gone and was not replaced; the message is a sentence."""

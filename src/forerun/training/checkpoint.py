@@ -1,10 +1,10 @@
 """Checkpoints: policy, optimizer, drafter with its optimizer, random state and history of a run, whole or not at all.
 
-A checkpoint is written beside its final name and renamed when everything in it has reached the disk; a folder without
-`complete`, which holds the size of every file, was cut off and is ignored. One that turns out broken is set aside for
-the one before. The learner writes its own part: `optimizer.pt`, or, sharded, the folder `learner`. With `train.lora`
-there is no `policy` but the `base` that the run began with and the `adapter` on it, in peft's format: once merged and
-rounded, they could not be told apart. Left out: the prompts' order and the engine's seeds, which follow from the step.
+A checkpoint is written as `step-N.partial` and renamed when everything in it has reached the disk. A folder without the
+file `complete` (the size of every other file) is ignored; a broken one is renamed and the one before is used. The
+learner writes `optimizer.pt`, or, sharded, the folder `learner`. With `train.lora` there is no `policy` but the `base`
+that the run began with and the `adapter` on it, in peft's format: merged and rounded, they could not be separated.
+The order of prompts and the engine's seeds follow from the step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Saved(Protocol):
     adapter: LoraAdapter | None
 
     def save(self, folder: Path) -> None:
-        """Write what it needs to go on, beside the policy itself, into the folder of a checkpoint."""
+        """Write its own state, without the policy, into the folder of a checkpoint."""
 
     def restore(self, folder: Path) -> None:
         """Inverse of `save`."""
@@ -53,7 +53,7 @@ class Resumable(Protocol):
     """What trains the drafter: `CoTrainer` or `GroupCoTrainer`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What it needs to go on, beside the drafter itself: tensors, numbers and lists."""
+        """Its own state, without the drafter: tensors, numbers and lists."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""
@@ -152,7 +152,7 @@ def from_newest(run: Path, load: Callable[[Path], Loaded]) -> tuple[Loaded, list
 
 @contextmanager
 def reading(checkpoint: Path) -> Iterator[None]:
-    """What goes wrong while files of a checkpoint are read makes it a BrokenCheckpoint."""
+    """Turn errors while files of a checkpoint are read into BrokenCheckpoint."""
     try:
         yield
     except BrokenCheckpoint:
@@ -183,7 +183,7 @@ def read_history(checkpoint: Path) -> dict[str, Any]:
 
 
 def policy_folder(checkpoint: Path, lora: LoraConfig | None) -> Path:
-    """The policy to load before `restore`: the checkpoint's, or the one that its adapter stands on.
+    """The policy to load before `restore`: the checkpoint's, or the base of its adapter.
 
     Raises:
         UserError: the checkpoint was made with another `train.lora`. BrokenCheckpoint.

@@ -1,4 +1,4 @@
-"""What a run remembers from step to step: enough to write its summary, small enough to go into every checkpoint."""
+"""What a run keeps from step to step: enough to write its summary, small enough to go into every checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How Ctrl-C ends a run: at the next safe point, with a checkpoint."""
+"""Ctrl-C ends a run at the next safe point, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 
 @contextmanager
 def stop_flag() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C only asks to stop, at the next safe point; a second one ends the process at once."""
+    """The first Ctrl-C requests a stop at the next safe point; a second one ends the process at once."""
     asked = False
 
     def ask(number: int, frame: FrameType | None) -> None:

@@ -67,7 +67,7 @@ def train_step(run: Run, step: int) -> Work[None]:
 
 
 def score(run: Run, step: int, batch: RolloutBatch) -> Work[Scored]:
-    """Log-probabilities by the policy itself; a drafter that trains beside it reads the same forward."""
+    """Log-probabilities by the policy itself; a co-trained drafter reads the same forward."""
     if run.cotrainer is not None:
         run.cotrainer.begin(step)
     return (yield from counted(run.score(batch.rollouts), len(batch.rollouts)))

@@ -42,6 +42,7 @@ from forerun.training.checkpoint import (
     save_checkpoint,
 )
 from forerun.training.drafter import prepare_drafter
+from forerun.training.export import export
 from forerun.training.history import History
 from forerun.training.interrupt import stop_flag
 from forerun.training.loop import train
@@ -50,7 +51,7 @@ from forerun.training.prompts import Request, prepare_policy, request_of_step
 from forerun.training.restart import Restarts
 from forerun.training.rollout import OnDemand, RolloutBatch, generate
 from forerun.training.timing import EngineStates, in_flight
-from forerun.training.weights import export, publish
+from forerun.training.weights import publish
 from forerun.workers.ray import ray_launcher
 
 PATHS = ("metrics", "rollouts", "timeline", "config", "env", "summary", "report")  # of a run folder, for the summary
@@ -349,7 +350,7 @@ def finish_run(current: Run, env: dict[str, Any], prediction: Prediction | None)
 
 
 def run_facts(current: Run) -> dict[str, Any]:
-    """What a summary says of the run beside its history."""
+    """The facts of a summary that are not in the history."""
     recipe = current.recipe
     step = current.history.step
     sums = publish(step, current.policy, current.drafter).checksums
