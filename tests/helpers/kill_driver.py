@@ -33,7 +33,7 @@ from forerun.events import Began, Ended, Progress
 from forerun.learner.distributed import LearnerGroup
 from forerun.report.console import Console
 from forerun.tracking.run_folder import RunFolder
-from forerun.training import checkpoint, loop
+from forerun.training import checkpoint, loop, prefetch, rollout
 from forerun.training import run as runs
 from forerun.training.run import Run
 from forerun.types import STAGES
@@ -119,7 +119,7 @@ class Hand:
         Console.show = struck  # type: ignore[method-assign]
 
     def _arm_generation(self) -> None:
-        generate = runs.generate
+        generate = rollout.generate
 
         def counted(*arguments: Any) -> Any:
             work = generate(*arguments)
@@ -132,14 +132,17 @@ class Hand:
                     self.at("rollouts")
                 yield event
 
-        runs.generate = counted
+        rollout.generate = prefetch.generate = counted
 
     def _arm_steps(self) -> None:
-        step, evaluate, finish_run = loop.train_step, loop.evaluate, runs.finish_run
+        evaluate, finish_run = loop.evaluate, runs.finish_run
 
-        def one_step(run: Any, number: int) -> Any:
-            self._enter(run, number)
-            return step(run, number)
+        def entered(original: Any) -> Any:
+            def following(source: Any, step: int, clock: Any) -> Any:
+                self._enter(source.run, step)
+                return original(source, step, clock)
+
+            return following
 
         def evaluation(run: Any, done: int) -> Any:
             self._enter(run, done - 1)
@@ -151,7 +154,9 @@ class Hand:
             self.at("finishing")
             return finish_run(run, *more)
 
-        loop.train_step, loop.evaluate, runs.finish_run = one_step, evaluation, finishing
+        loop.evaluate, runs.finish_run = evaluation, finishing
+        for source in (rollout.OnDemand, prefetch.Ahead):
+            source.next = entered(source.next)  # type: ignore[attr-defined]
 
     def _enter(self, run: Any, step: int) -> None:
         self.step, self.run, self.learner, self.stage = step, run, run.learner, ""

@@ -23,7 +23,7 @@ from forerun.errors import UserError
 from forerun.events import finish
 from forerun.learner.distributed import LearnerGroup
 from forerun.report.console import Console, follow
-from forerun.training import loop
+from forerun.training import loop, prefetch, rollout
 from forerun.training import run as runs
 from forerun.training.checkpoint import check_sizes, complete_checkpoints, newest_checkpoint
 from forerun.training.restart import Restarts
@@ -145,7 +145,8 @@ def keep_hands_off(monkeypatch: pytest.MonkeyPatch) -> None:
     from forerun.training import checkpoint
 
     for owner, names in (
-        (loop, ("train_step", "evaluate")), (runs, ("finish_run", "generate")), (Run, ("_checkpoint",)),
+        (loop, ("evaluate",)), (runs, ("finish_run",)), (rollout, ("generate",)), (prefetch, ("generate",)),
+        (rollout.OnDemand, ("next",)), (prefetch.Ahead, ("next",)), (Run, ("_checkpoint",)),
         (Console, ("show",)), (LearnerGroup, ("save", "restore")), (checkpoint, ("_flush", "_put_in_place")),
         (checkpoint.torch, ("save",)),
     ):  # fmt: skip

@@ -42,8 +42,15 @@ def train(run: Run) -> Work[None]:
     if history.step == 0 and not history.evaluations:
         yield from evaluate(run, 0)
     run.source.start(history.step)
-    while history.step < recipe.train.steps:
-        yield from train_step(run, history.step)
+    for step in range(history.step, recipe.train.steps):  # 0-based
+        clock = StageClock(run.timeline, step + 1)
+        batch = yield from run.source.next(step, clock)
+        yield from compare(run, step, batch)
+        scored = yield from clock.timed("logprob", score(run, step, batch))
+        advantages = run.algorithm.advantages(batch.rewards, recipe.train).view(-1)
+        metrics = yield from clock.timed("train", update(run, step, batch, scored, advantages))
+        yield from run.source.publish(step + 1, clock)
+        yield from record(run, step, clock, batch, metrics | mismatch(batch.rollouts, scored), advantages)
         if history.step == recipe.train.steps or due(recipe.eval.every, history.step):
             yield from evaluate(run, history.step)  # before the checkpoint, which must know of it
         if due(recipe.checkpoint.every, history.step):
@@ -52,18 +59,6 @@ def train(run: Run) -> Work[None]:
             raise Interrupted
     if history.step and history.evaluations and history.evaluations[-1]["step"] != history.step:
         yield from evaluate(run, history.step)
-
-
-def train_step(run: Run, step: int) -> Work[None]:
-    """One step, 0-based. It counts as finished when its update has been made and written down."""
-    clock = StageClock(run.timeline, step + 1)
-    batch = yield from run.source.next(step, clock)
-    yield from compare(run, step, batch)
-    scored = yield from clock.timed("logprob", score(run, step, batch))
-    advantages = run.algorithm.advantages(batch.rewards, run.recipe.train).view(-1)
-    metrics = yield from clock.timed("train", update(run, step, batch, scored, advantages))
-    yield from run.source.publish(step + 1, clock)
-    yield from record(run, step, clock, batch, metrics | mismatch(batch.rollouts, scored), advantages)
 
 
 def score(run: Run, step: int, batch: RolloutBatch) -> Work[Scored]:
@@ -87,7 +82,7 @@ def update(run: Run, step: int, batch: RolloutBatch, scored: Scored, advantages:
 def record(
     run: Run, step: int, clock: StageClock, batch: RolloutBatch, metrics: dict[str, float], advantages: Tensor
 ) -> Work[None]:
-    """Write the step's metrics and samples down and count it as done."""
+    """Write the step's metrics and samples down. From here on it counts as finished."""
     line = rollout_metrics(batch) | metrics | clock.metrics() | run.source.metrics(step, batch, clock)
     line |= {f"replicas/{name}": float(n) for name, n in run.engine.metrics().get("replicas", {}).items()}
     comparisons = run.history.comparisons
@@ -107,7 +102,7 @@ def compare(run: Run, step: int, speculative: RolloutBatch) -> Work[None]:
     if run.drafter is None or step not in spread(run.recipe.compare.steps, run.recipe.train.steps):
         return
     with run.timeline.learner_span("compare", step + 1):
-        run.plain.load(publish(step, run.policy, None, shared=run.shares_weights))
+        run.plain.load(publish(step, run.policy, None, shared=run.engine.shares_weights))
         work = generate(run.plain, run.policy, run.task, speculative.request, run.recipe.train.samples_per_prompt)
         plain = yield from during("plain generation, to compare", work)
     run.history.comparisons.append(comparison(step + 1, plain, speculative))
@@ -120,13 +115,15 @@ def evaluate(run: Run, step: int) -> Work[None]:
         return
     recipe = run.recipe
     drafter = run.drafter if run.evaluator is run.engine else None
-    run.evaluator.load(publish(step, run.policy, drafter, shared=run.shares_weights))
+    run.evaluator.load(publish(step, run.policy, drafter, shared=run.engine.shares_weights))
     prompts = [encode(problem, recipe, run.policy) for problem in run.held_out]
     request = Request(run.held_out, prompts, sampling_for(recipe, EVAL_STREAM, step, recipe.eval.temperature))
     run.engine_states.begin("evaluate", step)
     with run.timeline.learner_span("evaluation", step):
         work = generate(run.evaluator, run.policy, run.task, request, recipe.eval.samples, run.stop_requested)
-        result = evaluation((yield from during("evaluation", work)))
+        batch = yield from during("evaluation", work)
+    run.engine_states.end(batch.timeline)
+    result = evaluation(batch)
     run.log(step, dict(result))
     run.history.evaluations.append({"step": step, **result})
     yield Note(

@@ -11,12 +11,17 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from forerun.engine import RolloutEngine, Weights
 from forerun.errors import Interrupted
-from forerun.events import Work
-from forerun.training.rollout import RolloutBatch
+from forerun.events import Work, finish
+from forerun.tracking.timeline import QUEUE
+from forerun.training.rollout import RolloutBatch, generate
 from forerun.training.timing import StageClock
+
+if TYPE_CHECKING:
+    from forerun.training.run import Run
 
 StopRequested = Callable[[], bool]
 Generate = Callable[[int, StopRequested, Callable[[], None]], RolloutBatch]  # step, stop_requested, between two rounds
@@ -127,32 +132,26 @@ class Prefetcher:
 
 
 class Ahead:
-    """The source that the loop asks: a `Prefetcher`, from the first step of the run on."""
+    """The source that the loop asks: a `Prefetcher` from the first step of the run on."""
 
-    def __init__(
-        self,
-        prefetch: Callable[[int], Prefetcher],
-        weights: Callable[[int], Weights],
-        stop_requested: StopRequested,
-    ) -> None:
-        """Args: prefetch: generates from this step on. weights: of a version, frozen."""
-        self._prefetch = prefetch
-        self._weights = weights
-        self._stop_requested = stop_requested
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self._prefetcher: Prefetcher | None = None
 
     def start(self, step: int) -> None:
         """Begin to generate, by the weights of now."""
-        self._prefetcher = self._prefetch(step)
-        self._prefetcher.publish(self._weights(step))
+        run, loop = self.run, self.run.recipe.loop
+        steps = range(step, run.recipe.train.steps)
+        self._prefetcher = Prefetcher(run.engine, self._generate, steps, loop.lag, loop.in_flight, self._count)
+        self._prefetcher.publish(run.frozen_weights(step))
 
     def next(self, step: int, clock: StageClock) -> Work[RolloutBatch]:
         """A step's rollouts; stage generation is the time waited for them (exposed generation)."""
-        return (yield from clock.call("generation", lambda: self._running.take(step, self._stop_requested)))
+        return (yield from clock.call("generation", lambda: self._running.take(step, self.run.stop_requested)))
 
     def publish(self, version: int, clock: StageClock) -> Work[None]:
         """New weights exist: the thread may take them at once."""
-        yield from clock.call("prepare", lambda: self._running.publish(self._weights(version)))
+        yield from clock.call("prepare", lambda: self._running.publish(self.run.frozen_weights(version)))
 
     def metrics(self, step: int, batch: RolloutBatch, clock: StageClock) -> dict[str, float]:
         """How old the tokens are, and who waited for whom."""
@@ -167,6 +166,18 @@ class Ahead:
         """Stop the thread."""
         if self._prefetcher is not None:
             self._prefetcher.close()
+
+    def _generate(self, step: int, stop_requested: StopRequested, between: Callable[[], None]) -> RolloutBatch:
+        run = self.run
+        run.engine_states.begin("generate", step + 1)
+        n = run.recipe.train.samples_per_prompt
+        work = generate(run.engine, run.policy, run.task, run.request(step), n, stop_requested, between)
+        batch = finish(work)
+        run.engine_states.end(batch.timeline)
+        return batch
+
+    def _count(self, step: int, waiting: int) -> None:
+        self.run.timeline.count(QUEUE, waiting, step + 1)
 
     @property
     def _running(self) -> Prefetcher:

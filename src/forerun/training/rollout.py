@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from forerun.engine import Counters, RolloutEngine, Weights
+from forerun.engine import Counters, RolloutEngine
 from forerun.engine.base import nothing
 from forerun.errors import Interrupted
 from forerun.events import Progress, Work
@@ -21,6 +22,9 @@ from forerun.tasks import Task
 from forerun.training.prompts import Request
 from forerun.training.timing import StageClock
 from forerun.types import Rollout
+
+if TYPE_CHECKING:
+    from forerun.training.run import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,27 +92,23 @@ def generate(
 class OnDemand:
     """Generates a step's rollouts when the step asks for them, by that step's weights."""
 
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        request: Callable[[int], Request],
-        weights: Callable[[int], Weights],
-        generate: Callable[[int, Request], Work[RolloutBatch]],
-    ) -> None:
-        """Args: request, weights: of a step (0-based). generate: a step's rollouts by `engine`."""
-        self._engine = engine
-        self._request = request
-        self._weights = weights
-        self._generate = generate
+    def __init__(self, run: Run) -> None:
+        self.run = run
 
     def start(self, step: int) -> None:
         """The first step that will be asked for."""
 
     def next(self, step: int, clock: StageClock) -> Work[RolloutBatch]:
         """A step's rollouts: stages data, prepare and generation."""
-        request = yield from clock.call("data", lambda: self._request(step))
-        yield from clock.call("prepare", lambda: self._engine.load(self._weights(step)))
-        return (yield from clock.timed("generation", self._generate(step, request)))
+        run = self.run
+        request = yield from clock.call("data", lambda: run.request(step))
+        yield from clock.call("prepare", lambda: run.engine.load(run.weights(step)))
+        run.engine_states.begin("generate", step + 1)
+        n = run.recipe.train.samples_per_prompt
+        work = generate(run.engine, run.policy, run.task, request, n, run.stop_requested)
+        batch = yield from clock.timed("generation", work)
+        run.engine_states.end(batch.timeline)
+        return batch
 
     def publish(self, version: int, clock: StageClock) -> Work[None]:
         """New weights exist. The next step takes them when it asks for rollouts."""

@@ -20,7 +20,7 @@ from forerun.drafters import Drafter, load_drafter
 from forerun.engine import RolloutEngine, build_engine
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, PartLost, UserError
-from forerun.events import Finished, Note, Warned, Work, during, finish
+from forerun.events import Finished, Note, Warned, Work, during
 from forerun.learner.cotrain_distributed import build_cotrainer
 from forerun.learner.distributed import make_learner
 from forerun.models import Policy, load_policy
@@ -30,7 +30,7 @@ from forerun.tasks import load_task
 from forerun.tracking.environment import machine_line
 from forerun.tracking.reader import overlap
 from forerun.tracking.run_folder import RunFolder
-from forerun.tracking.timeline import QUEUE, Timeline
+from forerun.tracking.timeline import Timeline
 from forerun.tracking.trackers import RunInfo, load_trackers
 from forerun.training.checkpoint import (
     complete_checkpoints,
@@ -46,12 +46,13 @@ from forerun.training.export import export
 from forerun.training.history import History
 from forerun.training.interrupt import stop_flag
 from forerun.training.loop import train
-from forerun.training.prefetch import Ahead, Prefetcher
+from forerun.training.prefetch import Ahead
 from forerun.training.prompts import Request, prepare_policy, request_of_step
 from forerun.training.restart import Restarts
-from forerun.training.rollout import OnDemand, RolloutBatch, generate
-from forerun.training.timing import EngineStates, in_flight
+from forerun.training.rollout import OnDemand
+from forerun.training.timing import EngineStates
 from forerun.training.weights import publish
+from forerun.types import Weights
 from forerun.workers.ray import ray_launcher
 
 PATHS = ("metrics", "rollouts", "timeline", "config", "env", "summary", "report")  # of a run folder, for the summary
@@ -78,7 +79,13 @@ def run(recipe: Recipe, resume: Path | None = None) -> Work[dict[str, Any]]:
                 current = yield from begin()
                 current.warnings[:0] = warnings
                 current.stop_requested = stop_requested
-                return (yield from train_to_end(current))
+                yield from announce(current)
+                yield from train(current)
+                return (yield from finish_run(current))
+            except Interrupted:
+                if current is not None:
+                    yield from stop_run(current)
+                raise
             except PartLost as lost:
                 folder, warning = restarts.grant(lost, current.folder.path if current else resume)
                 warnings = [*(current.warnings if current else warnings), warning]
@@ -120,9 +127,8 @@ class Run:
         launcher = ray_launcher(recipe.cluster, "replica", *workers)
         self.engine = build_engine(recipe.rollout, policy, drafter, recipe.speculation, launcher)
         self.engine_states = EngineStates(self.engine, self.timeline)
-        self.shares_weights = self.engine.shares_weights
         self.evaluator = self._evaluator()
-        self.source = self._ahead() if recipe.loop.lag else self._on_demand()
+        self.source = Ahead(self) if recipe.loop.lag else OnDemand(self)
         try:
             launcher = ray_launcher(recipe.cluster, "rank", *workers)
             self.learner = make_learner(policy, recipe.train, recipe.rollout, launcher, folder.path)
@@ -130,7 +136,21 @@ class Run:
         except BaseException:
             self.engine.close()
             raise
+        self.env: dict[str, Any] = {}  # content of env.json
+        self.prediction: Prediction | None = None
         self._started = perf_counter() - history.wall_s
+
+    def request(self, step: int) -> Request:
+        """What a step (0-based) asks the engine for."""
+        return request_of_step(self.recipe, self.policy, self.problems, step)
+
+    def weights(self, version: int) -> Weights:
+        """Policy and drafter as they are, for the run's engine."""
+        return publish(version, self.policy, self.drafter, shared=self.engine.shares_weights)
+
+    def frozen_weights(self, version: int) -> Weights:
+        """A copy of them, for an engine that reads it during the next update."""
+        return publish(version, self.policy, self.drafter, shared=False, frozen=True)
 
     def checkpoint(self) -> Work[None]:
         """Write one of this moment. Raises UserError when the disk is full."""
@@ -191,44 +211,6 @@ class Run:
             return self.engine
         return LocalEngine(self.policy, slots=slots or self.recipe.rollout.slots)
 
-    def _on_demand(self) -> OnDemand:
-        """The synchronous source."""
-
-        def of_step(step: int, request: Request) -> Work[RolloutBatch]:
-            return self._generate(step, request, self.stop_requested)
-
-        def weights(step: int) -> Any:
-            return publish(step, self.policy, self.drafter, shared=self.shares_weights)
-
-        return OnDemand(self.engine, self._request, weights, of_step)
-
-    def _ahead(self) -> Ahead:
-        """The asynchronous source."""
-
-        def of_step(step: int, stop: Callable[[], bool], between: Callable[[], None]) -> RolloutBatch:
-            return finish(self._generate(step, self._request(step), stop, between))
-
-        def waiting(step: int, count: int) -> None:
-            self.timeline.count(QUEUE, count, step + 1)
-
-        def prefetch(first: int) -> Prefetcher:
-            steps, loop = range(first, self.recipe.train.steps), self.recipe.loop
-            return Prefetcher(self.engine, of_step, steps, loop.lag, loop.in_flight, waiting)
-
-        def weights(version: int) -> Any:
-            return publish(version, self.policy, self.drafter, shared=False, frozen=True)
-
-        return Ahead(prefetch, weights, lambda: self.stop_requested())
-
-    def _request(self, step: int) -> Request:
-        return request_of_step(self.recipe, self.policy, self.problems, step)
-
-    def _generate(self, step: int, request: Request, stop: Callable[[], bool], *between: Any) -> Work[RolloutBatch]:
-        self.engine_states.begin("generate", step + 1)
-        n = self.recipe.train.samples_per_prompt
-        work = generate(self.engine, self.policy, self.task, request, n, stop, *between)
-        return in_flight(self.timeline, step + 1, work)
-
 
 # ---- beginning ----
 
@@ -288,55 +270,53 @@ def load_checkpoint(checkpoint: Path, folder: RunFolder, recipe: Recipe) -> tupl
 # ---- to the end ----
 
 
-def train_to_end(current: Run) -> Work[dict[str, Any]]:
-    """All remaining steps, then the model, the summary and the report."""
-    env = current.folder.write_env()
-    about = RunInfo(
-        current.folder.path, current.recipe.name, current.recipe.model_dump(mode="json"), env, current.history.step
-    )
+def announce(current: Run) -> Work[None]:
+    """Start the trackers; the adapter and the predicted step as notes."""
+    recipe = current.recipe
+    current.env = current.folder.write_env()
+    info = RunInfo(current.folder.path, recipe.name, recipe.model_dump(mode="json"), current.env, current.history.step)
     for tracker in current.trackers:
-        tracker.start(about)
+        tracker.start(info)
     if current.learner.adapter is not None:
         yield Note(current.learner.adapter.describe())
-    prediction = predict(current)
-    yield Note(prediction if isinstance(prediction, str) else prediction.text())
     try:
-        yield from train(current)
-    except Interrupted:
-        yield from current.checkpoint()
-        current.timeline.close()
-        warning = f"stopped after step {current.history.step}; go on with: forerun train --resume {current.folder.path}"
-        yield Warned(warning)
-        raise
-    return (yield from finish_run(current, env, prediction if isinstance(prediction, Prediction) else None))
+        current.prediction = predict(current)
+        yield Note(current.prediction.text())
+    except UserError as error:
+        yield Note(f"no prediction of this run: {error}")
 
 
-def predict(current: Run) -> Prediction | str:
-    """The mean step as the simulator sees it beforehand, or why it cannot."""
+def stop_run(current: Run) -> Work[None]:
+    """A stop was requested: write a checkpoint of the last finished step."""
+    yield from current.checkpoint()
+    current.timeline.close()
+    step, path = current.history.step, current.folder.path
+    yield Warned(f"stopped after step {step}; go on with: forerun train --resume {path}")
+
+
+def predict(current: Run) -> Prediction:
+    """The mean step as the simulator sees it beforehand. Raises UserError where it cannot."""
     device = current.policy.device
     recipe = current.recipe.model_dump()
     if (trained := current.folder.path / "drafter").is_dir():
         recipe["speculation"]["draft"] = str(trained)  # made for this run: its config.json holds its acceptance
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    try:
-        return predict_recipe(recipe, device=name, shape=current.policy.model.config.to_dict())
-    except UserError as error:
-        return f"no prediction of this run: {error}"
+    return predict_recipe(recipe, device=name, shape=current.policy.model.config.to_dict())
 
 
-def finish_run(current: Run, env: dict[str, Any], prediction: Prediction | None) -> Work[dict[str, Any]]:
+def finish_run(current: Run) -> Work[dict[str, Any]]:
     """Save policy and drafter in Hugging Face format, write summary and report."""
     folder = current.folder
     exported = yield from during("saving", _export(current))
     current.history.wall_s = current.wall_s
     for text in current.take_warnings():
         yield Warned(text)
-    summary = current.history.summary() | run_facts(current) | {"machine": machine_line(env)}
+    summary = current.history.summary() | run_facts(current) | {"machine": machine_line(current.env)}
     summary["paths"] = {name: str(getattr(folder, name)) for name in PATHS} | exported
     summary["overlap"] = overlap(current.history.lines)
-    if prediction is not None:
-        compared = compare(prediction, current.history.lines)
-        summary["prediction"] = {**prediction.to_dict(), "compared": compared}
+    if current.prediction is not None:
+        compared = compare(current.prediction, current.history.lines)
+        summary["prediction"] = {**current.prediction.to_dict(), "compared": compared}
         yield Note(compared["text"])
     folder.write_summary(summary)
     for tracker in current.trackers:

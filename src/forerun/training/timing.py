@@ -5,18 +5,15 @@ One clock reading feeds the trace and the metrics.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from forerun.engine import RolloutEngine
 from forerun.events import Began, Ended, Work
 from forerun.tracking.timeline import IN_FLIGHT, LEARNER, Timeline, Window
 from forerun.types import STAGES
-
-if TYPE_CHECKING:
-    from forerun.training.rollout import RolloutBatch
 
 T = TypeVar("T")
 
@@ -75,11 +72,17 @@ class EngineStates:
         self._timeline = timeline
         self._work = "generate"
         self._step = 0
+        self._began_ns = 0
 
     def begin(self, work: str, step: int) -> None:
-        """What the next streams are for: "generate" or "evaluate", and whose step (counted from 1)."""
+        """What the next stream is for: "generate" or "evaluate", and whose step (counted from 1)."""
         self._work = work
         self._step = step
+        self._began_ns = self._timeline.now_ns()
+
+    def end(self, unfinished: Sequence[tuple[float, int]]) -> None:
+        """The stream has ended; `unfinished` samples by seconds since it began."""
+        self._timeline.counts(IN_FLIGHT, self._began_ns, unfinished, self._step)
 
     def enter(self, who: str, state: str, version: int) -> None:
         """`who` does this from now on. "lost" is an instant, after which its successor starts."""
@@ -94,11 +97,3 @@ class EngineStates:
             lane.enter("start", self._step)
         else:
             lane.enter("idle", self._step)
-
-
-def in_flight(timeline: Timeline, step: int, work: Work[RolloutBatch]) -> Work[RolloutBatch]:
-    """Generation, with the number of unfinished samples on the timeline. `step` is counted from 1."""
-    since_ns = timeline.now_ns()
-    batch = yield from work
-    timeline.counts(IN_FLIGHT, since_ns, batch.timeline, step)
-    return batch
