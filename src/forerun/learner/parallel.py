@@ -1,4 +1,4 @@
-"""What the ranks of a sharded learner share: the rows, and the collectives that FSDP2 does not make by itself.
+"""Rows of each rank of a sharded learner, and the collectives beyond FSDP2's.
 
 Every rank runs its own rows. A loss that is a sum over tokens divided by the tokens of the whole batch, on whichever
 rank they are, has gradients that add up to those of one rank, so the update depends neither on the number of ranks nor
@@ -29,8 +29,8 @@ def split_rows(lengths: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(part) for part in rows]
 
 
-def most_over_ranks(number: int, group: dist.ProcessGroup | None = None) -> int:
-    """The largest of the ranks' numbers: micro-batches that all must run, or whether one of them has seen something."""
+def all_reduce_max(number: int, group: dist.ProcessGroup | None = None) -> int:
+    """The largest of the ranks' numbers, e.g. of micro-batches, or of flags that one of them has raised."""
     largest = torch.tensor(number)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return int(largest)

@@ -30,7 +30,7 @@ from forerun.learner.distributed import WEIGHTS
 from forerun.learner.fsdp import Blueprint, build_sharded, load_shards, load_whole, save_shards, whole_parameters
 from forerun.learner.learner import SHARDS, Learner
 from forerun.learner.objective import Scored, Update
-from forerun.learner.parallel import most_over_ranks
+from forerun.learner.parallel import all_reduce_max
 from forerun.learner.shared_folder import folder_fault
 from forerun.models import Policy
 from forerun.models.logprobs import completion_logits
@@ -113,7 +113,7 @@ class Rank:
         file = Path(self.server.files[WEIGHTS])
         policy = Policy(build_sharded(spec.plan, file, mesh, device, learns=True), None, spec.plan.name)
         reference = build_sharded(spec.plan, file, mesh, device, learns=False) if spec.config.kl > 0 else None
-        self.learner = Learner(policy, spec.config, spec.temperature, reference, most_over_ranks)
+        self.learner = Learner(policy, spec.config, spec.temperature, reference, all_reduce_max)
         self.server.remove_files()
         self._answer()
 
