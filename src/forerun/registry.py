@@ -15,6 +15,12 @@ from typing import Any
 from forerun.errors import UserError
 
 
+def load_path(path: str) -> Any:
+    """What "package.module:Name" names. Raises ImportError, AttributeError or ValueError."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 class Registry:
     """The names of one kind of part."""
 
@@ -49,9 +55,8 @@ class Registry:
         path = self.entries.get(name) or next((p.value for p in self._entry_points() if p.name == name), name)
         if not isinstance(path, str):
             return path
-        module, _, attribute = path.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
+            return load_path(path)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"The {self.kind} '{name}' cannot be imported from {path}: {error}") from None
 

@@ -35,7 +35,7 @@ from forerun.report.console import Console
 from forerun.tracking.run_folder import RunFolder
 from forerun.training import checkpoint, loop, prefetch, rollout
 from forerun.training import run as runs
-from forerun.training.run import Run
+from forerun.training.state import Run
 from forerun.types import STAGES
 from preforked import Preforked
 

@@ -27,7 +27,8 @@ from forerun.training import loop, prefetch, rollout
 from forerun.training import run as runs
 from forerun.training.checkpoint import check_sizes, complete_checkpoints, newest_checkpoint
 from forerun.training.restart import Restarts
-from forerun.training.run import Run, resumed_recipe, run
+from forerun.training.run import resumed_recipe, run
+from forerun.training.state import Run
 from kill_driver import LIMIT_S, POINTS, Hand
 from kill_runs import PROMPTS, Zygote, faults, lines, write_recipe
 

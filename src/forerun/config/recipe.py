@@ -12,23 +12,26 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from forerun.algorithms import ALGORITHMS
 from forerun.config.drafters import Block, DrafterConfig, GraftConfig, NgramConfig, TrieConfig
 from forerun.config.messages import sentence
 from forerun.errors import UserError
-from forerun.registry import DRAFTERS, ENGINES, Registry
+from forerun.registry import DRAFTERS, ENGINES, Registry, load_path
 from forerun.tracking.trackers import TRACKERS
 
 DType = Literal["auto", "float32", "bfloat16"]
 
 
-def known_to(registry: Registry, *others: str) -> AfterValidator:
-    """Validates a name of `registry` or `others`, or the path "package.module:Name" of a part from elsewhere."""
+def known_to(registry: Registry | str, *others: str) -> AfterValidator:
+    """Validates a name of `registry` or `others`, or the path "package.module:Name" of a part from elsewhere.
+
+    Args:
+        registry: or where it is, for one whose package reads recipes itself.
+    """
 
     def check(name: str) -> str:
         try:
             if name not in others:
-                registry.check(name)
+                (load_path(registry) if isinstance(registry, str) else registry).check(name)
         except UserError as error:
             raise ValueError(str(error)) from None
         return name
@@ -219,7 +222,7 @@ class LoraConfig(Block):
 
 
 class TrainConfig(Block):
-    algorithm: Annotated[str, known_to(ALGORITHMS)] = Field(
+    algorithm: Annotated[str, known_to("forerun.algorithms:ALGORITHMS")] = Field(
         "grpo", description="advantages and loss: grpo, dr_grpo, gspo, an entry point or package.module:NAME"
     )
     steps: int = Field(100, ge=0)

@@ -22,7 +22,7 @@ from torch.distributed import Store, TCPStore
 from forerun.config import DraftConfig, RolloutConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
 from forerun.events import Counting, finish
-from forerun.learner.learner import Learner
+from forerun.learner.learner import WEIGHTS, Learner
 from forerun.learner.lora import LoraAdapter
 from forerun.learner.objective import Objective, Scored, Update, UpdateResult
 from forerun.learner.parallel import split_rows
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from forerun.learner.fsdp import Blueprint
 
 FACTORY = "forerun.learner.worker:serve_rank"
-WEIGHTS = "weights.pt"  # the file of a rank's initial weights
 START_S = 600.0  # until the ranks have their model; to write or read a checkpoint
 
 

@@ -31,6 +31,7 @@ from forerun.models.logprobs import TokenBatch, completion_logits, token_entropy
 from forerun.types import Rollout
 
 SHARDS = "learner"  # folder of a checkpoint in which ranks keep theirs
+WEIGHTS = "weights.pt"  # file of a rank\'s initial weights
 
 
 class Learner:

@@ -26,9 +26,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from forerun.config import DraftConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
 from forerun.events import Counting, T
-from forerun.learner.distributed import WEIGHTS
 from forerun.learner.fsdp import Blueprint, build_sharded, load_shards, load_whole, save_shards, whole_parameters
-from forerun.learner.learner import SHARDS, Learner
+from forerun.learner.learner import SHARDS, WEIGHTS, Learner
 from forerun.learner.objective import Scored, Update
 from forerun.learner.parallel import all_reduce_max
 from forerun.learner.shared_folder import folder_fault

@@ -21,17 +21,17 @@ from forerun.events import Note, StepDone, Warned, Work, counted, during
 from forerun.learner.objective import Scored, mismatch
 from forerun.training.metrics import comparison, evaluation, rollout_metrics, rollout_samples, thinned
 from forerun.training.prompts import Request, encode, sampling_for
-from forerun.training.rollout import RolloutBatch, generate
+from forerun.training.rollout import RolloutBatch, Source, generate
 from forerun.training.timing import StageClock
 from forerun.training.weights import publish
 
 if TYPE_CHECKING:
-    from forerun.training.run import Run
+    from forerun.training.state import Run
 
 EVAL_STREAM = 1_000_003  # random stream of evaluations, apart from those of the steps
 
 
-def train(run: Run) -> Work[None]:
+def train(run: Run, source: Source) -> Work[None]:
     """All remaining steps of a run, with evaluations and checkpoints where the recipe wants them.
 
     Raises:
@@ -41,16 +41,17 @@ def train(run: Run) -> Work[None]:
     recipe, history = run.recipe, run.history
     if history.step == 0 and not history.evaluations:
         yield from evaluate(run, 0)
-    run.source.start(history.step)
+    source.start(history.step)
     for step in range(history.step, recipe.train.steps):  # 0-based
         clock = StageClock(run.timeline, step + 1)
-        batch = yield from run.source.next(step, clock)
+        batch = yield from source.next(step, clock)
         yield from compare(run, step, batch)
         scored = yield from clock.timed("logprob", score(run, step, batch))
         advantages = run.algorithm.advantages(batch.rewards, recipe.train).view(-1)
         metrics = yield from clock.timed("train", update(run, step, batch, scored, advantages))
-        yield from run.source.publish(step + 1, clock)
-        yield from record(run, step, clock, batch, metrics | mismatch(batch.rollouts, scored), advantages)
+        yield from source.publish(step + 1, clock)
+        metrics |= mismatch(batch.rollouts, scored) | clock.metrics() | source.metrics(step, batch, clock)
+        yield from record(run, step, clock, batch, metrics, advantages)
         if history.step == recipe.train.steps or due(recipe.eval.every, history.step):
             yield from evaluate(run, history.step)  # before the checkpoint, which must know of it
         if due(recipe.checkpoint.every, history.step):
@@ -83,7 +84,7 @@ def record(
     run: Run, step: int, clock: StageClock, batch: RolloutBatch, metrics: dict[str, float], advantages: Tensor
 ) -> Work[None]:
     """Write the step's metrics and samples down. From here on it counts as finished."""
-    line = rollout_metrics(batch) | metrics | clock.metrics() | run.source.metrics(step, batch, clock)
+    line = rollout_metrics(batch) | metrics
     line |= {f"replicas/{name}": float(n) for name, n in run.engine.metrics().get("replicas", {}).items()}
     comparisons = run.history.comparisons
     if comparisons and comparisons[-1]["step"] == step + 1:

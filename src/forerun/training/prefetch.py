@@ -21,7 +21,7 @@ from forerun.training.rollout import RolloutBatch, generate
 from forerun.training.timing import StageClock
 
 if TYPE_CHECKING:
-    from forerun.training.run import Run
+    from forerun.training.state import Run
 
 StopRequested = Callable[[], bool]
 Generate = Callable[[int, StopRequested, Callable[[], None]], RolloutBatch]  # step, stop_requested, between two rounds

@@ -1,7 +1,6 @@
 """Rollouts with rewards, and the synchronous source of them: a step's own weights generate its rollouts.
 
-A source has `start(step)`, `next(step, clock)`, `publish(version, clock)`, `metrics(...)` and `close()`; the other one
-is `prefetch.py`.
+The asynchronous source is in `prefetch.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -24,7 +23,7 @@ from forerun.training.timing import StageClock
 from forerun.types import Rollout
 
 if TYPE_CHECKING:
-    from forerun.training.run import Run
+    from forerun.training.state import Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +88,25 @@ def generate(
     )
 
 
+class Source(Protocol):
+    """Where the loop's rollouts come from."""
+
+    def start(self, step: int) -> None:
+        """The first step (0-based) that will be asked for."""
+
+    def next(self, step: int, clock: StageClock) -> Work[RolloutBatch]:
+        """A step's rollouts."""
+
+    def publish(self, version: int, clock: StageClock) -> Work[None]:
+        """New weights exist."""
+
+    def metrics(self, step: int, batch: RolloutBatch, clock: StageClock) -> dict[str, float]:
+        """What the source adds to a step's metrics."""
+
+    def close(self) -> None:
+        """Stop generating."""
+
+
 class OnDemand:
     """Generates a step's rollouts when the step asks for them, by that step's weights."""
 
@@ -96,7 +114,7 @@ class OnDemand:
         self.run = run
 
     def start(self, step: int) -> None:
-        """The first step that will be asked for."""
+        """Nothing is generated before it is asked for."""
 
     def next(self, step: int, clock: StageClock) -> Work[RolloutBatch]:
         """A step's rollouts: stages data, prepare and generation."""

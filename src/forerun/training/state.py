@@ -1,0 +1,139 @@
+"""A run between its first and its last step: its policy, drafter, engine, learner, history and run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from time import perf_counter
+from typing import Any
+
+from forerun.algorithms import ALGORITHMS, Algorithm
+from forerun.config import Recipe
+from forerun.drafters import Drafter
+from forerun.engine import RolloutEngine, build_engine
+from forerun.engine.local.engine import LocalEngine
+from forerun.events import Work, during
+from forerun.learner.cotrain_distributed import build_cotrainer
+from forerun.learner.distributed import make_learner
+from forerun.models import Policy
+from forerun.simulate.plan.predict import Prediction
+from forerun.tasks import load_task
+from forerun.tracking.run_folder import RunFolder
+from forerun.tracking.timeline import Timeline
+from forerun.tracking.trackers import load_trackers
+from forerun.training.checkpoint import (
+    save_checkpoint,
+)
+from forerun.training.history import History
+from forerun.training.prompts import Request, request_of_step
+from forerun.training.timing import EngineStates
+from forerun.training.weights import publish
+from forerun.types import Weights
+from forerun.workers.ray import ray_launcher
+
+
+class Run:
+    """The parts of a run between its first and its last step."""
+
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, policy: Policy, drafter: Drafter | None, history: History
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.policy = policy
+        self.drafter = drafter
+        self.history = history
+        self.warnings: list[str] = []
+        self._new_warnings: list[str] = []  # not yielded yet
+        self.trackers = load_trackers(recipe.trackers, self._new_warnings.append)
+        self.stop_requested: Callable[[], bool] = lambda: False
+        self.algorithm: Algorithm = ALGORITHMS.load(recipe.train.algorithm)
+        self.task = load_task(recipe.task, recipe.seed)
+        self.problems = self.task.problems("train")
+        self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
+        self.timeline = Timeline(folder.timeline, history.wall_s, history.step)
+        workers = (recipe.rollout.replicas, recipe.train.ranks)
+        launcher = ray_launcher(recipe.cluster, "replica", *workers)
+        self.engine = build_engine(recipe.rollout, policy, drafter, recipe.speculation, launcher)
+        self.engine_states = EngineStates(self.engine, self.timeline)
+        self.evaluator = self._evaluator()
+        try:
+            launcher = ray_launcher(recipe.cluster, "rank", *workers)
+            self.learner = make_learner(policy, recipe.train, recipe.rollout, launcher, folder.path)
+            self.cotrainer, self.score = build_cotrainer(self.learner, policy, drafter, recipe)
+        except BaseException:
+            self.engine.close()
+            raise
+        self.env: dict[str, Any] = {}  # content of env.json
+        self.prediction: Prediction | None = None
+        self._started = perf_counter() - history.wall_s
+
+    def request(self, step: int) -> Request:
+        """What a step (0-based) asks the engine for."""
+        return request_of_step(self.recipe, self.policy, self.problems, step)
+
+    def weights(self, version: int) -> Weights:
+        """Policy and drafter as they are, for the run's engine."""
+        return publish(version, self.policy, self.drafter, shared=self.engine.shares_weights)
+
+    def frozen_weights(self, version: int) -> Weights:
+        """A copy of them, for an engine that reads it during the next update."""
+        return publish(version, self.policy, self.drafter, shared=False, frozen=True)
+
+    def checkpoint(self) -> Work[None]:
+        """Write one of this moment. Raises UserError when the disk is full."""
+        yield from during("checkpoint", self._checkpoint())
+
+    def _checkpoint(self) -> Work[None]:
+        with self.timeline.learner_span("checkpoint", self.history.step):
+            yield from ()
+            self.history.wall_s = self.wall_s
+            save_checkpoint(
+                self.folder.path / "checkpoints",
+                self.history.step,
+                self.policy,
+                self.learner,
+                self.drafter,
+                self.history.to_json(),
+                self.recipe.checkpoint.keep,
+                self.cotrainer,
+            )
+        self.timeline.flush()
+
+    def log(self, step: int, metrics: dict[str, float | None]) -> None:
+        """Write a line of metrics, to the run folder and to every tracker."""
+        self.folder.log(step, metrics)
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
+
+    def take_warnings(self) -> list[str]:
+        """What the engine and the trackers have warned of since this was last asked; kept for the summary."""
+        found = [*self.engine.warnings, *self._new_warnings]
+        self.engine.warnings.clear()
+        self._new_warnings.clear()
+        self.warnings += [text for text in found if text not in self.warnings]
+        return found
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds of the run, those before a resume included."""
+        return perf_counter() - self._started
+
+    @cached_property
+    def plain(self) -> RolloutEngine:
+        """The same engine without speculation."""
+        return build_engine(self.recipe.rollout, self.policy, None, self.recipe.speculation)
+
+    def close(self) -> None:
+        """Give the engines and the learner back."""
+        self.engine.close()
+        self.learner.close()
+        if "plain" in vars(self):  # made when it was first asked for
+            self.plain.close()
+
+    def _evaluator(self) -> RolloutEngine:
+        """The run's engine, or another one on the live policy: an engine that runs ahead has no time to evaluate."""
+        slots = self.recipe.eval.slots
+        if slots is None and not self.recipe.loop.lag:
+            return self.engine
+        return LocalEngine(self.policy, slots=slots or self.recipe.rollout.slots)
