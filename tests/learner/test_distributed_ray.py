@@ -115,9 +115,8 @@ def ray() -> Iterator[Any]:
 def group_of(
     policy: Policy, config: TrainConfig, count: int, folder: Path, settings: ClusterConfig = LOCAL
 ) -> LearnerGroup:
-    return LearnerGroup(
-        policy, config.model_copy(update={"ranks": count}), 1.0, RayLauncher(settings, "rank", 2, count), folder
-    )
+    launcher = RayLauncher(settings, "rank", 2, count)
+    return LearnerGroup(policy, config.model_copy(update={"ranks": count}), 1.0, launcher, run_folder=folder)
 
 
 def gone(pids: list[int]) -> bool:

@@ -50,6 +50,15 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
         process.kill()
 
 
+@pytest.mark.skipif(scratch.fcntl is None, reason="this system has no flock")
+def test_what_was_left_in_the_middle_of_its_removal_is_removed(tmp_path: Path) -> None:
+    """The lock was the first file to go."""
+    half = Path(tempfile.mkdtemp(prefix=PREFIX))
+    (half / "weights").write_bytes(bytes(1000))
+    sweep()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_folders_that_have_just_been_made_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "YOUNG_S", 60.0)
     young = Path(tempfile.mkdtemp(prefix=PREFIX))

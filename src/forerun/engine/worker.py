@@ -90,6 +90,7 @@ def serve_engine(server: Server, spec: EngineSpec) -> RequestTable:
     speculation = spec.speculation | draft
     policy = server.files["policy"]
     engine = make(spec.engine, policy=policy, dtype=spec.dtype, speculation=speculation, slots=spec.slots)
+    engine.warnings.clear()  # of its start: every replica and every successor has the same
     return EngineWorker(server, engine).requests
 
 

@@ -57,7 +57,10 @@ def sweep() -> None:
 def _owned(folder: Path) -> bool:
     if fcntl is None:
         return True
-    lock = os.open(folder / LOCK, os.O_RDWR)
+    try:
+        lock = os.open(folder / LOCK, os.O_RDWR)
+    except FileNotFoundError:
+        return False  # its owner was killed while it removed the folder
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return False
