@@ -1,7 +1,7 @@
 #!/bin/bash
 # Learner ranks and rollout replicas under SLURM:   sbatch docs/cluster/slurm.sh
 # The first machine of the allocation drives the run; Ray places ranks and replicas on all of them, one per GPU.
-# `#` behind a line: yours to change.
+# Lines that end in `#` are yours to change.
 # Not run in this form by the authors: it follows Ray's documentation for SLURM. docs/scaling.md says what was run.
 # Ray 2.60 wants one token on all machines: a shared home folder has it, else set RAY_AUTH_MODE=disabled for all.
 #SBATCH --job-name=forerun
@@ -10,7 +10,7 @@
 #SBATCH --gpus-per-node=8         #
 #SBATCH --cpus-per-task=64        #
 #SBATCH --time=12:00:00           #
-#SBATCH --requeue                 # a job that is put back starts this script again, and `--resume` below goes on
+#SBATCH --requeue                 # a requeued job runs this script again, and `--resume` below continues the run
 set -euo pipefail
 
 RECIPE=gsm8k                      #
@@ -19,7 +19,7 @@ nodes=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 head=${nodes[0]}
 address=$(srun --nodes=1 --ntasks=1 -w "$head" hostname --ip-address | awk '{print $1}'):6379
 
-# To learn in the driver's process instead (train.ranks=1, no policy.device), let its machine join without resources,
+# To train in the driver's process instead (train.ranks=1, no policy.device), let its machine join without resources,
 # --num-cpus=0 --num-gpus=0: no replica is placed on it then.
 srun --nodes=1 --ntasks=1 --overlap -w "$head" \
   ray start --head --port=6379 --num-gpus=8 --include-dashboard=false --block &
@@ -29,7 +29,7 @@ for node in "${nodes[@]:1}"; do
 done
 sleep 30
 
-# A requeued job finds the run that it had begun; whatever was lost since its last checkpoint is run again.
+# A requeued job resumes its run from the newest checkpoint.
 if compgen -G "$RUNS/latest/checkpoints/step-??????/complete" > /dev/null; then
   what=(--resume "$RUNS/latest")
 else
