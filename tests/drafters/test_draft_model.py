@@ -174,7 +174,7 @@ def test_rounds_without_it_are_caught_up(policy: Policy) -> None:
 
 def test_mixed_temperatures_and_the_other_proposals(policy: Policy) -> None:
     def draft(proposal: str, temperature: float) -> Draft:
-        drafter = ModelDrafter(noisy(policy, 0.02), policy, proposal=proposal, draft_temperature=temperature)
+        drafter = ModelDrafter(noisy(policy, 0.02), policy).draw(proposal, temperature)
         drafter.open(4, 32, 3)
         drafter.prefill(2, torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([3, 2]), None)
         drafter.copy(2, 0)

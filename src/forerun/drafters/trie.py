@@ -1,18 +1,14 @@
 """Drafts from other samples of the same prompt: live siblings, finished samples, earlier epochs.
 
-Samples of one prompt repeat each other, and those of an earlier epoch come from nearly the same policy (SRT 2601.09083,
-DAS 2511.13841, HistoRL 2508.18588). The longest suffix of a sample that occurs in the corpus, between match_min and
-match_max tokens, is continued by the most frequent next token, token by token, as in a walk down a suffix trie: the
-occurrences that continue with the chosen token vote for the next one. Ties go to the newest text.
+Samples of one prompt repeat each other (SRT 2601.09083, DAS 2511.13841, HistoRL 2508.18588). The longest suffix of a
+sample that occurs in the corpus, between match_min and match_max tokens, is continued by the most frequent next token,
+token by token, as in a walk down a suffix trie: the occurrences that continue with the chosen token vote for the next
+one. Ties go to the newest text. The trie itself is never built: its nodes are sets of occurrences, which follow from
+the places of the first match_min tokens. Those are indexed, so memory is linear in the corpus and eviction exact.
 
-The trie itself is never built. A node of a suffix trie is a set of occurrences, and the sets that a walk visits follow
-from the places of its first match_min tokens; those are indexed, so memory is linear in the corpus and eviction exact.
-
-Emitted tokens enter the corpus at once, for siblings and for the sample itself. Drafts are one-hot functions of
-committed tokens, so stopping at a frequency floor obeys non-anticipation, and so does any corpus. A seed's text depends
-on what was decoded in the same batch; its distribution does not.
-Scope "global" pools all prompts in one first-in-first-out corpus, as the suffix cache of Arctic Inference and vLLM does
-(which adds a tree per request and a limit on draft length by match length).
+Emitted tokens enter the corpus at once. Drafts are one-hot functions of committed tokens, so stopping at a frequency
+floor obeys non-anticipation. A seed's text depends on what was decoded in the same batch; its distribution does not.
+Scope "global" pools all prompts in one first-in-first-out corpus, as the suffix cache of Arctic Inference does.
 """
 
 from __future__ import annotations
@@ -30,11 +26,10 @@ import torch
 from torch import Tensor
 
 from forerun.config import SpeculationConfig, TrieConfig
-from forerun.drafters.base import Drafter, Rows, deterministic_draft, emitted
-from forerun.drafters.temperature import refuse_draft_temperature
+from forerun.drafters.files import reading
+from forerun.drafters.lookup import LookupDrafter, refuse_draft_temperature
 from forerun.errors import UserError
 from forerun.models import Policy
-from forerun.types import Draft, VerifyResult
 
 VLLM_PROPOSER = "forerun.engine.vllm.proposer.TrieProposer"
 VLLM_SETTINGS = "forerun_trie"  # key of vLLM's additional_config
@@ -217,7 +212,6 @@ class Corpus:
         return text
 
     def _remove(self, text: Text) -> None:
-        """Take a text and its places out."""
         scope = self.scopes[text.scope]
         for gram in {gram for _, gram in self._grams(text, 0)}:
             places = np.array(scope.places[gram], dtype=np.int64)
@@ -270,7 +264,6 @@ class Corpus:
             self._put(text)
 
     def _put(self, text: Text) -> None:
-        """Record that a text and its room are at the end of the used part."""
         text.start = self._used
         self._used += text.room + 1
         place = text.number - self._oldest
@@ -280,15 +273,29 @@ class Corpus:
 
 
 @dataclass(slots=True)
-class _Row:
+class TrieRow:
     """A cache row's place in the corpus; a prompt's row has no text of its own yet."""
 
+    corpus: Corpus
     scope: bytes
     recent: list[int]  # newest tokens, match_max of them at most
     text: Text | None = None
 
+    def sample(self) -> TrieRow:
+        if self.text is not None:
+            return self
+        return TrieRow(self.corpus, self.scope, self.recent, self.corpus.begin(self.scope, self.recent))
 
-class TrieDrafter(Drafter):
+    def extend(self, tokens: Sequence[int]) -> None:
+        assert self.text is not None, "a live row holds a sample"
+        self.corpus.extend(self.text, tokens)
+        self.recent = [*self.recent, *tokens][-self.corpus.settings.match_max :]
+
+    def continuation(self, k: int) -> list[int]:
+        return self.corpus.continuation(self.scope, self.recent, k)
+
+
+class TrieDrafter(LookupDrafter):
     """A `Corpus` that lives as long as the drafter, and the text of every cache row.
 
     The corpus is no weight: weight versions do not cover it. Checkpoints keep it (`save`, `load`), and a restored one
@@ -297,17 +304,16 @@ class TrieDrafter(Drafter):
 
     name = "trie"
     Config = TrieConfig
-    vllm_refusal = ""
 
     def __init__(self, settings: TrieConfig) -> None:
+        super().__init__()
         self.settings = settings
         self.corpus = Corpus(settings)
-        self._rows: dict[int, _Row] = {}
         self._opened = 0
 
     @classmethod
     def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> TrieDrafter:
-        """See `Drafter.from_config`; with the corpus of `speculation.draft`, or an empty one."""
+        """With the corpus of `speculation.draft`, or an empty one."""
         refuse_draft_temperature(speculation)
         if speculation.draft is None:
             return cls(speculation.trie)
@@ -325,42 +331,18 @@ class TrieDrafter(Drafter):
 
     def open(self, rows: int, positions: int, k: int) -> None:
         """Forget the rows, keep the corpus; a prompt's next visit starts an epoch."""
-        self._rows = {}
+        super().open(rows, positions, k)
         self._opened += 1
 
-    def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
-        for row, (ids, length) in enumerate(zip(tokens.tolist(), lengths.tolist(), strict=True), first_row):
-            prompt = ids[:length]
-            scope = self.corpus.visit(prompt, self._opened)
-            self._rows[row] = _Row(scope, prompt[-self.settings.match_max :])
-
-    def copy(self, source: int, target: int) -> None:
-        """A prompt's row begins a sample in `target`; a sample's row moves there."""
-        row = self._rows[source]
-        if row.text is None:
-            row = _Row(row.scope, row.recent, self.corpus.begin(row.scope, row.recent))
-        self._rows[target] = row
-
-    def propose(self, rows: Rows, budget: Tensor) -> Draft:
-        """Continue every row from the corpus; a row that matches nothing drafts nothing."""
-        chosen = ((self._rows[row], most) for row, most in enumerate(budget.tolist()))
-        return deterministic_draft(
-            [self.corpus.continuation(row.scope, row.recent, most) for row, most in chosen], rows.last.device
-        )
-
-    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
-        for place, tokens in enumerate(emitted(verdict)):
-            row = self._rows[place]
-            assert row.text is not None, "a live row holds a sample"
-            self.corpus.extend(row.text, tokens)
-            row.recent = (row.recent + tokens)[-self.settings.match_max :]
+    def prompt(self, tokens: list[int]) -> TrieRow:
+        scope = self.corpus.visit(tokens, self._opened)
+        return TrieRow(self.corpus, scope, tokens[-self.settings.match_max :])
 
     def metrics(self) -> dict[str, int]:
-        """Texts and tokens held, expired (older than the window) and evicted (the corpus was full)."""
+        """See `CorpusCounts`."""
         return asdict(self.corpus.counts)
 
     def description(self) -> dict[str, Any]:
-        """Settings and counts."""
         return {"trie": self.settings.model_dump(), "counts": self.metrics()}
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
@@ -377,15 +359,12 @@ class TrieDrafter(Drafter):
         Raises:
             UserError: files are missing or broken, or the corpus was pooled by another scope.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        try:
+        with reading(f"The corpus in {folder}"):
             data = json.loads((folder / "config.json").read_text())
             scope, counts = data["trie"]["scope"], CorpusCounts(**data["counts"])
             tensors = load_file(folder / "corpus.safetensors")
-        except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"The corpus in {folder} cannot be read: {type(error).__name__}: {error}") from error
         if scope != settings.scope:
             raise UserError(
                 f"The corpus in {folder} has scope '{scope}', and speculation.trie.scope is '{settings.scope}'; set "

@@ -1,7 +1,4 @@
-"""A policy is a Hugging Face causal language model with its tokenizer, loaded by folder, hub name or alias.
-
-It neither generates (`engine/`) nor learns (`learner/`) here.
-"""
+"""A policy is a Hugging Face causal language model with its tokenizer, loaded by folder, hub name or alias."""
 
 from __future__ import annotations
 
@@ -46,9 +43,8 @@ class Policy:
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end a completion: the tokenizer's and those of the model's generation settings."""
         ids = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
-        listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
         own = self.tokenizer.eos_token_id if self.tokenizer is not None else None
-        return frozenset(int(i) for i in [*listed, *([] if own is None else [own])])
+        return frozenset(int(i) for i in [*(ids if isinstance(ids, list) else [ids]), own] if i is not None)
 
     def encode(self, question: str, chat: bool = True, system: str | None = None) -> list[int]:
         """Token ids of a question, through the chat template unless `chat` is false.
@@ -164,15 +160,19 @@ def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = 
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """load_state_dict that refuses missing, unknown and misshapen tensors with one sentence."""
-    own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    """load_state_dict that refuses missing, unknown and misshapen tensors, see `check_shapes`."""
+    check_shapes(state, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, what)
+    module.load_state_dict(dict(state))
+
+
+def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raises UserError when a tensor is missing, unknown or of another shape; number formats may differ."""
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
         raise UserError(f"The weights of {what} do not match: missing {missing or 'none'}, unknown {unknown or 'none'}")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise UserError(f"{name} of {what} has shape {list(state[name].shape)}, expected {list(tensor.shape)}")
-    module.load_state_dict(dict(state))
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise UserError(f"{name} of {what} has shape {list(state[name].shape)}, expected {list(shape)}")
 
 
 def merge_adapter(model: nn.Module, folder: Path) -> None:
@@ -191,11 +191,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def artifact(name: str) -> Path:
-    """Folder of a shipped artifact, or `name` itself where it is a folder.
-
-    Raises:
-        UserError: neither exists.
-    """
+    """Folder of a shipped artifact, or `name` itself where it is a folder. Raises UserError when neither exists."""
     shipped = Path(str(resources.files("forerun") / "artifacts"))
     for folder in (Path(name), shipped / name):
         if folder.is_dir():

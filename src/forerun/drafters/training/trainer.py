@@ -137,11 +137,7 @@ class Trainer:
         return self.epoch >= self.config.epochs or self.epoch - self.best_epoch >= self.config.patience
 
     def train(self, batches: Sequence[list[int]], backward: Callable[[list[int]], float]) -> Training[None]:
-        """One epoch; yields after every optimizer step.
-
-        Raises:
-            UserError: a loss is not finite.
-        """
+        """One epoch; yields after every optimizer step. Raises UserError when a loss is not finite."""
         steps = self.config.epochs * len(batches)
         for rows in self.rng.sample(batches, len(batches)):
             factor = learning_rate_factor(self.step, steps, min(WARMUP, steps // 10 + 1))

@@ -33,25 +33,21 @@ class WeightReceiver:
     # ---- a proposer class of ours ----
 
     def forerun_attach(self) -> None:
-        """Give the proposer the runner whose batch it drafts for."""
+        """See `TrieProposer.attach`."""
         self.model_runner.drafter.attach(self.model_runner)
 
     def forerun_open(self) -> None:
-        """A stream begins: an epoch of its prompts."""
         self.model_runner.drafter.open()
 
     def forerun_drafter_metrics(self) -> dict[str, int]:
-        """The proposer's counts."""
         return self.model_runner.drafter.metrics()
 
     # ---- sleep ----
 
     def forerun_fingerprints(self) -> dict[str, str]:
-        """See `sleep.fingerprints`."""
         return fingerprints(self.model_runner)
 
     def forerun_sleep(self, level: int) -> None:
-        """Sleep where vLLM cannot, see `sleep.free`."""
         self.forerun_freed = free(self.model_runner, level)
 
     def forerun_wake(self) -> None:
@@ -67,7 +63,6 @@ class WeightReceiver:
         self.forerun_staging = Staging.of(groups)
 
     def forerun_receive(self, pieces: list[Piece]) -> None:
-        """Add pieces of it."""
         assert self.forerun_staging is not None
         self.forerun_staging.add(pieces)
 
