@@ -338,7 +338,7 @@ def test_training_stops_when_it_no_longer_helps_and_keeps_the_best() -> None:
     assert float(small_fit([2.0, *[1.0] * 8], patience=8)[1]) == 0.0  # training did harm: the start is kept
 
 
-def test_four_epochs_are_trained_in_full_unless_told_otherwise() -> None:
+def test_four_epochs_are_trained_in_full_by_default() -> None:
     assert DraftConfig().epochs == DraftConfig().patience == 4
     run = Trainer(torch.nn.Linear(1, 1), DraftConfig(), random.Random(0))
     for run.epoch in range(4):

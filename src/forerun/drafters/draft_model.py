@@ -156,8 +156,7 @@ class ModelDrafter(SampledDrafter):
         Args:
             source: folder, shipped artifact, hub name or alias.
 
-        Raises:
-            UserError: it cannot be found, has no tokenizer, or another vocabulary than the policy.
+        Raises UserError when it cannot be found, has no tokenizer, or another vocabulary than the policy.
         """
         try:
             model = load_policy(cls.locate(str(source)), str(policy.dtype).removeprefix("torch."), str(policy.device))

@@ -382,8 +382,7 @@ class Eagle3Drafter(SampledDrafter):
     def load(cls, source: Path, policy: Policy) -> Self:
         """Read a head in any published layout (see `dialect`) and check that it fits the policy.
 
-        Raises:
-            UserError: files are missing or broken, or the head was made for another policy.
+        Raises UserError when files are missing or broken, or the head was made for another policy.
         """
         layers, embedding = len(decoder_layers(policy.model)), policy.model.get_input_embeddings().weight
         found = read_head(source, layers, embedding)

@@ -102,8 +102,7 @@ def read_head(folder: Path, policy_layers: int, embedding: Tensor) -> HeadFile:
     Args:
         embedding: [V, H] of the policy; a copy of it in the file is dropped.
 
-    Raises:
-        UserError: files are missing or broken, or say something that this head does not compute.
+    Raises UserError when files are missing or broken, or say something that this head does not compute.
     """
     with reading(f"The drafter in {folder}"):
         data = json.loads((folder / "config.json").read_text())

@@ -55,11 +55,6 @@ class Nodes:
         above = order.argsort(1).gather(1, parents.clamp(min=0)).where((parents >= 0) & valid, -1)
         return Nodes(self.tokens.gather(1, order).where(valid, 0), above, self.depth.gather(1, order), valid)
 
-    def followed_by(self, other: Nodes) -> Nodes:
-        """The nodes of both, whose parents already are numbered so."""
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("tokens", "parents", "depth", "valid"))
-        return Nodes(*(torch.cat(pair, dim=1) for pair in pairs))
-
     def first(self, count: int) -> Nodes:
         """The first `count` columns."""
         return Nodes(self.tokens[:, :count], self.parents[:, :count], self.depth[:, :count], self.valid[:, :count])
@@ -166,8 +161,12 @@ def graft(kept: Nodes, template: Template, retrieved: Tensor, below: Tensor, fre
     depth_of = template.depth + start.where(below >= 0, 0)[:, None]  # [B, m]
     fits = (under > -2) & (depth_of <= room[:, None])
     taken = fits & (fits.cumsum(1) <= free[:, None])
-    added = Nodes(retrieved.where(taken, 0), under.where(taken, -1), depth_of.where(taken, 1), taken)
-    return kept.followed_by(added)
+    return Nodes(
+        torch.cat([kept.tokens, retrieved.where(taken, 0)], dim=1),
+        torch.cat([kept.parents, under.where(taken, -1)], dim=1),
+        torch.cat([kept.depth, depth_of.where(taken, 1)], dim=1),
+        torch.cat([kept.valid, taken], dim=1),
+    )
 
 
 def as_draft(nodes: Nodes) -> Draft:
@@ -200,9 +199,7 @@ class Candidates:
     tokens: list[Tensor]  # [B, .] each
     scores: list[Tensor]  # -inf: not a candidate
     parents: list[Tensor]
-    stage: (
-        Tensor  # [B] int64, number of the checkpoint at which the row stopped; the number of checkpoints if it did not
-    )
+    stage: Tensor  # [B] int64, number of the checkpoint at which the row stopped; their number if it did not
 
     def best(self, quota: Tensor) -> Nodes:
         """The `quota` [B] best candidates, best first. A child is no better than its parent, and comes after it."""
@@ -256,16 +253,23 @@ class GraftDrafter(Eagle3Drafter):
     @torch.no_grad()
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
         """A tree of at most `nodes` per row, none deeper than budget [B]."""
-        kept = self._drafted(rows, budget)
-        if not self._retrieves:
-            return self._counted(kept, kept)
+        nodes = self._drafted(rows, budget)
+        drafted = int(nodes.valid.sum())
+        if self._retrieves:
+            nodes = self._filled(nodes, rows, budget)
+        self._counts["drafted_nodes"] += drafted
+        self._counts["retrieved_nodes"] += int(nodes.valid.sum()) - drafted
+        return as_draft(nodes)
+
+    def _filled(self, kept: Nodes, rows: Rows, budget: Tensor) -> Nodes:
+        """The drafted nodes, and retrieved ones in the slots that they leave free."""
         below = _tail(kept) if self.settings.variant == "tail" else torch.full_like(rows.last, -1)
         roots = rows.last
         if kept.tokens.shape[1] > 0:
             roots = kept.tokens.gather(1, below.clamp(min=0)[:, None])[:, 0].where(below >= 0, rows.last)
         retrieved = self.adjacency.descend(roots, self._template)
         free = (self._nodes - kept.valid.sum(1)).where(budget > 0, 0)
-        return self._counted(graft(kept, self._template, retrieved, below, free, budget), kept)
+        return graft(kept, self._template, retrieved, below, free, budget)
 
     def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         """The policy's likeliest successors of every verified token; see `Drafter.learn`."""
@@ -295,11 +299,9 @@ class GraftDrafter(Eagle3Drafter):
 
     def _quota(self) -> Tensor:
         """Drafted nodes that are kept, by stage: [checkpoints + 1]."""
-        last = self._nodes
-        if self.settings.variant == "root" and self.settings.keep:
-            last = min(last, self.settings.keep[-1])
-        device = self.adjacency.table.device
-        return torch.tensor([*(min(kept, self._nodes) for kept in self.settings.keep), last], device=device)
+        keep = self.settings.keep
+        last = keep[-1] if self.settings.variant == "root" and keep else self._nodes
+        return torch.tensor([*keep, last], device=self.adjacency.table.device).clamp(max=self._nodes)
 
     def _grow(self, rows: Rows, hidden: Tensor, room: Tensor) -> Candidates:
         """Expand from the state after the newest token [B, H], depth by depth, until every row has stopped."""
@@ -365,12 +367,6 @@ class GraftDrafter(Eagle3Drafter):
         best = scores[:, :, None] + best.clamp(max=0.0)
         return best.flatten(1), self.vocabulary[columns].flatten(1)
 
-    def _counted(self, nodes: Nodes, kept: Nodes) -> Draft:
-        drafted = int(kept.valid.sum())
-        self._counts["drafted_nodes"] += drafted
-        self._counts["retrieved_nodes"] += int(nodes.valid.sum()) - drafted
-        return as_draft(nodes)
-
     # ---- weights and memory ----
 
     def save(self, folder: Path, about: dict[str, Any], layout: str = "specforge") -> None:
@@ -384,8 +380,7 @@ class GraftDrafter(Eagle3Drafter):
     def load(cls, source: Path, policy: Policy, settings: GraftConfig | None = None) -> Self:
         """Read a head as `Eagle3Drafter.load` does, and the table where the folder has one.
 
-        Raises:
-            UserError: files are missing or broken, or were made for another policy.
+        Raises UserError when files are missing or broken, or were made for another policy.
         """
         from safetensors.torch import load_file
 

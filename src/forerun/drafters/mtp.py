@@ -130,8 +130,7 @@ class MtpHead(TrainableHead):
         Args:
             vocabulary: [D] int64, ascending, the tokens that it drafts; None: all of them.
 
-        Raises:
-            UserError: the policy has no such layer, no final norm, or no rotary positions.
+        Raises UserError when the policy has no such layer, no final norm, or no rotary positions.
         """
         super().__init__()
         target = policy.model.config.get_text_config()
@@ -322,8 +321,7 @@ class MtpDrafter(SampledDrafter):
     def load(cls, source: Path, policy: Policy) -> Self:
         """Read heads saved by `save`, or those that a checkpoint of the policy carries; see `read_heads`.
 
-        Raises:
-            UserError: files are missing or broken, or the heads were made for another policy.
+        Raises UserError when files are missing or broken, or the heads were made for another policy.
         """
         with reading(f"The drafter in {source}"):
             data = json.loads((source / "config.json").read_text())

@@ -40,8 +40,7 @@ class SampledDrafter(Drafter):
             proposal: "sampled", or "argmax": the likeliest tokens, with a one-hot q.
             draft_temperature: relative to that of the rollouts, or "auto", see temperature.py.
 
-        Raises:
-            UserError: it is "auto", and nothing is sampled.
+        Raises UserError when it is "auto", and nothing is sampled.
         """
         self.proposal = proposal
         self.draft_temperature = draft_temperature_of(draft_temperature, proposal)

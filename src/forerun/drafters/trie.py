@@ -17,7 +17,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,11 @@ class Corpus:
         scope = self.scopes.setdefault(key, Scope())
         if scope.visit != mark:
             scope.visit, scope.epoch = mark, scope.epoch + 1
-            self._expire(scope)
+            oldest = scope.epoch - self.settings.window if self.settings.scope == "prompt" else -1
+            for text in [t for t in scope.texts.values() if t.epoch <= oldest]:  # they have left the window
+                self.counts.expired_texts += 1
+                self.counts.expired_tokens += text.length
+                self._remove(text)
         if identity in self.prompts:  # one copy of each prompt, as young as its latest visit
             self._remove(self.prompts[identity])
         self.prompts[identity] = text = self._new(key, scope.epoch, head=0, is_prompt=True)
@@ -121,7 +125,12 @@ class Corpus:
         for offset, gram in self._grams(text, before):
             places.setdefault(gram, array("q")).append(text.number << _OFFSET_BITS | offset)
         while self.counts.tokens > self.settings.max_tokens:
-            self._evict(next(iter(self.texts.values())))
+            oldest = next(iter(self.texts.values()))
+            self.counts.evicted_texts += 1
+            self.counts.evicted_tokens += oldest.length
+            self._remove(oldest)
+            if not self.scopes[oldest.scope].texts:
+                del self.scopes[oldest.scope]
 
     def continuation(self, scope: bytes, context: Sequence[int], k: int) -> list[int]:
         """At most k tokens after `context`; for the definition see `tests/proofs/lookups.py`."""
@@ -187,22 +196,6 @@ class Corpus:
                 break
             at, places = at[longer], places[longer]
         return at[np.argsort(-places)]
-
-    def _expire(self, scope: Scope) -> None:
-        """Drop the epochs of a prompt that have left its window."""
-        if self.settings.scope == "prompt":
-            for text in [t for t in scope.texts.values() if t.epoch <= scope.epoch - self.settings.window]:
-                self.counts.expired_texts += 1
-                self.counts.expired_tokens += text.length
-                self._remove(text)
-
-    def _evict(self, text: Text) -> None:
-        """Drop a text because the corpus is full, and its scope with its last text."""
-        self.counts.evicted_texts += 1
-        self.counts.evicted_tokens += text.length
-        self._remove(text)
-        if not self.scopes[text.scope].texts:
-            del self.scopes[text.scope]
 
     def _new(self, scope: bytes, epoch: int, head: int, is_prompt: bool) -> Text:
         text = Text(self._next, scope, epoch, head, is_prompt)
@@ -356,8 +349,7 @@ class TrieDrafter(LookupDrafter):
     def load(cls, folder: Path, settings: TrieConfig) -> TrieDrafter:
         """A drafter with the corpus of `folder`, under `settings`.
 
-        Raises:
-            UserError: files are missing or broken, or the corpus was pooled by another scope.
+        Raises UserError when files are missing or broken, or the corpus was pooled by another scope.
         """
         from safetensors.torch import load_file
 
@@ -371,8 +363,6 @@ class TrieDrafter(LookupDrafter):
                 "them equal, or begin an empty corpus with speculation.draft=null"
             )
         drafter = cls(settings)
+        drafter.corpus.counts = replace(counts, texts=0, tokens=0)
         drafter.corpus.restore(tensors)
-        for name in ("expired_texts", "expired_tokens", "evicted_texts", "evicted_tokens"):
-            total = getattr(counts, name) + getattr(drafter.corpus.counts, name)
-            setattr(drafter.corpus.counts, name, total)
         return drafter

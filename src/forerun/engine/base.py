@@ -144,8 +144,7 @@ class RolloutEngine(ABC):
             only: the wanted (prompt, sample) pairs; each keeps the seed that it has among all.
             between: called before every round, and may `load` or raise: the place to change weights in flight.
 
-        Raises:
-            UserError: a prompt is empty, holds an id outside the vocabulary, or fills the model's context.
+        Raises UserError when a prompt is empty, holds an id outside the vocabulary, or fills the model's context.
         """
 
     def generate(
@@ -168,8 +167,7 @@ class RolloutEngine(ABC):
     def load(self, weights: Weights) -> Weights:
         """Take a version of policy and drafter; returns version and checksums as held afterwards.
 
-        Raises:
-            UserError: a group is missing or partial, or its bytes do not match its checksum.
+        Raises UserError when a group is missing or partial, or its bytes do not match its checksum.
         """
 
     def pause(self) -> None:
@@ -258,8 +256,7 @@ def requested(prompts: int, n: int, only: Requests | None) -> Requests:
 def check_request(prompts: Sequence[list[int]], sampling: Sampling, n: int, vocabulary: int, context: int) -> None:
     """Refuse what no engine can sample.
 
-    Raises:
-        UserError: nothing is asked for; or a prompt is empty, fills the context, or is of another tokenizer.
+    Raises UserError when nothing is asked for; or a prompt is empty, fills the context, or is of another tokenizer.
     """
     if not prompts or n < 1 or sampling.max_new_tokens < 1:
         raise UserError(

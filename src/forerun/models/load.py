@@ -49,8 +49,7 @@ class Policy:
     def encode(self, question: str, chat: bool = True, system: str | None = None) -> list[int]:
         """Token ids of a question, through the chat template unless `chat` is false.
 
-        Raises:
-            UserError: the tokenizer has no chat template.
+        Raises UserError when the tokenizer has no chat template.
         """
         if not chat:
             return self.tokenizer(question)["input_ids"]
@@ -74,8 +73,7 @@ def load_policy(model: str, dtype: str = "auto", device: str = "auto", adapter: 
         device: torch device, or "auto".
         adapter: LoRA folder or name of a shipped artifact.
 
-    Raises:
-        UserError: the model, its tokenizer or the adapter cannot be loaded.
+    Raises UserError when the model, its tokenizer or the adapter cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,8 +96,7 @@ def load_policy(model: str, dtype: str = "auto", device: str = "auto", adapter: 
 def describe_policy(folder: Path) -> Policy:
     """A policy's configuration, tokenizer, end tokens and tensor shapes, without its weights.
 
-    Raises:
-        UserError: the folder holds no model.
+    Raises UserError when the folder holds no model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -118,8 +115,7 @@ def describe_policy(folder: Path) -> Policy:
 def policy_folder(name: str) -> Path:
     """Folder of a model: an alias, a shipped artifact or a folder.
 
-    Raises:
-        UserError: it is none of these (hub names must be downloaded first: the engine checks what it loads).
+    Raises UserError when it is none of these (hub names must be downloaded first: the engine checks what it loads).
     """
     return ALIASES[name]() if name in ALIASES else artifact(name)
 
@@ -127,8 +123,7 @@ def policy_folder(name: str) -> Path:
 def saved_embedding(policy: Policy, source: Path) -> Tensor:
     """The policy's input embedding [V, H], read from the files in the folder `source`.
 
-    Raises:
-        UserError: no file holds it.
+    Raises UserError when no file holds it.
     """
     from safetensors import safe_open
 
@@ -147,8 +142,7 @@ def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = 
     Args:
         state: weights in place of the policy's own.
 
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
+    Raises UserError when the disk is full or the folder cannot be written.
     """
     try:
         policy.model.save_pretrained(folder, state_dict=state)
@@ -178,8 +172,7 @@ def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
 def merge_adapter(model: nn.Module, folder: Path) -> None:
     """Add a LoRA adapter (peft's format) to the weights of `model`, in place.
 
-    Raises:
-        UserError: the folder holds no adapter, or the adapter does not fit the model.
+    Raises UserError when the folder holds no adapter, or the adapter does not fit the model.
     """
     from peft import PeftModel
 

@@ -34,8 +34,7 @@ def pruned_copy(policy: Policy, layers: Sequence[int]) -> Any:
 
     Weights are copied, tied where the policy ties them; nothing is shared with the policy.
 
-    Raises:
-        UserError: no layer is chosen, or one that the policy does not have.
+    Raises UserError when no layer is chosen, or one that the policy does not have.
     """
     count = len(decoder_layers(policy.model))
     if not layers or not all(0 <= layer < count for layer in layers):

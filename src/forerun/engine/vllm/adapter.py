@@ -74,8 +74,7 @@ class VllmEngine(RolloutEngine):
     ) -> None:
         """An engine for a policy: folder, alias or shipped artifact. dtype: as for `load_policy`.
 
-        Raises:
-            UserError: vLLM is not installed, or cannot run this policy or this speculation block.
+        Raises UserError when vLLM is not installed, or cannot run this policy or this speculation block.
         """
         self.speculation, self.limits = speculation or SpeculationConfig(), limits or Limits()
         self.k = self.speculation.tokens
@@ -114,8 +113,7 @@ class VllmEngine(RolloutEngine):
 
         `limits` takes the place of `slots`.
 
-        Raises:
-            UserError: there is a drafter and no block that speculates; else as the constructor.
+        Raises UserError as the constructor, or when there is a drafter and no block that speculates.
         """
         block = speculation if speculation and drafter is not None else SpeculationConfig()
         if drafter is not None and not block.tokens:
@@ -209,8 +207,7 @@ class VllmEngine(RolloutEngine):
     def wake(self) -> None:
         """Allocate the memory again; acceptance is checked as after a load. Does nothing to an engine that is awake.
 
-        Raises:
-            UserError: the weights are not those that it went to sleep with (level 1): load a version again.
+        Raises UserError when the weights are not those that it went to sleep with (level 1): load a version again.
         """
         if self._asleep is None:
             return

@@ -50,8 +50,7 @@ def ensure_exact(cpu: bool) -> bool:
 
     To be called before each use: every engine that vLLM makes registers its kernels anew.
 
-    Raises:
-        UserError: the kernel is wrong in a version for which the replacement was not checked.
+    Raises UserError when the kernel is wrong in a version for which the replacement was not checked.
     """
     if not cpu:
         return False

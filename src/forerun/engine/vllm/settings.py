@@ -48,14 +48,24 @@ def translate(speculation: SpeculationConfig, draft: Path | None, block: bool) -
     if samples:
         own["draft_sample_method"] = "probabilistic" if sampled else "greedy"
         own["rejection_sample_method"] = "block" if rule == "block" else "standard"
-    notes = (*(_rule_note(speculation, rule) if samples and sampled else ()), *_frozen_note(speculation))
+    notes = []
+    if samples and sampled and rule != speculation.verify:
+        notes.append(
+            f"speculation.verify={speculation.verify} needs vLLM's newer model runner, which does not run here: drafts "
+            "are verified by token rejection, as exact and a few percent shorter"
+        )
+    if "model" in speculation.vllm:
+        notes.append(
+            f"vLLM's own drafter {speculation.vllm['model']} stays as its files are: nothing keeps it aligned with the "
+            "policy; watch spec/acceptance_length"
+        )
     if taken := sorted(own.keys() & speculation.vllm.keys()):
         raise UserError(
             f"speculation.vllm.{taken[0]} is what speculation.method={speculation.method} and its neighbours say "
             f"already ({own[taken[0]]}); leave it out"
         )
     config = {**own, **speculation.vllm}
-    return Translated(config, rule, notes, drafter.vllm_additional_config(speculation))
+    return Translated(config, rule, tuple(notes), drafter.vllm_additional_config(speculation))
 
 
 def check(speculation: SpeculationConfig) -> type[Drafter]:
@@ -83,21 +93,3 @@ def check(speculation: SpeculationConfig) -> type[Drafter]:
     if drafter.trains and speculation.draft is None:
         raise UserError(f"speculation.method={method} needs speculation.draft, the folder of the drafter")
     return drafter
-
-
-def _frozen_note(speculation: SpeculationConfig) -> tuple[str, ...]:
-    if "model" not in speculation.vllm:
-        return ()
-    return (
-        f"vLLM's own drafter {speculation.vllm['model']} stays as its files are: nothing keeps it aligned with the "
-        "policy; watch spec/acceptance_length",
-    )
-
-
-def _rule_note(speculation: SpeculationConfig, rule: str) -> tuple[str, ...]:
-    if rule == speculation.verify:
-        return ()
-    return (
-        f"speculation.verify={speculation.verify} needs vLLM's newer model runner, which does not run here: drafts are "
-        f"verified by token rejection, as exact and a few percent shorter",
-    )

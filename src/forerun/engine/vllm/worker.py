@@ -98,7 +98,8 @@ class WeightReceiver:
         )
 
         model = self.model_runner.drafter.model
-        taken = {n: t for n, t in state.items() if n != "t2d" and (n != "d2t" or _has_map(model))}
+        has_map = getattr(model, "draft_id_to_target_id", None) is not None
+        taken = {n: t for n, t in state.items() if n != "t2d" and (n != "d2t" or has_map)}
         if draft_temperature != 1.0:
             taken["lm_head.weight"] = tempered_head(taken["lm_head.weight"], draft_temperature)
         with set_current_vllm_config(self.vllm_config), torch.no_grad():
@@ -106,10 +107,6 @@ class WeightReceiver:
             model.load_weights(iter(taken.items()))
             finalize_layerwise_reload(model, self.vllm_config.speculative_config.draft_model_config)
         return _read_back(model, _renamed(taken), "draft")
-
-
-def _has_map(model: Any) -> bool:
-    return getattr(model, "draft_id_to_target_id", None) is not None
 
 
 def _check_own_head(runner: Any, state: Mapping[str, Tensor]) -> None:
