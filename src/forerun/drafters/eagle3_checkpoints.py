@@ -75,7 +75,7 @@ class Eagle3Config:
     attention_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    norm_before_residual: bool = False  # the normed state, not the state, goes round the attention
+    norm_before_residual: bool = False  # the residual of the attention is the normed state
     norm_before_fc: bool = False  # one norm over the concatenated auxiliary states
     fc_norm: bool = False  # a norm per auxiliary state
     norm_output: bool = False  # the state that is fed back is normed
@@ -102,7 +102,7 @@ def read_head(folder: Path, policy_layers: int, embedding: Tensor) -> HeadFile:
     Args:
         embedding: [V, H] of the policy; a copy of it in the file is dropped.
 
-    Raises UserError when files are missing or broken, or say something that this head does not compute.
+    Raises UserError when files are missing or broken, or describe what this head does not compute.
     """
     with reading(f"The drafter in {folder}"):
         data = json.loads((folder / "config.json").read_text())

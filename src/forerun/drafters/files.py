@@ -1,4 +1,4 @@
-"""Folders of drafters: a config.json beside model.safetensors, or beside what a drafter remembers."""
+"""Folders of drafters: config.json with model.safetensors or another file of tensors."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ class RolloutEngine(ABC):
     def close(self) -> None:  # noqa: B027 (optional)
         """Free what the engine holds outside Python. It cannot be used afterwards."""
 
-    def _check_running(self) -> None:
+    def _check_not_paused(self) -> None:
         """Before every round. Raises UserError when the engine is paused."""
         if self._paused:
             raise UserError("The engine is paused; call resume() before the next round")
@@ -209,7 +209,7 @@ class RolloutEngine(ABC):
             self.counters.seconds += time.perf_counter() - started
             self.on_state("engine", "idle", version())
 
-    def _check_idle(self) -> None:
+    def _check_not_running(self) -> None:
         """Raises UserError while a stream is open."""
         if self._running:
             raise UserError("This engine is already generating; finish or close its stream first")

@@ -114,7 +114,7 @@ class LocalEngine(RolloutEngine):
         between: Callable[[], None] = nothing,
     ) -> Iterator[Rollout]:
         """See `RolloutEngine.stream`. One stream at a time: they would share the cache rows."""
-        self._check_idle()
+        self._check_not_running()
         vocabulary = self.policy.model.config.get_text_config().vocab_size
         check_request(prompts, sampling, n, vocabulary, self.policy.context)
         with self._streaming(lambda: self._held.version) as record:
@@ -204,7 +204,7 @@ class LocalEngine(RolloutEngine):
 
     def _round(self, scheduler: Scheduler, sampling: Sampling) -> list[tuple[int, LiveSequence]]:
         """Draft, verify and commit one round. Returns the rows that finished with their sequences."""
-        self._check_running()
+        self._check_not_paused()
         live = scheduler.live
         rows = self._rows(live, sampling.temperature)
         draft = self._draft(rows, live, sampling)

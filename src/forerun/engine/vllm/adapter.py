@@ -151,7 +151,7 @@ class VllmEngine(RolloutEngine):
         between: Callable[[], None] = nothing,
     ) -> Iterator[Rollout]:
         """See `RolloutEngine.stream`. One stream at a time: they would share the counters."""
-        self._check_idle()
+        self._check_not_running()
         self._check(prompts, sampling, n)
         if self.k and sampling.temperature > 0 and self.patches:
             ensure_exact(device().type == "cpu")
@@ -329,7 +329,7 @@ class VllmEngine(RolloutEngine):
 
     def _round(self, live: dict[str, VllmRequest], sampling: Sampling) -> list[VllmRequest]:
         """One step of vLLM. Finished samples leave `live`."""
-        self._check_running()
+        self._check_not_paused()
         with random_state(self._random):
             outputs = self._vllm.step()
             self._random = torch.get_rng_state()
@@ -419,10 +419,10 @@ class VllmEngine(RolloutEngine):
         check_request(prompts, sampling, n, vocabulary, self.context)
 
 
-def _reason(sample: LiveSequence, said: str | None, sampling: Sampling) -> str:
+def _reason(sample: LiveSequence, reason: str | None, sampling: Sampling) -> str:
     """vLLM's finish reason as the contract's; "" for none."""
-    if said not in (None, "stop", "length"):
-        raise UserError(f"vLLM ended sample {sample.sample_index} of prompt {sample.prompt_index} with '{said}'")
-    if said == "length":
+    if reason not in (None, "stop", "length"):
+        raise UserError(f"vLLM ended sample {sample.sample_index} of prompt {sample.prompt_index} with '{reason}'")
+    if reason == "length":
         return "length" if len(sample.tokens) >= sampling.max_new_tokens else "context"
-    return "" if said is None else "eos"
+    return "" if reason is None else "eos"

@@ -1,6 +1,6 @@
 """A recipe's speculation block as vLLM's settings, and a refusal with its reason where vLLM has nothing for it.
 
-vLLM's older model runner (its only one on a CPU) knows token rejection alone; block verification needs the newer one.
+vLLM's older model runner (its only one on a CPU) has token rejection alone; block verification needs the newer one.
 Both rules are exact; block verification keeps more of sampled drafts.
 """
 
