@@ -50,8 +50,8 @@ def test_overrides() -> None:
         load_recipe("quikstart")
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "forerun.cli", *words], capture_output=True, text=True)
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "forerun.cli", *arguments], capture_output=True, text=True)
 
 
 def test_dry_run_prints_the_resolved_recipe() -> None:
@@ -60,14 +60,14 @@ def test_dry_run_prints_the_resolved_recipe() -> None:
 
 
 def test_wrong_use_exits_with_2() -> None:
-    for words in (
+    for arguments in (
         ["train"],
         ["train", "quickstart", "--resume", "x", "--dry-run"],
         ["train", "nothing"],
         ["frobnicate"],
     ):
-        done = run(*words)
-        assert done.returncode == 2 and "Traceback" not in done.stderr, words
+        done = run(*arguments)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, arguments
 
 
 def test_doctor_speaks_json() -> None:

@@ -174,7 +174,7 @@ def test_rounds_without_it_are_caught_up(policy: Policy) -> None:
 
 def test_mixed_temperatures_and_the_other_proposals(policy: Policy) -> None:
     def draft(proposal: str, temperature: float) -> Draft:
-        drafter = ModelDrafter(noisy(policy, 0.02), policy, proposal=proposal, draft_temperature=temperature)
+        drafter = ModelDrafter(noisy(policy, 0.02), policy).draw(proposal, temperature)
         drafter.open(4, 32, 3)
         drafter.prefill(2, torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([3, 2]), None)
         drafter.copy(2, 0)
@@ -210,10 +210,7 @@ def test_saved_and_loaded_drafter_is_the_same(policy: Policy, tmp_path: Path) ->
     assert json.loads((tmp_path / "config.json").read_text())["forerun"] == {"rollouts": 3}
     again = load_drafter(policy, SpeculationConfig(method="model", draft=str(tmp_path)))
     assert isinstance(again, ModelDrafter)
-    runs = [
-        LocalEngine(policy, d, k=3, slots=4).generate([[5, 6, 7]], max_new_tokens=20, n=4) for d in (drafter, again)
-    ]
-    assert [(r.tokens, r.drafted) for r in runs[0]] == [(r.tokens, r.drafted) for r in runs[1]]
+    contract.check_the_same(policy, drafter, again)
 
 
 def test_weights_must_arrive_whole(policy: Policy) -> None:

@@ -47,15 +47,15 @@ def recipe(tmp_path: Path) -> Path:
 
 
 class Killed(Console):
-    """Ends the run when a line holds `word`."""
+    """Ends the run when a line holds `phrase`."""
 
-    def __init__(self, word: str) -> None:
+    def __init__(self, phrase: str) -> None:
         super().__init__(0)
-        self.word = word
+        self.phrase = phrase
 
     def note(self, text: str) -> None:
         super().note(text)
-        if self.word in text:
+        if self.phrase in text:
             raise KeyboardInterrupt
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from draft_training import watched
-from drafter_contract import Forced
+from drafter_contract import Forced, check_the_same
 from forerun.config import DraftConfig
 from forerun.drafters.base import Rows
 from forerun.drafters.eagle3 import Eagle3Drafter, Eagle3Head, rotary
@@ -37,13 +37,7 @@ def test_saved_and_loaded_head_is_the_same(policy: Policy, tmp_path: Path) -> No
     assert config["eagle_aux_hidden_state_layer_ids"] == [0, 1, 3]
     again = Eagle3Drafter.load(tmp_path, policy)
     assert again.aux_layers == (0, 1, 3) and again.head.vocabulary.tolist() == [0, 3, 4, 9, 17]
-    for name, tensor in drafter.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
-    runs = [
-        LocalEngine(policy, d, k=3, slots=4).generate([[5, 6, 7]], max_new_tokens=20, n=4) for d in (drafter, again)
-    ]
-    assert [r.tokens for r in runs[0]] == [r.tokens for r in runs[1]]
-    assert [r.rounds for r in runs[0]] == [r.rounds for r in runs[1]]
+    check_the_same(policy, drafter, again)
 
 
 def test_offsets_follow_the_published_convention(policy: Policy) -> None:

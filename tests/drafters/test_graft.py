@@ -227,7 +227,7 @@ def test_the_pruned_tree_equals_the_reference(policy: Policy, temperature: float
     for room in (1, 3, 12):
         drafter = make(policy, settings, scale=0.35)
         draft = first_tree(drafter, policy, TEXTS, room, temperature)
-        head = drafter._reader.head
+        head = drafter.head
         for row, text in enumerate(TEXTS):
             expected = slow_tree(SlowHead(head, policy, text, temperature or 1.0), settings, room)
             assert paths(draft, row) == expected, (room, row)

@@ -18,6 +18,7 @@ from drafter_contract import (
     check_greedy_identity,
     check_logprobs,
     check_stop_strings,
+    check_the_same,
     law_p_value,
 )
 from forerun.config import DraftConfig
@@ -152,7 +153,7 @@ def test_training_and_serving_compute_the_same_draft_distribution(
 
 
 def unrolled(head: MtpHead, teacher, depth: int) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
-    from forerun.drafters.mtp_unroll import unroll_mtp
+    from forerun.drafters.unroll import unroll_mtp
 
     with torch.no_grad():
         passes = unroll_mtp(head, teacher.tokens, teacher.features, teacher.scored, depth)
@@ -167,13 +168,8 @@ def test_saved_and_loaded_heads_are_the_same(policy: Policy, tmp_path: Path) -> 
     assert {"model.layers.4.enorm.weight", "model.layers.4.hnorm.weight", "model.layers.4.mlp.up_proj.weight"} <= names
     assert not any("head.head" in n or "embed" in n for n in names)
     again = MtpDrafter.load(tmp_path, policy)
-    assert again.aux_layers == (4,) and again.state_dict().keys() == drafter.state_dict().keys()
-    for name, tensor in drafter.state_dict().items():
-        assert torch.equal(tensor, again.state_dict()[name]), name
-    runs = [
-        LocalEngine(policy, d, k=3, slots=4).generate([[5, 6, 7]], max_new_tokens=20, n=4) for d in (drafter, again)
-    ]
-    assert [(r.tokens, r.rounds) for r in runs[0]] == [(r.tokens, r.rounds) for r in runs[1]]
+    assert again.aux_layers == (4,)
+    check_the_same(policy, drafter, again)
 
 
 def test_heads_for_another_policy_are_refused(policy: Policy, tiny: Callable[..., Path], tmp_path: Path) -> None:

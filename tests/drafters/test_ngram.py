@@ -56,7 +56,7 @@ def test_tables_equal_the_definition_on_random_texts() -> None:
         longest, alphabet, cut = rng.randint(shortest, 5), rng.randint(2, 6), rng.randint(1, 12)
         tokens = [rng.randrange(alphabet) for _ in range(rng.randint(cut, 40))]
         prompt = text_of(tokens[:cut], shortest, longest)
-        sample, sibling = prompt.branch(), prompt.branch()
+        sample, sibling = prompt.sample(), prompt.sample()
         sibling.extend([rng.randrange(alphabet) for _ in range(9)])  # must leave no trace in `sample`
         for token in tokens[cut:]:
             sample.extend([token])

@@ -166,7 +166,7 @@ def unsure(policy: Policy, share: float) -> Policy:
 
 def test_an_unsure_drafter_is_mended_at_work(policy: Policy) -> None:
     """It finds the temperature, keeps it from one call to the next, and acceptance is that of a perfect drafter."""
-    drafter = ModelDrafter(unsure(policy, 0.5), policy, draft_temperature="auto")
+    drafter = ModelDrafter(unsure(policy, 0.5), policy).draw("sampled", "auto")
     engine = LocalEngine(policy, drafter, k=3, rule="token", slots=16)
     engine.generate(contract.PROMPTS, max_new_tokens=16, n=8, seed=1)
     shown = engine.metrics()["drafter"]
@@ -186,8 +186,8 @@ def test_greedy_rollouts_and_fixed_temperatures_learn_nothing(policy: Policy) ->
     drafters = [
         random_drafter(policy),
         MtpDrafter(MtpHead(policy), policy),
-        Eagle3Drafter(random_head(policy), policy, draft_temperature="auto"),
-        MtpDrafter(MtpHead(policy), policy, draft_temperature="auto"),
+        Eagle3Drafter(random_head(policy), policy).draw("sampled", "auto"),
+        MtpDrafter(MtpHead(policy), policy).draw("sampled", "auto"),
     ]
     for drafter, learns in zip(drafters, (False, False, True, True), strict=True):
         engine = LocalEngine(policy, drafter, k=2, slots=4)

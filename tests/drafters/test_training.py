@@ -16,12 +16,12 @@ from torch import Tensor
 from draft_training import watched
 from forerun.config import DraftConfig
 from forerun.drafters.mtp import MtpHead
-from forerun.drafters.mtp_unroll import unroll_mtp
 from forerun.drafters.training.distill import chain_losses, distill, pruned_copy
 from forerun.drafters.training.eagle3 import new_head
 from forerun.drafters.training.heads import run_teacher, split_pairs, train_head, unrolled_losses, weighted_loss
 from forerun.drafters.training.losses import acceptance, cross_entropy, position_loss, total_variation
 from forerun.drafters.training.trainer import StateFile, Trainer, TrainingSetup, Validation, fit
+from forerun.drafters.unroll import unroll_mtp
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy
@@ -338,7 +338,7 @@ def test_training_stops_when_it_no_longer_helps_and_keeps_the_best() -> None:
     assert float(small_fit([2.0, *[1.0] * 8], patience=8)[1]) == 0.0  # training did harm: the start is kept
 
 
-def test_four_epochs_are_trained_in_full_unless_told_otherwise() -> None:
+def test_four_epochs_are_trained_in_full_by_default() -> None:
     assert DraftConfig().epochs == DraftConfig().patience == 4
     run = Trainer(torch.nn.Linear(1, 1), DraftConfig(), random.Random(0))
     for run.epoch in range(4):

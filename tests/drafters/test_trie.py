@@ -270,7 +270,7 @@ def test_saved_and_loaded_corpus_goes_on_the_same(policy: Policy, tmp_path: Path
     assert again.metrics() == drafter.metrics()
 
 
-def test_broken_or_foreign_corpora_are_told(policy: Policy, tmp_path: Path) -> None:
+def test_broken_or_foreign_corpora_are_errors(policy: Policy, tmp_path: Path) -> None:
     make().save(tmp_path, {})  # an empty one
     assert TrieDrafter.load(tmp_path, SHORT).metrics()["texts"] == 0
     with pytest.raises(UserError, match=r"has scope 'prompt', and speculation.trie.scope is 'global'"):

@@ -63,36 +63,38 @@ def rollouts_of(
     policy: Policy,
     drafter: Drafter | None,
     k: int,
-    heat: float,
+    temperature: float,
     rule: str,
-    judge: Verify = verify,
-    judge_tree: VerifyTree = verify_tree,
+    verifier: Verify = verify,
+    tree_verifier: VerifyTree = verify_tree,
 ) -> list[Rollout]:
-    engine = LocalEngine(policy, drafter, k=k, rule=rule, slots=32, verifier=judge, tree_verifier=judge_tree)
-    rollouts = engine.generate(PROMPTS, max_new_tokens=TOKENS, temperature=heat, n=SAMPLES if heat else 1, seed=3)
+    engine = LocalEngine(policy, drafter, k=k, rule=rule, slots=32, verifier=verifier, tree_verifier=tree_verifier)
+    rollouts = engine.generate(
+        PROMPTS, max_new_tokens=TOKENS, temperature=temperature, n=SAMPLES if temperature else 1, seed=3
+    )
     assert k == 0 or engine.metrics()["drafted"] > 0, "nothing was drafted: the test would be idle"
     return rollouts
 
 
-def exact_rows(policy: Policy, rollout: Rollout, heat: float) -> torch.Tensor:
+def exact_rows(policy: Policy, rollout: Rollout, temperature: float) -> torch.Tensor:
     """Log-probabilities of every next token along a rollout: [T, V]."""
     ids = torch.tensor([rollout.prompt_ids + rollout.tokens])
     with torch.no_grad():
         logits = policy.model(ids).logits[0, len(rollout.prompt_ids) - 1 : -1]
-    return torch.log_softmax(logits.double() / (heat or 1.0), -1)
+    return torch.log_softmax(logits.double() / (temperature or 1.0), -1)
 
 
-def check_logprobs(policy: Policy, rollouts: list[Rollout], heat: float) -> None:
+def check_logprobs(policy: Policy, rollouts: list[Rollout], temperature: float) -> None:
     for rollout in rollouts:
-        own = exact_rows(policy, rollout, heat).gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+        own = exact_rows(policy, rollout, temperature).gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(rollout.logprobs).double(), own, atol=1e-4, rtol=0)
 
 
-def p_value(policy: Policy, rollouts: list[Rollout], heat: float) -> float:
+def p_value(policy: Policy, rollouts: list[Rollout], temperature: float) -> float:
     """Of u being uniform."""
     source, values = np.random.default_rng(0), []
     for rollout in rollouts:
-        p = exact_rows(policy, rollout, heat).exp()
+        p = exact_rows(policy, rollout, temperature).exp()
         own = p.gather(1, torch.tensor(rollout.tokens)[:, None])
         above = (p * (p > own)).sum(1).numpy()
         values.append(above + source.random(len(above)) * own[:, 0].numpy())
@@ -101,24 +103,26 @@ def p_value(policy: Policy, rollouts: list[Rollout], heat: float) -> float:
     return chi_square_tail(*pooled_chi_square(counts, np.full(CELLS, len(u) / CELLS)))
 
 
-@pytest.mark.parametrize("heat", [0.0, 0.7, 1.0, 1.3])
-def test_plain(unsure: Policy, heat: float) -> None:
-    rollouts = rollouts_of(unsure, None, 0, heat, "block")
-    check_logprobs(unsure, rollouts, heat)
-    assert heat == 0 or p_value(unsure, rollouts, heat) > LEVEL
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 1.3])
+def test_plain(unsure: Policy, temperature: float) -> None:
+    rollouts = rollouts_of(unsure, None, 0, temperature, "block")
+    check_logprobs(unsure, rollouts, temperature)
+    assert temperature == 0 or p_value(unsure, rollouts, temperature) > LEVEL
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])
-@pytest.mark.parametrize("heat", [0.0, 0.7, 1.0, 1.3])
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 1.3])
 @pytest.mark.parametrize(("name", "rule"), CASES)
-def test_speculative(unsure: Policy, make: Callable[[str], Drafter], name: str, rule: str, heat: float, k: int) -> None:
-    rollouts = rollouts_of(unsure, make(name), k, heat, rule)
-    check_logprobs(unsure, rollouts, heat)
-    if heat == 0:
-        plain = rollouts_of(unsure, None, 0, heat, rule)
+def test_speculative(
+    unsure: Policy, make: Callable[[str], Drafter], name: str, rule: str, temperature: float, k: int
+) -> None:
+    rollouts = rollouts_of(unsure, make(name), k, temperature, rule)
+    check_logprobs(unsure, rollouts, temperature)
+    if temperature == 0:
+        plain = rollouts_of(unsure, None, 0, temperature, rule)
         assert [r.tokens for r in rollouts] == [r.tokens for r in plain]
     else:
-        assert p_value(unsure, rollouts, heat) > LEVEL
+        assert p_value(unsure, rollouts, temperature) > LEVEL
 
 
 def smallest_uniforms(inputs: VerifyInput) -> VerifyInput:

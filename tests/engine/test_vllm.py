@@ -97,7 +97,7 @@ def test_a_seed_gives_the_same_samples_and_leaves_the_callers_random_state(fresh
     assert [(r.prompt_index, r.sample_index) for r in one] == [(p, s) for p in range(len(PROMPTS)) for s in (0, 1)]
 
 
-def test_mistakes_are_told(fresh: Any, small: Policy) -> None:
+def test_mistakes_are_errors(fresh: Any, small: Policy) -> None:
     for prompts, options, reason in (
         ([[]], {}, "is empty"),
         ([[10**6]], {}, "token id outside"),

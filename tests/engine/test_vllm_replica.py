@@ -38,9 +38,9 @@ def by_place(rollouts: list[Rollout]) -> dict[tuple[int, int], list[int]]:
     return found
 
 
-@pytest.mark.parametrize(("how", "words"), [(signal.SIGKILL, "killed by signal 9"), (signal.SIGSTOP, "silent")])
+@pytest.mark.parametrize(("how", "reason"), [(signal.SIGKILL, "killed by signal 9"), (signal.SIGSTOP, "silent")])
 def test_a_lost_vllm_is_replaced_and_every_sample_comes_once(
-    engine: ReplicatedEngine, small: Policy, drafter: Eagle3Drafter, how: signal.Signals, words: str
+    engine: ReplicatedEngine, small: Policy, drafter: Eagle3Drafter, how: signal.Signals, reason: str
 ) -> None:
     """Its successor is brought to the current policy and drafter: the texts are those of the changed policy."""
     engine.warnings.clear()
@@ -56,4 +56,4 @@ def test_a_lost_vllm_is_replaced_and_every_sample_comes_once(
     assert by_place(found) == by_place(wanted) != by_place(stale)
     assert {v for r in found for v in r.versions} == {number}
     assert engine.lost == lost + 1 and 0 < engine.rerun - rerun < len(PROMPTS) * N
-    assert len(engine.warnings) == 1 and words in engine.warnings[0]
+    assert len(engine.warnings) == 1 and reason in engine.warnings[0]

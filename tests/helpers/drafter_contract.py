@@ -95,6 +95,17 @@ def check_logprobs(policy: Policy, make: Make) -> None:
         torch.testing.assert_close(torch.tensor(r.logprobs), expected, **PARITY)
 
 
+def check_the_same(policy: Policy, drafter: Drafter, again: Drafter) -> None:
+    """A drafter that was saved and loaded has the same weights, and drafts the same."""
+    assert drafter.state_dict().keys() == again.state_dict().keys()
+    for name, tensor in drafter.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    runs = [
+        LocalEngine(policy, d, k=3, slots=4).generate([[5, 6, 7]], max_new_tokens=20, n=4) for d in (drafter, again)
+    ]
+    assert [(r.tokens, r.rounds, r.drafted) for r in runs[0]] == [(r.tokens, r.rounds, r.drafted) for r in runs[1]]
+
+
 def law_p_value(policy: Policy, make: Make, faulty: bool) -> float:
     """Chi-square p-value of `LAW_SAMPLES` samples of up to three tokens against the policy's exact law.
 

@@ -28,8 +28,7 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Recipe:
         recipe: shipped name ("quickstart") or path of a YAML file.
         overrides: dotted keys and values; strings are read as YAML ("0.5" is a number, "null" is None).
 
-    Raises:
-        UserError: no such recipe, broken YAML, an unknown key (with the nearest one), or a value out of range.
+    Raises UserError for an unknown recipe, broken YAML, an unknown key (with the nearest one), or a value out of range.
     """
     data = _read_yaml(recipe)
     for key, value in (overrides or {}).items():
@@ -44,8 +43,7 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Recipe:
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
     """`["train.steps=5"]` -> `{"train.steps": "5"}`.
 
-    Raises:
-        UserError: an argument without "=".
+    Raises UserError for an argument without "=".
     """
     for argument in arguments:
         if "=" not in argument or argument.startswith("-"):

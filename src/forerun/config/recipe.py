@@ -367,7 +367,7 @@ class DraftConfig(Block):
         2.0,
         ge=0,
         description="memory for the policy's outputs; beyond it the policy runs again every epoch, and in co-training "
-        "(all ranks together) tokens are left out",
+        "(all ranks together) tokens are skipped",
     )
     validation: float = Field(0.1, gt=0, lt=1, description="share of rollouts kept for validation")
     online_learning_rate: float = Field(1e-4, gt=0, description="of co-training (speculation.train)")

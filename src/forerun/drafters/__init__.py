@@ -17,8 +17,7 @@ __all__ = ["DRAFTERS", "Drafter", "Rows", "load_drafter"]
 def load_drafter(policy: Policy, speculation: SpeculationConfig) -> Drafter | None:
     """The drafter of a speculation block; None when speculation is off.
 
-    Raises:
-        UserError: it cannot be found, or does not fit the policy.
+    Raises UserError when it cannot be found, or does not fit the policy.
     """
     if speculation.tokens == 0:
         return None

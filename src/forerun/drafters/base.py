@@ -102,8 +102,7 @@ class Drafter:
             policy: configuration and shapes, see `describe_policy`; its weights are in the folder `source`.
             scratch: folder for what has to be written.
 
-        Raises:
-            UserError: the drafter cannot be read.
+        Raises UserError when the drafter cannot be read.
         """
         return None
 

@@ -1,9 +1,7 @@
 """A smaller causal language model as drafter (Leviathan et al. 2211.17192): same vocabulary, cache rows of its own.
 
 Each round it first reads what was emitted since it last ran: usually one token, two where the whole draft was accepted
-(the last draft was never fed), more where rounds passed without it. Then it samples k tokens one after the other. A
-rejected draft's keys and values are overwritten before anything reads them, as in the policy's own cache.
-The draft model must have the policy's tokenizer.
+(the last draft was never fed), more where rounds passed without it. Then it samples k tokens one after the other.
 Axes: R rows, B live rows, P positions, n tokens, V vocabulary.
 """
 
@@ -19,12 +17,11 @@ from torch import Tensor
 
 from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.sampled import SampledChain, SampledDrafter
-from forerun.drafters.temperature import Temperature
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy, save_policy
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import PolicyForward
-from forerun.models.load import artifact, describe_policy, load_exactly, policy_folder
+from forerun.models.load import artifact, describe_policy, policy_folder
 from forerun.models.logprobs import head_sees
 from forerun.types import Draft, VerifyResult
 
@@ -38,13 +35,12 @@ class ModelDrafter(SampledDrafter):
 
     name = "model"
     needs = "a folder or hub name of a smaller model"
+    title = "the draft model"
     vllm_refusal = ""
 
-    def __init__(
-        self, model: Policy, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
-    ) -> None:
-        """`model` drafts for `policy`, see `SampledDrafter`. Raises UserError when their vocabularies differ."""
-        super().__init__(proposal, draft_temperature)
+    def __init__(self, model: Policy, policy: Policy) -> None:
+        """`model` drafts for `policy`. Raises UserError when their vocabularies differ."""
+        super().__init__(model.model)
         _check_vocabulary(model, policy)
         model.model.eval()
         self.model = model
@@ -71,14 +67,12 @@ class ModelDrafter(SampledDrafter):
 
     @classmethod
     def vllm_config(cls, speculation: SpeculationConfig, folder: Path | None) -> dict[str, Any]:
-        """vLLM's own draft models."""
         return {"method": "draft_model", "model": str(folder)}
 
     @classmethod
     def vllm_files(
         cls, speculation: SpeculationConfig, policy: Policy, source: Path, scratch: Path
     ) -> tuple[Path, Mapping[str, Tensor]]:
-        """See `Drafter.vllm_files`: its own folder."""
         assert speculation.draft is not None
         folder = policy_folder(speculation.draft)
         return folder, describe_policy(folder).model.state_dict()
@@ -149,30 +143,20 @@ class ModelDrafter(SampledDrafter):
         assert logits is not None
         return logits
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.model.model.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` into the model. Raises UserError when a tensor is missing, unknown or of another shape."""
-        load_exactly(self.model.model, state, "the draft model")
-
     def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Write a Hugging Face folder (weights, config, tokenizer); `about` goes into config.json under "forerun"."""
+        """Write a Hugging Face folder; `about` goes into config.json under "forerun"."""
         save_policy(self.model, folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "forerun": about}, indent=2) + "\n")
 
     @classmethod
-    def load(
-        cls, source: str | Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
-    ) -> Self:
+    def load(cls, source: str | Path, policy: Policy) -> Self:
         """Load a draft model in the policy's number format and on its device.
 
         Args:
-            source: folder, shipped artifact, hub name or alias. Keywords as for the constructor.
+            source: folder, shipped artifact, hub name or alias.
 
-        Raises:
-            UserError: it cannot be found, has no tokenizer, or another vocabulary than the policy.
+        Raises UserError when it cannot be found, has no tokenizer, or another vocabulary than the policy.
         """
         try:
             model = load_policy(cls.locate(str(source)), str(policy.dtype).removeprefix("torch."), str(policy.device))
@@ -181,7 +165,7 @@ class ModelDrafter(SampledDrafter):
                 f"speculation.draft={source} is no draft model: {error}; give a folder or a hub name of a smaller "
                 "causal language model with the policy's tokenizer"
             ) from error
-        return cls(model, policy, proposal=proposal, draft_temperature=draft_temperature)
+        return cls(model, policy)
 
 
 def _check_vocabulary(model: Policy, policy: Policy) -> None:

@@ -9,7 +9,6 @@ Axes: R rows, B live rows, n tokens, T auxiliary layers, H hidden size, N sequen
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.eagle3_checkpoints import Eagle3Config as Eagle3Config
 from forerun.drafters.eagle3_checkpoints import head_files, read_head
+from forerun.drafters.files import check_fit, write_drafter
 from forerun.drafters.sampled import SampledChain, SampledDrafter
-from forerun.drafters.temperature import Temperature, tempered_head
+from forerun.drafters.temperature import tempered_head
 from forerun.drafters.trainable import TeacherBatch, TrainableHead
-from forerun.errors import UserError
+from forerun.drafters.unroll import KeysAndValues, unrolled_attention
 from forerun.models import Policy
 from forerun.models.auxiliary import check_aux_layers, decoder_layers
 from forerun.models.cache import SlotCache, SlotPass
@@ -73,7 +73,6 @@ class Eagle3Head(TrainableHead):
 
     @property
     def vocabulary(self) -> Tensor:
-        """Target ids of the draft vocabulary, ascending. [D]"""
         return torch.arange(self.d2t.shape[0], device=self.d2t.device) + self.d2t
 
     def set_vocabulary(self, target_ids: Tensor) -> None:
@@ -120,7 +119,7 @@ class Eagle3Head(TrainableHead):
         return self.norm(hidden) if self.config.norm_output else hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of the states that `finish` returns: [..., H] -> [..., D]"""
+        """[..., H] -> [..., D]"""
         return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
 
     def embedding(self, policy: Policy) -> Any:
@@ -137,7 +136,7 @@ class Eagle3Head(TrainableHead):
         hidden = self.fuse(teacher.features[:, :-1])
         query, key, value = self.query_key_value(embedded[:, 1:], hidden, positions[:, :-1])
         context = key, value  # pass 0's
-        own: list[tuple[Tensor, Tensor]] = []  # those of later passes, one key per base
+        own: list[KeysAndValues] = []  # those of later passes, one key per base
         attended = _attend(query[:, :, first:], context, own, first)
         hidden = self.finish(hidden[:, first:], attended)
         results = []
@@ -161,37 +160,23 @@ class Eagle3Head(TrainableHead):
         return results
 
 
-def _attend(query: Tensor, context: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], first: int) -> Tensor:
+def _attend(query: Tensor, context: KeysAndValues, own: list[KeysAndValues], first: int) -> Tensor:
     """query [N, heads, T, d] at bases first .. first+T-1 -> [N, T, heads, d]; `own`: the same base's keys by pass."""
-    bases = query.shape[2]
+    if own:
+        return unrolled_attention(query, context, own, first)
     group = query.shape[1] // context[0].shape[1]
     keys, values = (x.repeat_interleave(group, dim=1) for x in context)
-    if not own:
-        mask = _causal(bases, first, keys.shape[2], query.device)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask).transpose(1, 2)
-    scale = query.shape[-1] ** -0.5
-    past = (query @ keys.transpose(2, 3)).float() * scale  # [N, heads, T, L]
-    past = past.masked_fill(~_causal(bases, first, keys.shape[2], query.device), float("-inf"))
-    mine = [(query * k.repeat_interleave(group, dim=1)).sum(-1, keepdim=True).float() * scale for k, _ in own]
-    weights = torch.cat([past, *mine], dim=-1).softmax(-1).to(values.dtype)
-    out = weights[..., : past.shape[-1]] @ values
-    for i, (_, v) in enumerate(own):
-        out = out + weights[..., past.shape[-1] + i, None] * v.repeat_interleave(group, dim=1)
-    return out.transpose(1, 2)
-
-
-def _causal(bases: int, first: int, length: int, device: torch.device) -> Tensor:  # [T, L] bool, true: visible
-    at = torch.arange(length, device=device)
-    return at[None] <= torch.arange(first, first + bases, device=device)[:, None]
+    at = torch.arange(keys.shape[2], device=query.device)
+    seen = at[None] <= at[first : first + query.shape[2], None]  # [T, L]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen).transpose(1, 2)
 
 
 def _midlayer(config: Eagle3Config) -> nn.ModuleDict:
     hidden, size, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
     queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
+    widths = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
     attention: dict[str, nn.Module] = {
-        "q_proj": nn.Linear(2 * hidden, queries, bias=config.attention_bias),
-        "k_proj": nn.Linear(2 * hidden, keys, bias=config.attention_bias),
-        "v_proj": nn.Linear(2 * hidden, keys, bias=config.attention_bias),
+        **{name: nn.Linear(2 * hidden, width, bias=config.attention_bias) for name, width in widths.items()},
         "o_proj": nn.Linear(queries, hidden, bias=config.attention_bias),
     }
     if config.qk_norm:
@@ -243,13 +228,11 @@ class Eagle3Drafter(SampledDrafter):
     vllm_refusal = ""
     vllm_scales_drafts = True
 
-    def __init__(
-        self, head: Eagle3Head, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
-    ) -> None:
-        """See `SampledDrafter`. Raises UserError when the head was made for another policy."""
-        super().__init__(proposal, draft_temperature)
+    def __init__(self, head: Eagle3Head, policy: Policy) -> None:
+        """Raises UserError when the head was made for another policy."""
+        super().__init__(head)
         check_aux_layers(head.config.layers, len(decoder_layers(policy.model)))
-        _check_fit(head.config, policy)
+        check_fit(policy, {"hidden_size": head.config.aux_width, "vocab_size": head.config.vocab_size})
         self.head = head.to(policy.device).eval()
         self.aux_layers = head.config.layers
         self.dialect = "forerun"
@@ -269,7 +252,6 @@ class Eagle3Drafter(SampledDrafter):
 
     @classmethod
     def vllm_config(cls, speculation: SpeculationConfig, folder: Path | None) -> dict[str, Any]:
-        """vLLM's own EAGLE-3."""
         return {"method": "eagle3", "model": str(folder)}
 
     @classmethod
@@ -281,8 +263,6 @@ class Eagle3Drafter(SampledDrafter):
         vLLM's runners number layers differently where a file leaves it open, and have no place for the map of a full
         vocabulary. The output head is divided by the draft temperature, which scales the logits.
         """
-        from safetensors.torch import save_file
-
         assert speculation.draft is not None
         layers = len(decoder_layers(policy.model))
         head = read_head(artifact(speculation.draft), layers, saved_embedding(policy, source))
@@ -290,11 +270,8 @@ class Eagle3Drafter(SampledDrafter):
         tensors["lm_head.weight"] = tempered_head(tensors["lm_head.weight"], speculation.fixed_draft_temperature)
         if head.config.draft_vocab_size == head.config.vocab_size:
             tensors = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
-        folder = scratch / "drafter"
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(data))
-        save_file(tensors, folder / "model.safetensors")
-        return folder, head.state
+        write_drafter(scratch / "drafter", data, tensors)
+        return scratch / "drafter", head.state
 
     def trainable_head(self) -> Eagle3Head:
         return self.head
@@ -381,12 +358,8 @@ class Eagle3Drafter(SampledDrafter):
         query, key, value = self.head.query_key_value(self._embed(tokens), hidden, slots.positions)
         return self.head.finish(hidden, slots.attend(0, query, key, value, None))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.head.state_dict()
-
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` into the head. Raises UserError when a tensor is missing, unknown or of another shape."""
-        load_exactly(self.head, state, "the drafter")
+        super().load_state_dict(state)
         self.vocabulary = self.head.vocabulary
 
     def save(self, folder: Path, about: dict[str, Any], layout: str = "specforge") -> None:
@@ -395,8 +368,6 @@ class Eagle3Drafter(SampledDrafter):
         Args:
             layout: of the files, "specforge" or "speculators"; vLLM reads both.
         """
-        from safetensors.torch import save_file
-
         data, tensors = head_files(self.head.config, self.head.state_dict(), layout)
         if layout == "speculators":
             data["speculators_config"] = {
@@ -405,32 +376,18 @@ class Eagle3Drafter(SampledDrafter):
                 "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
                 "verifier": self._verifier,
             }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({**data, "forerun": about}, indent=2) + "\n")
-        save_file(tensors, folder / "model.safetensors")
+        write_drafter(folder, {**data, "forerun": about}, tensors)
 
     @classmethod
-    def load(
-        cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
-    ) -> Self:
+    def load(cls, source: Path, policy: Policy) -> Self:
         """Read a head in any published layout (see `dialect`) and check that it fits the policy.
 
-        Raises:
-            UserError: files are missing or broken, or the head was made for another policy.
+        Raises UserError when files are missing or broken, or the head was made for another policy.
         """
         layers, embedding = len(decoder_layers(policy.model)), policy.model.get_input_embeddings().weight
         found = read_head(source, layers, embedding)
         head = Eagle3Head(found.config).to(policy.dtype)
         load_exactly(head, found.state, f"the drafter in {source}")
-        drafter = cls(head, policy, proposal=proposal, draft_temperature=draft_temperature)
+        drafter = cls(head, policy)
         drafter.dialect = found.dialect
         return drafter
-
-
-def _check_fit(config: Eagle3Config, policy: Policy) -> None:
-    target = policy.model.config.get_text_config()
-    for name, ours in (("hidden_size", config.aux_width), ("vocab_size", config.vocab_size)):
-        if ours != getattr(target, name):
-            raise UserError(
-                f"The drafter was made for a policy with {name} {ours}, and this one has {getattr(target, name)}"
-            )

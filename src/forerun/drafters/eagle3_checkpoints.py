@@ -1,6 +1,6 @@
 """Checkpoint formats of EAGLE-3 heads: published ones are read, ours are written so that others can read them.
 
-Dialects, recognised by config.json and recorded in `HeadFile.dialect`:
+Dialects, recognised by config.json:
 - "specforge": a flat Llama config (SpecForge, SafeAILab/EAGLE, AngelSlim, ModelOpt).
 - "speculators": the layer's config nested in `transformer_layer_config`; what is missing there has that class's default
   (vllm-project/speculators, models/eagle3/config.py).
@@ -16,12 +16,11 @@ Conventions and their sources
   (gpu_model_runner.py), so our files carry both. Older files of ours have inputs there. Without either, the inputs of
   2, n/2, n - 3 (vLLM, SGLang; EAGLE modeling_llama_kv.py), joined in the order of the layers.
 - d2t: offsets, target id = draft id + d2t (sglang llama_eagle3.py; speculators core.py). Absolute ids are also read.
-- Norms: `norm_before_residual`, `norm_before_fc` (`input_norm`) and EAGLE-3.1's `fc_norm` (`fc_norm.{i}`) and
-  `norm_output` (vLLM llama_eagle3.py), at the top or in `eagle_config` (ModelOpt, TensorRT-LLM
-  modeling_speculative.py: `return_hidden_post_norm`). q_norm and k_norm come with Qwen3 layers (speculators).
-- `embed_tokens` is the head's own where it differs from the policy's (vLLM shares it where it does not).
-Not supported, and refused: more than one layer, P-EAGLE, MLA, sliding windows, quantised heads, heads
-without an output head of their own, rotary scaling that depends on the length of the text.
+- Norms: `norm_before_residual`, `norm_before_fc` (`input_norm`) and EAGLE-3.1's `fc_norm` and `norm_output` (vLLM
+  llama_eagle3.py), at the top or in `eagle_config` (ModelOpt, TensorRT-LLM modeling_speculative.py:
+  `return_hidden_post_norm`). q_norm and k_norm come with Qwen3 layers (speculators).
+Refused: more than one layer, P-EAGLE, MLA, sliding windows, quantised heads, heads without an output head of their own,
+rotary scaling that depends on the length of the text.
 """
 
 from __future__ import annotations
@@ -35,17 +34,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forerun.drafters.files import reading
 from forerun.errors import UserError
 from forerun.models.auxiliary import default_aux_layers
 
 LAYOUTS = ("specforge", "speculators")
 NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 ROPES = ("default", "linear", "llama3", "yarn")
-SHAPE = (
+LAYER = (  # entries of config.json that are fields of `Eagle3Config`
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-    "rms_norm_eps", "max_position_embeddings", "attention_bias", "mlp_bias", "hidden_act", "rope_theta",
-    "rope_scaling", "rope_parameters", "layer_types",
+    "rms_norm_eps", "max_position_embeddings", "attention_bias", "mlp_bias", "rope_theta",
 )  # fmt: skip
+SHAPE = (*LAYER, "hidden_act", "rope_scaling", "rope_parameters")
 NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")  # of a flat config
 MUST_BE: dict[str, tuple[Any, ...]] = {  # what this head does not compute otherwise; absent is fine
     "num_hidden_layers": (1,), "hidden_act": ("silu",), "use_aux_hidden_state": (True,), "logit_scale": (1.0,),
@@ -75,7 +75,7 @@ class Eagle3Config:
     attention_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    norm_before_residual: bool = False  # the normed state, not the state, goes round the attention
+    norm_before_residual: bool = False  # the residual of the attention is the normed state
     norm_before_fc: bool = False  # one norm over the concatenated auxiliary states
     fc_norm: bool = False  # a norm per auxiliary state
     norm_output: bool = False  # the state that is fed back is normed
@@ -100,22 +100,15 @@ def read_head(folder: Path, policy_layers: int, embedding: Tensor) -> HeadFile:
     """Read config.json and the weights (safetensors, or a pytorch_model.bin) of a head in any dialect.
 
     Args:
-        embedding: [V, H] of the policy; a copy of it in the file is left out.
+        embedding: [V, H] of the policy; a copy of it in the file is dropped.
 
-    Raises:
-        UserError: files are missing or broken, or say something that this head does not compute.
+    Raises UserError when files are missing or broken, or describe what this head does not compute.
     """
-    from safetensors import SafetensorError
-
-    try:
+    with reading(f"The drafter in {folder}"):
         data = json.loads((folder / "config.json").read_text())
         found = {_our_name(name): tensor for name, tensor in _tensors(folder).items()}
         dialect = _dialect(data)
         config = _config(data, dialect, policy_layers)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, ValueError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"The drafter in {folder} cannot be read: {type(error).__name__}: {error}") from error
     found = {n: t for n, t in found.items() if not n.endswith("inv_freq") and n != "verifier_lm_head.weight"}
     if "lm_head.weight" not in found:
         raise UserError(f"The drafter in {folder} has no lm_head.weight; one that borrows the policy's is not read")
@@ -136,26 +129,24 @@ def read_head(folder: Path, policy_layers: int, embedding: Tensor) -> HeadFile:
 
 
 def head_files(config: Eagle3Config, state: Mapping[str, Tensor], layout: str) -> tuple[Data, dict[str, Tensor]]:
-    """config.json and tensors of a head in one of `LAYOUTS`, both of which vLLM reads.
-
-    The verifier of the speculators layout is left to whoever knows its name.
-    """
+    """config.json and tensors of a head in one of `LAYOUTS`, both of which vLLM reads."""
     if layout not in LAYOUTS:
         raise UserError(f"A drafter is written in the layout {' or '.join(LAYOUTS)}, not '{layout}'")
-    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    tensors = dict(state)
     layer = {
-        "model_type": "qwen3" if config.qk_norm else "llama", "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size, "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size, "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta,
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        **{name: getattr(config, name) for name in LAYER},
         "rope_scaling": None if config.rope_scaling is None else dict(config.rope_scaling),
-        "max_position_embeddings": config.max_position_embeddings, "num_hidden_layers": 1, "hidden_act": "silu",
-        "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "num_hidden_layers": 1,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
     shared = {
-        "draft_vocab_size": config.draft_vocab_size, "target_hidden_size": config.aux_width,
-        "eagle_aux_hidden_state_layer_ids": list(config.layers), **{name: getattr(config, name) for name in NORMS},
-    }  # fmt: skip
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.aux_width,
+        "eagle_aux_hidden_state_layer_ids": list(config.layers),
+        **{name: getattr(config, name) for name in NORMS},
+    }
     if layout == "speculators":
         tensors = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
         about = {"speculators_model_type": "eagle3", "transformer_layer_config": layer, "tie_word_embeddings": False}
@@ -252,7 +243,6 @@ def _layer_shape(layer: Data, dialect: str) -> Any:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPES or "mrope_section" in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"The drafter's rotary embedding is {rope}; of the kinds {', '.join(ROPES)} it can be read")
-    given.pop("layer_types", None)
     return (LlamaConfig if kind == "llama" else Qwen3Config)(**given)
 
 

@@ -5,43 +5,37 @@ The head grows a tree of its likeliest tokens (EAGLE-2, 2406.16858: the best `wi
 below the threshold stops; fewer drafts are kept there, and the slots that this frees are filled from an adjacency table
 M[V, s], the s likeliest successors of every token as the policy's last verified row after it had them.
 
-Conventions
-- Nodes are one list per row, a parent before its children, and the index -1 is the root. "Best first" is by
-  log-probability of the path under the head for candidates, and by rank path for retrieved nodes.
-- Non-anticipation: nothing is sampled here. Candidates, stops and retrieval are functions of committed text, weights
-  and earlier rounds; so the tree is known before any token of its round is, and q is one-hot.
-- The table is shared by all rows, so a request's drafts, and with them its text, depend on the other requests. Its
-  distribution does not.
-The paper publishes neither its calibration of thresholds nor its templates for 36 and 20 nodes: a smaller template here
-is the best part of the largest one.
+Nodes are one list per row, a parent before its children; the index -1 is the root. "Best first" is by log-probability
+of the path under the head for candidates, and by rank path for retrieved nodes.
+Non-anticipation: candidates, stops and retrieval are functions of committed text, weights and earlier rounds, so the
+tree is known before any token of its round is, and q is one-hot. The table is shared by all rows: a request's text
+depends on the other requests, its distribution does not.
+The paper publishes neither its calibration of thresholds nor its templates for 36 and 20 nodes.
 Axes: B live rows, K width, C candidates, m template nodes, s successors, H hidden size, D draft vocabulary.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from forerun.acceptance.chain import drafted
 from forerun.config import GraftConfig, SpeculationConfig
-from forerun.drafters.base import Drafter, Rows
+from forerun.drafters.base import Rows
 from forerun.drafters.eagle3 import Eagle3Drafter, Eagle3Head
+from forerun.drafters.files import reading
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.cache import SlotPass, TreePlaces
 from forerun.models.forward import check_trees
-from forerun.models.load import artifact
 from forerun.types import Draft, VerifyResult
-
-if TYPE_CHECKING:
-    from forerun.drafters.training.trainer import Training, TrainingSetup, Validation
 
 TABLE = "adjacency.safetensors"
 
@@ -60,11 +54,6 @@ class Nodes:
         parents = self.parents.gather(1, order)
         above = order.argsort(1).gather(1, parents.clamp(min=0)).where((parents >= 0) & valid, -1)
         return Nodes(self.tokens.gather(1, order).where(valid, 0), above, self.depth.gather(1, order), valid)
-
-    def followed_by(self, other: Nodes) -> Nodes:
-        """The nodes of both, whose parents already are numbered so."""
-        pairs = ((getattr(self, name), getattr(other, name)) for name in ("tokens", "parents", "depth", "valid"))
-        return Nodes(*(torch.cat(pair, dim=1) for pair in pairs))
 
     def first(self, count: int) -> Nodes:
         """The first `count` columns."""
@@ -172,8 +161,12 @@ def graft(kept: Nodes, template: Template, retrieved: Tensor, below: Tensor, fre
     depth_of = template.depth + start.where(below >= 0, 0)[:, None]  # [B, m]
     fits = (under > -2) & (depth_of <= room[:, None])
     taken = fits & (fits.cumsum(1) <= free[:, None])
-    added = Nodes(retrieved.where(taken, 0), under.where(taken, -1), depth_of.where(taken, 1), taken)
-    return kept.followed_by(added)
+    return Nodes(
+        torch.cat([kept.tokens, retrieved.where(taken, 0)], dim=1),
+        torch.cat([kept.parents, under.where(taken, -1)], dim=1),
+        torch.cat([kept.depth, depth_of.where(taken, 1)], dim=1),
+        torch.cat([kept.valid, taken], dim=1),
+    )
 
 
 def as_draft(nodes: Nodes) -> Draft:
@@ -206,9 +199,7 @@ class Candidates:
     tokens: list[Tensor]  # [B, .] each
     scores: list[Tensor]  # -inf: not a candidate
     parents: list[Tensor]
-    stage: (
-        Tensor  # [B] int64, number of the checkpoint at which the row stopped; the number of checkpoints if it did not
-    )
+    stage: Tensor  # [B] int64, number of the checkpoint at which the row stopped; their number if it did not
 
     def best(self, quota: Tensor) -> Nodes:
         """The `quota` [B] best candidates, best first. A child is no better than its parent, and comes after it."""
@@ -221,26 +212,21 @@ class Candidates:
         return every.select(order, stay).first(int(quota.max()))
 
 
-class GraftDrafter(Drafter):
+class GraftDrafter(Eagle3Drafter):
     """An EAGLE-3 head and an adjacency table, which together draft trees."""
 
     name = "graft"
     Config = GraftConfig
-    trains = trees = True
+    needs = "the folder or artifact of an EAGLE-3 drafter"
+    trees = True
+    samples = cotrains = vllm_scales_drafts = False
     vllm_refusal = "vLLM has no exact verification of draft trees"
 
-    def __init__(
-        self, head: Eagle3Head, policy: Policy, settings: GraftConfig, *, draft_temperature: float = 1.0
-    ) -> None:
-        """`draft_temperature`: of the head's scores, relative to that of the rollouts.
-
-        Raises:
-            UserError: the head was made for another policy, or the policy cannot run trees.
-        """
+    def __init__(self, head: Eagle3Head, policy: Policy, settings: GraftConfig) -> None:
+        """Raises UserError when the head was made for another policy, or the policy cannot run trees."""
         check_trees(policy)
-        self._reader = Eagle3Drafter(head, policy)
-        self.aux_layers = self._reader.aux_layers
-        self.settings, self.draft_temperature = settings, draft_temperature
+        super().__init__(head, policy)
+        self.settings = settings
         vocabulary = int(policy.model.config.get_text_config().vocab_size)
         self.successors = min(settings.successors, vocabulary)
         self.adjacency = Adjacency(vocabulary, self.successors, policy.device)
@@ -251,49 +237,39 @@ class GraftDrafter(Drafter):
         self._counts: Counter[str] = Counter()
 
     @classmethod
-    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> GraftDrafter:
-        if speculation.draft is None:
-            raise UserError(
-                "speculation.method=graft needs speculation.draft, the folder or artifact of an EAGLE-3 drafter"
-            )
-        temperature = speculation.draft_temperature
+    def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> Self:
+        """The draft temperature is that of the head's scores."""
+        source, temperature = cls.source(speculation), speculation.draft_temperature
         if temperature == "auto":
             raise UserError("speculation.draft_temperature=auto needs sampled drafts, but a graft tree samples none")
-        return cls.load(artifact(speculation.draft), policy, speculation.graft, draft_temperature=temperature)
-
-    @classmethod
-    def train(cls, policy: Policy, setup: TrainingSetup) -> Training[tuple[Drafter, Validation]]:
-        """The EAGLE-3 head that drafts the tree, see `Eagle3Drafter.train`."""
-        return (yield from Eagle3Drafter.train(policy, setup))
+        return cls.load(source, policy, speculation.graft).draw(speculation.proposal, temperature)
 
     def open(self, rows: int, positions: int, k: int) -> None:
         """See `Drafter.open`; the head's cache has places for the candidates that it expands."""
         self._nodes = min(k, self.settings.nodes)
         deepest = min(k, self.settings.depth + _deepest(self._template))
-        self._reader.open(rows, positions + self._width * self.settings.depth, deepest)
-
-    def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
-        self._reader.prefill(first_row, tokens, lengths, features)
-
-    def copy(self, source: int, target: int) -> None:
-        self._reader.copy(source, target)
+        super().open(rows, positions + self._width * self.settings.depth, deepest)
 
     @torch.no_grad()
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
         """A tree of at most `nodes` per row, none deeper than budget [B]."""
-        kept = self._drafted(rows, budget)
-        if not self._retrieves:
-            return self._counted(kept, kept)
+        nodes = self._drafted(rows, budget)
+        drafted = int(nodes.valid.sum())
+        if self._retrieves:
+            nodes = self._filled(nodes, rows, budget)
+        self._counts["drafted_nodes"] += drafted
+        self._counts["retrieved_nodes"] += int(nodes.valid.sum()) - drafted
+        return as_draft(nodes)
+
+    def _filled(self, kept: Nodes, rows: Rows, budget: Tensor) -> Nodes:
+        """The drafted nodes, and retrieved ones in the slots that they leave free."""
         below = _tail(kept) if self.settings.variant == "tail" else torch.full_like(rows.last, -1)
         roots = rows.last
         if kept.tokens.shape[1] > 0:
             roots = kept.tokens.gather(1, below.clamp(min=0)[:, None])[:, 0].where(below >= 0, rows.last)
         retrieved = self.adjacency.descend(roots, self._template)
         free = (self._nodes - kept.valid.sum(1)).where(budget > 0, 0)
-        return self._counted(graft(kept, self._template, retrieved, below, free, budget), kept)
-
-    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
-        self._reader.observe(rows, verdict, features)
+        return graft(kept, self._template, retrieved, below, free, budget)
 
     def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
         """The policy's likeliest successors of every verified token; see `Drafter.learn`."""
@@ -301,20 +277,20 @@ class GraftDrafter(Drafter):
         ran = torch.nn.functional.pad(drafted(draft), (1, 0), value=True)  # [B, k+1]
         self.adjacency.update(tokens[ran], logits.topk(self.successors).indices[ran])
 
-    def metrics(self) -> dict[str, int]:
-        """Nodes by origin, and rows by the checkpoint at which the head stopped."""
-        return dict(self._counts)
+    def metrics(self) -> dict[str, float]:
+        """Nodes by origin, rows by the checkpoint at which the head stopped, and those of the head."""
+        return {**self._counts, **super().metrics()}
 
     # ---- the head's tree ----
 
     def _drafted(self, rows: Rows, room: Tensor) -> Nodes:
         """The drafted nodes that are kept; a row that the head has nothing to read for has none."""
-        count = self._reader.pending[: rows.count]
+        count = self.pending[: rows.count]
         if int(count.max()) == 0:
             none = rows.last.new_zeros(rows.count, 0)
             return Nodes(none, none, none, none.bool())
-        hidden = self._reader.read(rows, count, int(count.max()))
-        room = self._reader.within(rows, room)
+        hidden = self.read(rows, count, int(count.max()))
+        room = self.within(rows, room)
         candidates = self._grow(rows, hidden, room.where(count > 0, 0))
         for stage in candidates.stage[(count > 0) & (room > 0)].tolist():
             where = self.settings.checkpoints[stage] if stage < len(self.settings.checkpoints) else "never"
@@ -323,11 +299,9 @@ class GraftDrafter(Drafter):
 
     def _quota(self) -> Tensor:
         """Drafted nodes that are kept, by stage: [checkpoints + 1]."""
-        last = self._nodes
-        if self.settings.variant == "root" and self.settings.keep:
-            last = min(last, self.settings.keep[-1])
-        device = self.adjacency.table.device
-        return torch.tensor([*(min(kept, self._nodes) for kept in self.settings.keep), last], device=device)
+        keep = self.settings.keep
+        last = keep[-1] if self.settings.variant == "root" and keep else self._nodes
+        return torch.tensor([*keep, last], device=self.adjacency.table.device).clamp(max=self._nodes)
 
     def _grow(self, rows: Rows, hidden: Tensor, room: Tensor) -> Candidates:
         """Expand from the state after the newest token [B, H], depth by depth, until every row has stopped."""
@@ -367,8 +341,8 @@ class GraftDrafter(Drafter):
         depth = torch.arange(seen.shape[2], device=going.device) // width
         tree = TreePlaces(rows.lengths[:, None] + depth, seen)
         end = int(rows.lengths.max()) + seen.shape[2]
-        slots = SlotPass(self._reader.cache, 0, rows.lengths + expanded * width, width, end, tree=tree)
-        hidden = self._reader.run(frontier.tokens, frontier.hidden, slots)  # [B, K, H]
+        slots = SlotPass(self.cache, 0, rows.lengths + expanded * width, width, end, tree=tree)
+        hidden = self.run(frontier.tokens, frontier.hidden, slots)  # [B, K, H]
         scores, tokens = self._children(hidden, rows, frontier.scores)  # [B, K·K]
         scores = scores.where(going[:, None], -torch.inf)
         offset = sum(t.shape[1] for t in candidates.tokens)
@@ -387,53 +361,34 @@ class GraftDrafter(Drafter):
 
     def _children(self, hidden: Tensor, rows: Rows, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Path scores and target tokens of the K likeliest children of nodes [B, n] with `scores`: two [B, n·K]."""
-        temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0) * self.draft_temperature
-        log_p = torch.log_softmax(self._reader.head.logits(hidden).float() / temperature[:, None, None], dim=-1)
+        temperature = torch.where(rows.temperature > 0, rows.temperature, 1.0) * self.draft_temperature.value
+        log_p = torch.log_softmax(self.head.logits(hidden).float() / temperature[:, None, None], dim=-1)
         best, columns = log_p.topk(self._width, dim=-1)  # [B, n, K]
         best = scores[:, :, None] + best.clamp(max=0.0)
-        return best.flatten(1), self._reader.vocabulary[columns].flatten(1)
-
-    def _counted(self, nodes: Nodes, kept: Nodes) -> Draft:
-        drafted = int(kept.valid.sum())
-        self._counts["drafted_nodes"] += drafted
-        self._counts["retrieved_nodes"] += int(nodes.valid.sum()) - drafted
-        return as_draft(nodes)
+        return best.flatten(1), self.vocabulary[columns].flatten(1)
 
     # ---- weights and memory ----
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self._reader.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` into the head. Raises UserError when a tensor is missing, unknown or of another shape."""
-        self._reader.load_state_dict(state)
-
-    def save(self, folder: Path, about: dict[str, Any]) -> None:
+    def save(self, folder: Path, about: dict[str, Any], layout: str = "specforge") -> None:
         """Write the head as `Eagle3Drafter.save` does, and the table in the same folder."""
         from safetensors.torch import save_file
 
-        self._reader.save(folder, about)
+        super().save(folder, about, layout)
         save_file({"successors": self.adjacency.table.contiguous()}, folder / TABLE)
 
     @classmethod
-    def load(
-        cls, folder: Path, policy: Policy, settings: GraftConfig, *, draft_temperature: float = 1.0
-    ) -> GraftDrafter:
+    def load(cls, source: Path, policy: Policy, settings: GraftConfig | None = None) -> Self:
         """Read a head as `Eagle3Drafter.load` does, and the table where the folder has one.
 
-        Raises:
-            UserError: files are missing or broken, or were made for another policy.
+        Raises UserError when files are missing or broken, or were made for another policy.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        head = Eagle3Drafter.load(folder, policy).head
-        drafter = cls(head, policy, settings, draft_temperature=draft_temperature)
-        if (folder / TABLE).exists():
-            try:
-                drafter.adjacency.load(load_file(folder / TABLE)["successors"])
-            except (OSError, KeyError, SafetensorError) as error:
-                raise UserError(f"{folder / TABLE} cannot be read: {type(error).__name__}: {error}") from error
+        drafter = cls(Eagle3Drafter.load(source, policy).head, policy, settings or GraftConfig())
+        if (source / TABLE).exists():
+            with reading(str(source / TABLE)):
+                saved = load_file(source / TABLE)["successors"]
+            drafter.adjacency.load(saved)
         return drafter
 
 

@@ -6,9 +6,9 @@ the policy's own output head. h is taken *after* the final norm, and the layer's
 (`shared_head.norm`), as Transformers, SGLang and vLLM's Qwen3-Next run the published heads.
 With n layers, draft j comes from layer j, which reads layer j - 1's outputs and tokens j places further on; drafts
 beyond n apply the last layer to its own output, as all drafts of a head with one layer do (training-time test).
-Embedding, rotary angles and output head are the policy's, read live and never trained. A drafter may read only the
-output head's rows of a draft vocabulary, its most frequent tokens (2502.14856): beyond them q is 0.
-Checkpoint formats: mtp_checkpoints.py. Not supported: linear attention, MLA, quantised checkpoints.
+Embedding, rotary angles and output head are the policy's, read live and never trained. With a draft vocabulary, its
+most frequent tokens (2502.14856), only their rows of the output head are read: beyond them q is 0.
+Not supported: linear attention, MLA, quantised checkpoints.
 Axes: R rows, B live rows, n tokens, W places of a window, L padded length, H hidden size, V vocabulary, D drafted ids.
 """
 
@@ -17,8 +17,8 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forerun.drafters.base import Drafter, Rows
+from forerun.drafters.files import check_fit, reading, write_drafter
 from forerun.drafters.mtp_checkpoints import IDS, published_name, read_heads
-from forerun.drafters.mtp_unroll import unroll_mtp
 from forerun.drafters.sampled import SampledChain, SampledDrafter
-from forerun.drafters.temperature import Temperature
 from forerun.drafters.trainable import TeacherBatch, TrainableHead
+from forerun.drafters.unroll import unroll_mtp
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.auxiliary import decoder_layers
@@ -130,8 +130,7 @@ class MtpHead(TrainableHead):
         Args:
             vocabulary: [D] int64, ascending, the tokens that it drafts; None: all of them.
 
-        Raises:
-            UserError: the policy has no such layer, no final norm, or no rotary positions.
+        Raises UserError when the policy has no such layer, no final norm, or no rotary positions.
         """
         super().__init__()
         target = policy.model.config.get_text_config()
@@ -215,10 +214,8 @@ class MtpDrafter(SampledDrafter):
         "these heads stand beside the policy"
     )
 
-    def __init__(
-        self, head: MtpHead, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
-    ) -> None:
-        super().__init__(proposal, draft_temperature)
+    def __init__(self, head: MtpHead, policy: Policy) -> None:
+        super().__init__(head)
         self.head = head.to(policy.device).eval()
         self.aux_layers = head.config.layers
 
@@ -314,55 +311,29 @@ class MtpDrafter(SampledDrafter):
         last = len(self.head.layers) - 1
         return self.head.step(last, token[:, None], hidden[:, None], slots.positions, slots)[:, 0]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.head.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` into the head. Raises UserError when a tensor is missing, unknown or of another shape."""
-        load_exactly(self.head, state, "the drafter")
-
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write config.json and model.safetensors with DeepSeek-V3's names; `about` records how it was made."""
-        from safetensors.torch import save_file
-
-        config, folder = self.head.config, Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        run_facts = {
-            "architectures": ["ForerunMtp"],
-            "hidden_size": config.hidden_size,
-            "vocab_size": config.vocab_size,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_nextn_predict_layers": config.num_nextn_predict_layers,
-            "forerun": about,
-        }
-        (folder / "config.json").write_text(json.dumps(run_facts, indent=2) + "\n")
+        config = self.head.config
         state = {published_name(k, config.num_hidden_layers): v for k, v in self.head.state_dict().items()}
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+        write_drafter(folder, {"architectures": ["ForerunMtp"], **asdict(config), "forerun": about}, state)
 
     @classmethod
-    def load(
-        cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
-    ) -> Self:
+    def load(cls, source: Path, policy: Policy) -> Self:
         """Read heads saved by `save`, or those that a checkpoint of the policy carries; see `read_heads`.
 
-        Raises:
-            UserError: files are missing or broken, or the heads were made for another policy.
+        Raises UserError when files are missing or broken, or the heads were made for another policy.
         """
-        from safetensors import SafetensorError
-
-        try:
+        with reading(f"The drafter in {source}"):
             data = json.loads((source / "config.json").read_text())
             data = data.get("text_config", data)
             state = read_heads(source, int(data["num_hidden_layers"]))
-        except (OSError, json.JSONDecodeError, KeyError, SafetensorError) as error:
-            raise UserError(f"The drafter in {source} cannot be read: {type(error).__name__}: {error}") from error
-        _check_fit(data, policy)
+        check_fit(policy, {name: data.get(name) for name in ("hidden_size", "vocab_size", "num_hidden_layers")})
         if not state:
             raise UserError(f"{source} holds no tensors of multi-token-prediction heads; train one: forerun draft")
         depth = 1 + max(int(name.split(".")[1]) for name in state if name != IDS)
         head = MtpHead(policy, depth, state.get(IDS)).to(policy.dtype)
         load_exactly(head, state, f"the drafter in {source}")
-        return cls(head, policy, proposal=proposal, draft_temperature=draft_temperature)
+        return cls(head, policy)
 
 
 def _source_layer(policy: Policy) -> int:
@@ -394,13 +365,3 @@ def _shared(policy: Policy, source: int) -> Shared:
 def _fresh_norm(norm: Any, size: int) -> Any:
     """A norm of the same kind that does not scale."""
     return type(norm)(size, eps=getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
-
-
-def _check_fit(data: Mapping[str, Any], policy: Policy) -> None:
-    target = policy.model.config.get_text_config()
-    for name in ("hidden_size", "vocab_size", "num_hidden_layers"):
-        if data.get(name) != getattr(target, name):
-            raise UserError(
-                f"The drafter was made for a policy with {name} {data.get(name)}, and this one has "
-                f"{getattr(target, name)}"
-            )

@@ -35,7 +35,7 @@ def read_heads(folder: Path, policy_layers: int) -> dict[str, Tensor]:
 
     Read are DeepSeek-V3's names (`model.layers.{policy_layers + d}.eh_proj|enorm|hnorm|shared_head.norm|...`), MiMo's
     (`model.mtp_layers.{d}.input_proj|...`, hidden state first in its projection) and Qwen3-Next's (`mtp.fc|
-    pre_fc_norm_*|norm`, one for all `mtp.layers.{d}`). Copies of the embedding and of the output head are left out.
+    pre_fc_norm_*|norm`, one for all `mtp.layers.{d}`). Copies of the embedding and of the output head are skipped.
     """
     from safetensors import safe_open
 

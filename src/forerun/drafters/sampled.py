@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from forerun.acceptance.random import Purpose, inverse_cdf_log, round_keys, uniforms
 from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.temperature import Temperature, draft_temperature_of
 from forerun.errors import UserError
 from forerun.models import Policy
-from forerun.models.load import artifact
+from forerun.models.load import artifact, load_exactly
 from forerun.types import Draft, VerifyResult
 
 if TYPE_CHECKING:  # an engine with a drafter needs no recipe, and so no pydantic
@@ -26,42 +26,58 @@ class SampledDrafter(Drafter):
 
     trains = samples = True
     needs: ClassVar[str]  # what `speculation.draft` names, for the error without one
+    title: ClassVar[str] = "the drafter"  # in errors about its weights
 
-    def __init__(self, proposal: str, draft_temperature: Temperature) -> None:
-        """Sets how drafts are drawn.
+    def __init__(self, module: nn.Module) -> None:
+        """`module`: its weights. Drafts are drawn at the temperature of the rollouts, see `draw`."""
+        self._module = module
+        self.draw("sampled", 1.0)
+
+    def draw(self, proposal: str, draft_temperature: Temperature) -> Self:
+        """Set how drafts are drawn; returns itself.
 
         Args:
             proposal: "sampled", or "argmax": the likeliest tokens, with a one-hot q.
             draft_temperature: relative to that of the rollouts, or "auto", see temperature.py.
+
+        Raises UserError when it is "auto", and nothing is sampled.
         """
         self.proposal = proposal
         self.draft_temperature = draft_temperature_of(draft_temperature, proposal)
+        return self
 
     @classmethod
     def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> Self:
+        drafter = cls.load(cls.source(speculation), policy)
+        return drafter.draw(speculation.proposal, speculation.draft_temperature)
+
+    @classmethod
+    def source(cls, speculation: SpeculationConfig) -> Any:
+        """What `load` takes. Raises UserError when the recipe names no drafter, or one that does not exist."""
         if speculation.draft is None:
             raise UserError(f"speculation.method={cls.name} needs speculation.draft, {cls.needs}")
-        source, temperature = cls.locate(speculation.draft), speculation.draft_temperature
-        return cls.load(source, policy, proposal=speculation.proposal, draft_temperature=temperature)
+        return cls.locate(speculation.draft)
 
     @classmethod
     def locate(cls, draft: str) -> Any:
-        """`speculation.draft` as `load` takes it: a folder or shipped artifact."""
+        """Folder of a drafter: a folder or shipped artifact."""
         return artifact(draft)
 
     @classmethod
-    def load(
-        cls, source: Path, policy: Policy, *, proposal: str = "sampled", draft_temperature: Temperature = 1.0
-    ) -> Self:
-        """Read a saved drafter. Keywords as for the constructor. Raises UserError when it does not fit the policy."""
+    def load(cls, source: Path, policy: Policy) -> Self:
+        """Read a saved drafter. Raises UserError when it does not fit the policy."""
         raise NotImplementedError(f"{cls.__name__}.load")
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        load_exactly(self._module, state, self.title)
+
     def learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        """Tune the draft temperature, where it is "auto"."""
         self.draft_temperature.learn(rows, draft, logits, verdict)
 
     def metrics(self) -> Mapping[str, float]:
-        """The draft temperature, where it is tuned."""
         return self.draft_temperature.metrics()
 
     def round_temperature(self, rows: Rows) -> float | None:

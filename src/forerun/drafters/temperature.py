@@ -1,23 +1,21 @@
 """The draft temperature, relative to that of the rollouts: fixed, or tuned online (`draft_temperature: auto`).
 
-A drafted token is accepted with probability sum_v min(p_v, q_v) (2211.17192, corollary 3.6), which is known exactly for
-every temperature of q wherever the policy has verified a draft. So no temperature is tried out: the overlap is computed
-on a grid of temperatures at a few of a round's reached draft positions and averaged exponentially; the best one drafts
-the next round. Position j is reached when the j drafts before it were accepted.
+A drafted token is accepted with probability sum_v min(p_v, q_v) (2211.17192, corollary 3.6). Where the policy has
+verified a draft this is known for every temperature of q: it is computed on a grid at a few of a round's reached draft
+positions (those whose earlier drafts were accepted) and averaged exponentially; the best one drafts the next round.
 
 Losslessness. The temperature of a round is a function of earlier rounds alone, and a round draws from fresh uniforms
 (`round_keys`: a new root, new keys) and from the q that it hands over. So its tokens, continued by the policy, have the
-policy's distribution at *whatever* temperature; by induction over rounds so has the text. Block verification, which
-reads drafts after a rejection, is no exception: their text is drawn anew in the next round. A temperature that reads
-the drafts of its own round would not be safe: its q is not the one that they were sampled from.
-Not supported: a temperature per position or per entropy (worth at most 0.8 points of acceptance), trees.
+policy's distribution at *whatever* temperature; by induction over rounds so has the text. Block verification reads
+drafts after a rejection, but their text is drawn anew in the next round. A temperature that read the drafts of its own
+round would not be safe: its q is not the one that they were sampled from.
 Axes: B rows, k draft positions, n verified positions, G grid, V vocabulary, D draft vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,9 +23,6 @@ from torch import Tensor
 from forerun.drafters.base import Rows
 from forerun.errors import UserError
 from forerun.types import Draft, VerifyResult
-
-if TYPE_CHECKING:
-    from forerun.config import SpeculationConfig
 
 GRID = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 ELEMENTS = 1 << 21  # exponentials per round: a few milliseconds of one core, whatever the vocabulary
@@ -54,7 +49,7 @@ class OnlineTemperature:
     def __init__(
         self, grid: Sequence[float] = GRID, start: float = 1.0, positions: int = 16, memory: float = 64.0
     ) -> None:
-        """`start` drafts the first round; at most `positions` are looked at per round, `memory` rounds remembered."""
+        """`start` drafts the first round; at most `positions` are read per round, `memory` rounds remembered."""
         self.grid, self.value = tuple(grid), start
         self._positions, self._decay = positions, 1.0 - 1.0 / memory
         self._sums = torch.zeros(len(self.grid), dtype=torch.float64)
@@ -85,7 +80,6 @@ class OnlineTemperature:
         self.value = self.grid[int(self._sums.argmax())]
 
     def metrics(self) -> dict[str, float]:
-        """The temperature in force, and how many draft positions it was tuned on."""
         return {"draft_temperature": self.value, "draft_temperature_slots": self._seen}
 
     def _some(self, row: Tensor, position: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -102,11 +96,7 @@ DraftTemperature = FixedTemperature | OnlineTemperature
 
 
 def draft_temperature_of(setting: Temperature, proposal: str) -> DraftTemperature:
-    """The draft temperature that a recipe asks for.
-
-    Raises:
-        UserError: it is "auto", and nothing is sampled.
-    """
+    """The draft temperature that a recipe asks for. Raises UserError when it is "auto", and nothing is sampled."""
     if setting != "auto":
         return FixedTemperature(setting)
     if proposal != "sampled":
@@ -115,15 +105,6 @@ def draft_temperature_of(setting: Temperature, proposal: str) -> DraftTemperatur
             f"speculation.proposal={proposal} samples none; set proposal=sampled or a number"
         )
     return OnlineTemperature()
-
-
-def refuse_draft_temperature(speculation: SpeculationConfig) -> None:
-    """For drafters that look their drafts up. Raises UserError when the recipe sets a draft temperature."""
-    if speculation.draft_temperature != 1.0:
-        raise UserError(
-            f"speculation.draft_temperature={speculation.draft_temperature} asks for sampled drafts, but "
-            f"method={speculation.method} looks its drafts up; leave it at 1"
-        )
 
 
 def tempered_head(head: Tensor, temperature: float) -> Tensor:

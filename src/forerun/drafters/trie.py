@@ -1,18 +1,14 @@
 """Drafts from other samples of the same prompt: live siblings, finished samples, earlier epochs.
 
-Samples of one prompt repeat each other, and those of an earlier epoch come from nearly the same policy (SRT 2601.09083,
-DAS 2511.13841, HistoRL 2508.18588). The longest suffix of a sample that occurs in the corpus, between match_min and
-match_max tokens, is continued by the most frequent next token, token by token, as in a walk down a suffix trie: the
-occurrences that continue with the chosen token vote for the next one. Ties go to the newest text.
+Samples of one prompt repeat each other (SRT 2601.09083, DAS 2511.13841, HistoRL 2508.18588). The longest suffix of a
+sample that occurs in the corpus, between match_min and match_max tokens, is continued by the most frequent next token,
+token by token, as in a walk down a suffix trie: the occurrences that continue with the chosen token vote for the next
+one. Ties go to the newest text. The trie itself is never built: its nodes are sets of occurrences, which follow from
+the places of the first match_min tokens. Those are indexed, so memory is linear in the corpus and eviction exact.
 
-The trie itself is never built. A node of a suffix trie is a set of occurrences, and the sets that a walk visits follow
-from the places of its first match_min tokens; those are indexed, so memory is linear in the corpus and eviction exact.
-
-Emitted tokens enter the corpus at once, for siblings and for the sample itself. Drafts are one-hot functions of
-committed tokens, so stopping at a frequency floor obeys non-anticipation, and so does any corpus. A seed's text depends
-on what was decoded in the same batch; its distribution does not.
-Scope "global" pools all prompts in one first-in-first-out corpus, as the suffix cache of Arctic Inference and vLLM does
-(which adds a tree per request and a limit on draft length by match length).
+Emitted tokens enter the corpus at once. Drafts are one-hot functions of committed tokens, so stopping at a frequency
+floor obeys non-anticipation. A seed's text depends on what was decoded in the same batch; its distribution does not.
+Scope "global" pools all prompts in one first-in-first-out corpus, as the suffix cache of Arctic Inference does.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +26,10 @@ import torch
 from torch import Tensor
 
 from forerun.config import SpeculationConfig, TrieConfig
-from forerun.drafters.base import Drafter, Rows, deterministic_draft, emitted
-from forerun.drafters.temperature import refuse_draft_temperature
+from forerun.drafters.files import reading
+from forerun.drafters.lookup import LookupDrafter, refuse_draft_temperature
 from forerun.errors import UserError
 from forerun.models import Policy
-from forerun.types import Draft, VerifyResult
 
 VLLM_PROPOSER = "forerun.engine.vllm.proposer.TrieProposer"
 VLLM_SETTINGS = "forerun_trie"  # key of vLLM's additional_config
@@ -101,7 +96,11 @@ class Corpus:
         scope = self.scopes.setdefault(key, Scope())
         if scope.visit != mark:
             scope.visit, scope.epoch = mark, scope.epoch + 1
-            self._expire(scope)
+            oldest = scope.epoch - self.settings.window if self.settings.scope == "prompt" else -1
+            for text in [t for t in scope.texts.values() if t.epoch <= oldest]:  # they have left the window
+                self.counts.expired_texts += 1
+                self.counts.expired_tokens += text.length
+                self._remove(text)
         if identity in self.prompts:  # one copy of each prompt, as young as its latest visit
             self._remove(self.prompts[identity])
         self.prompts[identity] = text = self._new(key, scope.epoch, head=0, is_prompt=True)
@@ -126,7 +125,12 @@ class Corpus:
         for offset, gram in self._grams(text, before):
             places.setdefault(gram, array("q")).append(text.number << _OFFSET_BITS | offset)
         while self.counts.tokens > self.settings.max_tokens:
-            self._evict(next(iter(self.texts.values())))
+            oldest = next(iter(self.texts.values()))
+            self.counts.evicted_texts += 1
+            self.counts.evicted_tokens += oldest.length
+            self._remove(oldest)
+            if not self.scopes[oldest.scope].texts:
+                del self.scopes[oldest.scope]
 
     def continuation(self, scope: bytes, context: Sequence[int], k: int) -> list[int]:
         """At most k tokens after `context`; for the definition see `tests/proofs/lookups.py`."""
@@ -193,22 +197,6 @@ class Corpus:
             at, places = at[longer], places[longer]
         return at[np.argsort(-places)]
 
-    def _expire(self, scope: Scope) -> None:
-        """Drop the epochs of a prompt that have left its window."""
-        if self.settings.scope == "prompt":
-            for text in [t for t in scope.texts.values() if t.epoch <= scope.epoch - self.settings.window]:
-                self.counts.expired_texts += 1
-                self.counts.expired_tokens += text.length
-                self._remove(text)
-
-    def _evict(self, text: Text) -> None:
-        """Drop a text because the corpus is full, and its scope with its last text."""
-        self.counts.evicted_texts += 1
-        self.counts.evicted_tokens += text.length
-        self._remove(text)
-        if not self.scopes[text.scope].texts:
-            del self.scopes[text.scope]
-
     def _new(self, scope: bytes, epoch: int, head: int, is_prompt: bool) -> Text:
         text = Text(self._next, scope, epoch, head, is_prompt)
         self._next += 1
@@ -217,7 +205,6 @@ class Corpus:
         return text
 
     def _remove(self, text: Text) -> None:
-        """Take a text and its places out."""
         scope = self.scopes[text.scope]
         for gram in {gram for _, gram in self._grams(text, 0)}:
             places = np.array(scope.places[gram], dtype=np.int64)
@@ -270,7 +257,6 @@ class Corpus:
             self._put(text)
 
     def _put(self, text: Text) -> None:
-        """Record that a text and its room are at the end of the used part."""
         text.start = self._used
         self._used += text.room + 1
         place = text.number - self._oldest
@@ -280,15 +266,29 @@ class Corpus:
 
 
 @dataclass(slots=True)
-class _Row:
+class TrieRow:
     """A cache row's place in the corpus; a prompt's row has no text of its own yet."""
 
+    corpus: Corpus
     scope: bytes
     recent: list[int]  # newest tokens, match_max of them at most
     text: Text | None = None
 
+    def sample(self) -> TrieRow:
+        if self.text is not None:
+            return self
+        return TrieRow(self.corpus, self.scope, self.recent, self.corpus.begin(self.scope, self.recent))
 
-class TrieDrafter(Drafter):
+    def extend(self, tokens: Sequence[int]) -> None:
+        assert self.text is not None, "a live row holds a sample"
+        self.corpus.extend(self.text, tokens)
+        self.recent = [*self.recent, *tokens][-self.corpus.settings.match_max :]
+
+    def continuation(self, k: int) -> list[int]:
+        return self.corpus.continuation(self.scope, self.recent, k)
+
+
+class TrieDrafter(LookupDrafter):
     """A `Corpus` that lives as long as the drafter, and the text of every cache row.
 
     The corpus is no weight: weight versions do not cover it. Checkpoints keep it (`save`, `load`), and a restored one
@@ -297,17 +297,16 @@ class TrieDrafter(Drafter):
 
     name = "trie"
     Config = TrieConfig
-    vllm_refusal = ""
 
     def __init__(self, settings: TrieConfig) -> None:
+        super().__init__()
         self.settings = settings
         self.corpus = Corpus(settings)
-        self._rows: dict[int, _Row] = {}
         self._opened = 0
 
     @classmethod
     def from_config(cls, policy: Policy, speculation: SpeculationConfig) -> TrieDrafter:
-        """See `Drafter.from_config`; with the corpus of `speculation.draft`, or an empty one."""
+        """With the corpus of `speculation.draft`, or an empty one."""
         refuse_draft_temperature(speculation)
         if speculation.draft is None:
             return cls(speculation.trie)
@@ -325,42 +324,18 @@ class TrieDrafter(Drafter):
 
     def open(self, rows: int, positions: int, k: int) -> None:
         """Forget the rows, keep the corpus; a prompt's next visit starts an epoch."""
-        self._rows = {}
+        super().open(rows, positions, k)
         self._opened += 1
 
-    def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
-        for row, (ids, length) in enumerate(zip(tokens.tolist(), lengths.tolist(), strict=True), first_row):
-            prompt = ids[:length]
-            scope = self.corpus.visit(prompt, self._opened)
-            self._rows[row] = _Row(scope, prompt[-self.settings.match_max :])
-
-    def copy(self, source: int, target: int) -> None:
-        """A prompt's row begins a sample in `target`; a sample's row moves there."""
-        row = self._rows[source]
-        if row.text is None:
-            row = _Row(row.scope, row.recent, self.corpus.begin(row.scope, row.recent))
-        self._rows[target] = row
-
-    def propose(self, rows: Rows, budget: Tensor) -> Draft:
-        """Continue every row from the corpus; a row that matches nothing drafts nothing."""
-        chosen = ((self._rows[row], most) for row, most in enumerate(budget.tolist()))
-        return deterministic_draft(
-            [self.corpus.continuation(row.scope, row.recent, most) for row, most in chosen], rows.last.device
-        )
-
-    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
-        for place, tokens in enumerate(emitted(verdict)):
-            row = self._rows[place]
-            assert row.text is not None, "a live row holds a sample"
-            self.corpus.extend(row.text, tokens)
-            row.recent = (row.recent + tokens)[-self.settings.match_max :]
+    def prompt(self, tokens: list[int]) -> TrieRow:
+        scope = self.corpus.visit(tokens, self._opened)
+        return TrieRow(self.corpus, scope, tokens[-self.settings.match_max :])
 
     def metrics(self) -> dict[str, int]:
-        """Texts and tokens held, expired (older than the window) and evicted (the corpus was full)."""
+        """See `CorpusCounts`."""
         return asdict(self.corpus.counts)
 
     def description(self) -> dict[str, Any]:
-        """Settings and counts."""
         return {"trie": self.settings.model_dump(), "counts": self.metrics()}
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
@@ -374,26 +349,20 @@ class TrieDrafter(Drafter):
     def load(cls, folder: Path, settings: TrieConfig) -> TrieDrafter:
         """A drafter with the corpus of `folder`, under `settings`.
 
-        Raises:
-            UserError: files are missing or broken, or the corpus was pooled by another scope.
+        Raises UserError when files are missing or broken, or the corpus was pooled by another scope.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        try:
+        with reading(f"The corpus in {folder}"):
             data = json.loads((folder / "config.json").read_text())
             scope, counts = data["trie"]["scope"], CorpusCounts(**data["counts"])
             tensors = load_file(folder / "corpus.safetensors")
-        except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"The corpus in {folder} cannot be read: {type(error).__name__}: {error}") from error
         if scope != settings.scope:
             raise UserError(
                 f"The corpus in {folder} has scope '{scope}', and speculation.trie.scope is '{settings.scope}'; set "
                 "them equal, or begin an empty corpus with speculation.draft=null"
             )
         drafter = cls(settings)
+        drafter.corpus.counts = replace(counts, texts=0, tokens=0)
         drafter.corpus.restore(tensors)
-        for name in ("expired_texts", "expired_tokens", "evicted_texts", "evicted_tokens"):
-            total = getattr(counts, name) + getattr(drafter.corpus.counts, name)
-            setattr(drafter.corpus.counts, name, total)
         return drafter

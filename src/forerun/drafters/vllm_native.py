@@ -1,7 +1,4 @@
-"""A drafter of vLLM's own (suffix decoding, DFlash, DSpark), configured by `speculation.vllm`.
-
-It runs inside vLLM. The class here represents it in a run, without weights, and refuses to draft in another engine.
-"""
+"""A drafter of vLLM's own (suffix decoding, DFlash, DSpark), configured by `speculation.vllm`, without weights here."""
 
 from __future__ import annotations
 
@@ -16,13 +13,12 @@ from forerun.models import Policy
 
 
 class VllmNativeDrafter(Drafter):
-    """What `speculation.method: vllm` names."""
+    """Represents vLLM's drafter in a run, and refuses to draft in another engine."""
 
     name = "vllm"
     vllm_refusal = ""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        """`settings`: of `speculation.vllm`."""
         self.settings = dict(settings)
 
     @classmethod
@@ -35,11 +31,9 @@ class VllmNativeDrafter(Drafter):
         return {}
 
     def description(self) -> dict[str, Any]:
-        """Its settings; its corpus stays in vLLM."""
         return {"vllm": self.settings}
 
     def open(self, rows: int, positions: int, k: int) -> NoReturn:
-        """Raises UserError: it drafts in vLLM alone."""
         raise UserError(
             f"speculation.method=vllm is a drafter of vLLM's own ({self.settings.get('method')}), and the local engine "
             "has none of them; set rollout.engine=vllm"

@@ -5,14 +5,16 @@ A new engine is one file with a subclass of `RolloutEngine` and one line in `ENG
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from forerun.acceptance.truncate import EVERYTHING, Truncation
+from forerun.engine.staleness import StaleDrafterDetector
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.types import Rollout, Weights
@@ -62,19 +64,12 @@ class Counters:
         return self._combine(Counters(), 1)
 
     def _combine(self, other: Counters, sign: int) -> Counters:
-        def lists(a: list[int], b: list[int]) -> list[int]:
-            return [x + sign * y for x, y in zip_longest(a, b, fillvalue=0)]
+        def combine(a: Any, b: Any) -> Any:
+            if isinstance(a, list):
+                return [x + sign * y for x, y in zip_longest(a, b, fillvalue=0)]
+            return a + sign * b
 
-        return Counters(
-            tokens=self.tokens + sign * other.tokens,
-            rows=self.rows + sign * other.rows,
-            rounds=self.rounds + sign * other.rounds,
-            round_tokens=self.round_tokens + sign * other.round_tokens,
-            drafted=self.drafted + sign * other.drafted,
-            accepted_at=lists(self.accepted_at, other.accepted_at),
-            drafted_at=lists(self.drafted_at, other.drafted_at),
-            seconds=self.seconds + sign * other.seconds,
-        )
+        return Counters(*(combine(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
 
     @property
     def acceptance_length(self) -> float | None:
@@ -116,6 +111,8 @@ class RolloutEngine(ABC):
         self.warnings: list[str] = []
         self.on_state: OnState = ignore_state  # called as "load", "generate" or "idle" begins, and when one is "lost"
         self._running = False  # whether a stream is open
+        self._paused = False
+        self._detector = StaleDrafterDetector(self.counters.copy())
 
     @classmethod
     def from_live(cls, policy: Policy, drafter: Drafter | None, speculation: SpeculationConfig, slots: int) -> Self:
@@ -147,8 +144,7 @@ class RolloutEngine(ABC):
             only: the wanted (prompt, sample) pairs; each keeps the seed that it has among all.
             between: called before every round, and may `load` or raise: the place to change weights in flight.
 
-        Raises:
-            UserError: a prompt is empty, holds an id outside the vocabulary, or fills the model's context.
+        Raises UserError when a prompt is empty, holds an id outside the vocabulary, or fills the model's context.
         """
 
     def generate(
@@ -171,17 +167,17 @@ class RolloutEngine(ABC):
     def load(self, weights: Weights) -> Weights:
         """Take a version of policy and drafter; returns version and checksums as held afterwards.
 
-        Raises:
-            UserError: a group is missing or partial, or its bytes do not match its checksum.
+        Raises UserError when a group is missing or partial, or its bytes do not match its checksum.
         """
 
-    @abstractmethod
     def pause(self) -> None:
-        """Stop between two rounds; sequences in flight are kept."""
+        """Refuse to start a round until `resume`; sequences in flight are kept."""
+        self._paused = True
 
-    @abstractmethod
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Go on; acceptance is checked as after a load."""
+        self._paused = False
+        self._detector.restart(self.counters)
 
     @abstractmethod
     def metrics(self) -> dict[str, Any]:
@@ -189,6 +185,39 @@ class RolloutEngine(ABC):
 
     def close(self) -> None:  # noqa: B027 (optional)
         """Free what the engine holds outside Python. It cannot be used afterwards."""
+
+    def _check_not_paused(self) -> None:
+        """Before every round. Raises UserError when the engine is paused."""
+        if self._paused:
+            raise UserError("The engine is paused; call resume() before the next round")
+
+    @contextmanager
+    def _streaming(self, version: Callable[[], int]) -> Iterator[Callable[[int], None]]:
+        """One stream at a time; gives the function that adds a round's unfinished samples to the timeline.
+
+        Args:
+            version: the weight version that is held now.
+        """
+        self._running = True
+        started = time.perf_counter()
+        self.timeline = []
+        self.on_state("engine", "generate", version())
+        try:
+            yield lambda unfinished: self.timeline.append((time.perf_counter() - started, unfinished))
+        finally:
+            self._running = False
+            self.counters.seconds += time.perf_counter() - started
+            self.on_state("engine", "idle", version())
+
+    def _check_not_running(self) -> None:
+        """Raises UserError while a stream is open."""
+        if self._running:
+            raise UserError("This engine is already generating; finish or close its stream first")
+
+    def _warn_of_collapse(self) -> None:
+        """After every round: warn when acceptance fell after the latest load."""
+        if warning := self._detector.look(self.counters):
+            self.warnings.append(warning)
 
     @contextmanager
     def _loading(self, version: int) -> Iterator[None]:
@@ -227,8 +256,7 @@ def requested(prompts: int, n: int, only: Requests | None) -> Requests:
 def check_request(prompts: Sequence[list[int]], sampling: Sampling, n: int, vocabulary: int, context: int) -> None:
     """Refuse what no engine can sample.
 
-    Raises:
-        UserError: nothing is asked for; or a prompt is empty, fills the context, or is of another tokenizer.
+    Raises UserError when nothing is asked for; or a prompt is empty, fills the context, or is of another tokenizer.
     """
     if not prompts or n < 1 or sampling.max_new_tokens < 1:
         raise UserError(
@@ -243,3 +271,17 @@ def check_request(prompts: Sequence[list[int]], sampling: Sampling, n: int, voca
             raise UserError(
                 f"Prompt {index} holds a token id outside 0 .. {vocabulary - 1}: it is for another tokenizer"
             )
+
+
+def check_drafter(weights: Weights, speculates: bool) -> None:
+    """Raises UserError when a version carries a drafter and the engine has none, or the reverse."""
+    if speculates != ("draft" in weights.checksums):
+        have, want = ("a", "no") if speculates else ("no", "a")
+        raise UserError(f"Version {weights.version} carries {want} drafter, but this engine speculates with {have}")
+
+
+def ends_with_stop(policy: Policy, tokens: list[int], stop: Sequence[str]) -> bool:
+    """Whether the newest token completed a stop string; looks back far, as a token may be less than a character."""
+    window = max(len(s) for s in stop) + 8
+    text = policy.tokenizer.decode(tokens[-window:])
+    return any(s in text for s in stop)

@@ -6,9 +6,11 @@ beginnings of answers are harder to draft than their average.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from forerun.engine.base import Counters
+if TYPE_CHECKING:
+    from forerun.engine.base import Counters
 
 ROUNDS = 64  # compared after a load: enough to tell 2.5 tokens per round from 1.3
 COLLAPSE = 0.5  # of the known accepted drafts per round; below it the drafter is suspected
@@ -18,8 +20,8 @@ COLLAPSE = 0.5  # of the known accepted drafts per round; below it the drafter i
 class StaleDrafterDetector:
     """Compares accepted drafts per round (acceptance length minus one) in the first rounds after successive loads."""
 
+    _start: Counters
     known: float | None = None
-    _start: Counters = field(default_factory=Counters)
     _open: bool = True
 
     def restart(self, counters: Counters) -> None:

@@ -7,6 +7,7 @@ Auxiliary layer n of a model of n layers is its last hidden state, *after* the f
 
 from __future__ import annotations
 
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -41,18 +42,18 @@ class AuxiliaryStates:
     """Context that keeps the auxiliary hidden states of a model's forward."""
 
     def __init__(self, model: Any, aux_layers: tuple[int, ...]) -> None:
-        self._decoder: Any = model.get_decoder() if aux_layers else None
-        self._layers = decoder_layers(model) if aux_layers else []
-        self._aux_layers = aux_layers
+        self._model, self._aux_layers = model, aux_layers
         self._seen: dict[int, Tensor] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> AuxiliaryStates:
-        for layer in self._aux_layers:
-            if layer == len(self._layers):
-                self._handles.append(self._decoder.register_forward_hook(self._keep_last(layer)))
-                continue
-            self._handles.append(self._layers[layer].register_forward_pre_hook(self._keep(layer), with_kwargs=True))
+        for index in self._aux_layers:
+            decoder = self._model.get_decoder()
+            if index == len(decoder.layers):
+                handle = decoder.register_forward_hook(partial(self._keep_last, index))
+            else:
+                handle = decoder.layers[index].register_forward_pre_hook(partial(self._keep, index), with_kwargs=True)
+            self._handles.append(handle)
         return self
 
     def __exit__(
@@ -63,16 +64,10 @@ class AuxiliaryStates:
 
     def features(self) -> Tensor | None:
         """Those of the latest forward, detached, concatenated [B, n, T·H]; None without auxiliary layers."""
-        return torch.cat([self._seen[layer] for layer in self._aux_layers], dim=-1) if self._aux_layers else None
+        return torch.cat([self._seen[index] for index in self._aux_layers], dim=-1) if self._aux_layers else None
 
-    def _keep(self, layer: int) -> Any:
-        def hook(_: Any, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
-            self._seen[layer] = (arguments[0] if arguments else keywords["hidden_states"]).detach()
+    def _keep(self, index: int, _: Any, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+        self._seen[index] = (arguments[0] if arguments else keywords["hidden_states"]).detach()
 
-        return hook
-
-    def _keep_last(self, layer: int) -> Any:
-        def hook(_: Any, arguments: Any, out: Any) -> None:
-            self._seen[layer] = (out[0] if isinstance(out, tuple) else out.last_hidden_state).detach()
-
-        return hook
+    def _keep_last(self, index: int, _: Any, arguments: Any, out: Any) -> None:
+        self._seen[index] = (out[0] if isinstance(out, tuple) else out.last_hidden_state).detach()

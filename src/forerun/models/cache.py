@@ -1,7 +1,7 @@
 """Keys and values of the sequences in flight: one row per sequence, each with its own length.
 
-Rows do not move when others accept different numbers of tokens: a forward writes every row at its own places, and
-entries of a rejected draft are overwritten by the next round before anything reads them.
+A forward writes every row at its own places; entries of a rejected draft are overwritten by the next round before
+anything reads them.
 A place is where a token's keys and values are in its row; its position is what rotary embeddings and windows count. In
 text and in chains they are the same number. Nodes of a draft tree have places of their own and share positions with
 nodes of other branches, until `SlotCache.move` puts those of the accepted path where plain decoding would have written.

@@ -48,9 +48,6 @@ class PolicyForward:
         """
         if self.fused is not None:
             return self.fused(tokens, slots, self.aux_layers, head)
-        return self._transformers(tokens, slots, head)
-
-    def _transformers(self, tokens: Tensor, slots: SlotPass, head: bool) -> tuple[Tensor | None, Tensor | None]:
         model: Any = self.policy.model
         run = model if head else model.base_model
         with slot_attention_of(model), AuxiliaryStates(model, self.aux_layers) as aux_layers:
@@ -59,11 +56,7 @@ class PolicyForward:
 
 
 def check_trees(policy: Policy) -> None:
-    """Refuse models that cannot run a draft tree: layers that mix tokens other than by attention mix branches.
-
-    Raises:
-        UserError: a layer type other than full and sliding-window attention, or attention in fixed chunks.
-    """
+    """Raises UserError when a policy cannot run draft trees: mixing tokens other than by attention mixes branches."""
     config = policy.model.config.get_text_config()
     types = set(getattr(config, "layer_types", None) or ()) - TREE_LAYERS
     if types:

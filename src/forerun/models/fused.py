@@ -92,10 +92,8 @@ class FusedForward:
         qkv = F.linear(x, layer.qkv, layer.qkv_bias).view(batch, n, heads + 2 * kv_heads, self.size)
         query_key, value = qkv[:, :, : heads + kv_heads], qkv[:, :, heads + kv_heads :]
         if layer.norm_q is not None:
-            query_key = torch.cat(
-                [rms_norm(layer.norm_q, query_key[:, :, :heads]), rms_norm(layer.norm_k, query_key[:, :, heads:])],
-                dim=2,
-            )
+            query, key = query_key[:, :, :heads], query_key[:, :, heads:]
+            query_key = torch.cat([rms_norm(layer.norm_q, query), rms_norm(layer.norm_k, key)], dim=2)
         query_key = query_key * rotation[0] + swap_halves(query_key) * rotation[1]
         query, key = query_key[:, :, :heads], query_key[:, :, heads:]
         out = slots.attend(
@@ -123,9 +121,8 @@ class FusedForward:
 
 def share_storage(parameters: list[nn.Parameter]) -> Tensor:
     """One tensor of all rows, of which every parameter becomes a view: the same bytes under both names."""
-    already = _joined(parameters)
-    if already is not None:
-        return already
+    if (joined := _joined(parameters)) is not None:
+        return joined
     whole = torch.cat([p.detach() for p in parameters], dim=0)
     start = 0
     for parameter in parameters:
@@ -137,11 +134,9 @@ def share_storage(parameters: list[nn.Parameter]) -> Tensor:
 def _joined(parameters: list[nn.Parameter]) -> Tensor | None:
     """The tensor of all rows if the parameters are adjacent in one storage, else None."""
     first, place = parameters[0].detach(), parameters[0].data_ptr()
+    storage = first.untyped_storage().data_ptr()
     for parameter in parameters:
-        if (
-            parameter.data_ptr() != place
-            or parameter.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-        ):
+        if parameter.data_ptr() != place or parameter.untyped_storage().data_ptr() != storage:
             return None
         place += parameter.numel() * parameter.element_size()
     shape = (sum(p.shape[0] for p in parameters), *first.shape[1:])

@@ -1,7 +1,4 @@
-"""A policy is a Hugging Face causal language model with its tokenizer, loaded by folder, hub name or alias.
-
-It neither generates (`engine/`) nor learns (`learner/`) here.
-"""
+"""A policy is a Hugging Face causal language model with its tokenizer, loaded by folder, hub name or alias."""
 
 from __future__ import annotations
 
@@ -46,15 +43,13 @@ class Policy:
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end a completion: the tokenizer's and those of the model's generation settings."""
         ids = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
-        listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
         own = self.tokenizer.eos_token_id if self.tokenizer is not None else None
-        return frozenset(int(i) for i in [*listed, *([] if own is None else [own])])
+        return frozenset(int(i) for i in [*(ids if isinstance(ids, list) else [ids]), own] if i is not None)
 
     def encode(self, question: str, chat: bool = True, system: str | None = None) -> list[int]:
         """Token ids of a question, through the chat template unless `chat` is false.
 
-        Raises:
-            UserError: the tokenizer has no chat template.
+        Raises UserError when the tokenizer has no chat template.
         """
         if not chat:
             return self.tokenizer(question)["input_ids"]
@@ -78,8 +73,7 @@ def load_policy(model: str, dtype: str = "auto", device: str = "auto", adapter: 
         device: torch device, or "auto".
         adapter: LoRA folder or name of a shipped artifact.
 
-    Raises:
-        UserError: the model, its tokenizer or the adapter cannot be loaded.
+    Raises UserError when the model, its tokenizer or the adapter cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -102,8 +96,7 @@ def load_policy(model: str, dtype: str = "auto", device: str = "auto", adapter: 
 def describe_policy(folder: Path) -> Policy:
     """A policy's configuration, tokenizer, end tokens and tensor shapes, without its weights.
 
-    Raises:
-        UserError: the folder holds no model.
+    Raises UserError when the folder holds no model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -122,8 +115,7 @@ def describe_policy(folder: Path) -> Policy:
 def policy_folder(name: str) -> Path:
     """Folder of a model: an alias, a shipped artifact or a folder.
 
-    Raises:
-        UserError: it is none of these (hub names must be downloaded first: the engine checks what it loads).
+    Raises UserError when it is none of these (hub names must be downloaded first: the engine checks what it loads).
     """
     return ALIASES[name]() if name in ALIASES else artifact(name)
 
@@ -131,8 +123,7 @@ def policy_folder(name: str) -> Path:
 def saved_embedding(policy: Policy, source: Path) -> Tensor:
     """The policy's input embedding [V, H], read from the files in the folder `source`.
 
-    Raises:
-        UserError: no file holds it.
+    Raises UserError when no file holds it.
     """
     from safetensors import safe_open
 
@@ -151,8 +142,7 @@ def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = 
     Args:
         state: weights in place of the policy's own.
 
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
+    Raises UserError when the disk is full or the folder cannot be written.
     """
     try:
         policy.model.save_pretrained(folder, state_dict=state)
@@ -164,22 +154,25 @@ def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = 
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """load_state_dict that refuses missing, unknown and misshapen tensors with one sentence."""
-    own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    """load_state_dict that refuses missing, unknown and misshapen tensors, see `check_shapes`."""
+    check_shapes(state, {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, what)
+    module.load_state_dict(dict(state))
+
+
+def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Raises UserError when a tensor is missing, unknown or of another shape; number formats may differ."""
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
         raise UserError(f"The weights of {what} do not match: missing {missing or 'none'}, unknown {unknown or 'none'}")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise UserError(f"{name} of {what} has shape {list(state[name].shape)}, expected {list(tensor.shape)}")
-    module.load_state_dict(dict(state))
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != shape:
+            raise UserError(f"{name} of {what} has shape {list(state[name].shape)}, expected {list(shape)}")
 
 
 def merge_adapter(model: nn.Module, folder: Path) -> None:
     """Add a LoRA adapter (peft's format) to the weights of `model`, in place.
 
-    Raises:
-        UserError: the folder holds no adapter, or the adapter does not fit the model.
+    Raises UserError when the folder holds no adapter, or the adapter does not fit the model.
     """
     from peft import PeftModel
 
@@ -191,11 +184,7 @@ def merge_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def artifact(name: str) -> Path:
-    """Folder of a shipped artifact, or `name` itself where it is a folder.
-
-    Raises:
-        UserError: neither exists.
-    """
+    """Folder of a shipped artifact, or `name` itself where it is a folder. Raises UserError when neither exists."""
     shipped = Path(str(resources.files("forerun") / "artifacts"))
     for folder in (Path(name), shipped / name):
         if folder.is_dir():

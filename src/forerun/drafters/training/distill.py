@@ -1,10 +1,8 @@
 """A draft model distilled from the policy: some of its layers, trained on its own rollouts.
 
-The copy has the policy's embeddings, final norm and output head and the layers that were chosen, so it begins as a
-rough policy and shares the vocabulary. Teacher and student read the same text; at every completion token the student's
-q is pulled towards the policy's p by a loss of `losses.py`. As long as its drafts are accepted, a chain of drafts
-reads what training reads, the policy's own tokens: no unroll is needed. `ModelDrafter.train` makes a drafter of it.
-The teacher's rows are not kept between epochs: at full vocabulary they rarely fit.
+At every completion token a loss of `losses.py` pulls the copy's q towards the policy's p. As long as its drafts are
+accepted, a chain of drafts reads what training reads, the policy's own tokens: no unroll is needed. The policy's rows
+are not kept between epochs: at full vocabulary they rarely fit.
 Axes: M completion tokens, V vocabulary.
 """
 
@@ -36,8 +34,7 @@ def pruned_copy(policy: Policy, layers: Sequence[int]) -> Any:
 
     Weights are copied, tied where the policy ties them; nothing is shared with the policy.
 
-    Raises:
-        UserError: no layer is chosen, or one that the policy does not have.
+    Raises UserError when no layer is chosen, or one that the policy does not have.
     """
     count = len(decoder_layers(policy.model))
     if not layers or not all(0 <= layer < count for layer in layers):
@@ -56,7 +53,7 @@ def pruned_copy(policy: Policy, layers: Sequence[int]) -> Any:
 
 
 def distill(model: Any, policy: Policy, setup: TrainingSetup) -> Training[Validation]:
-    """Train `model` in place; keeps the weights of the epoch that validates best, stops when `patience` ones did not.
+    """Train `model` in place, see `fit`.
 
     Args:
         model: a causal language model with the policy's vocabulary, e.g. from `pruned_copy`.

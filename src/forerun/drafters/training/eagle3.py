@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from forerun.config import DraftConfig
 from forerun.drafters.eagle3 import Eagle3Config, Eagle3Head
@@ -51,20 +50,25 @@ def _start_from(head: Eagle3Head, model: Any) -> None:
     head.fc.weight.normal_(0, 0.01)
     head.fc.weight[:, -head.config.hidden_size :] += torch.eye(head.config.hidden_size, device=head.fc.weight.device)
     head.lm_head.weight.copy_(model.get_output_embeddings().weight[head.vocabulary])
-    pairs: list[tuple[Tensor, Any]] = [
-        (head.norm.weight, getattr(getattr(model.base_model, "norm", None), "weight", None))
+    copies = [  # ours, and theirs, which may be missing
+        (own["self_attn"]["o_proj"].weight, _weight(layer, "self_attn", "o_proj")),
+        (own["post_attention_layernorm"].weight, _weight(layer, "post_attention_layernorm")),
+        (own["hidden_norm"].weight, _weight(layer, "input_layernorm")),
+        (head.norm.weight, _weight(model.base_model, "norm")),
     ]
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     for name in ("q_proj", "k_proj", "v_proj"):
         weight = own["self_attn"][name].weight
         weight.normal_(0, 0.02)
-        pairs.append((weight[:, head.config.hidden_size :], getattr(getattr(attention, name, None), "weight", None)))
-    pairs.append((own["self_attn"]["o_proj"].weight, getattr(getattr(attention, "o_proj", None), "weight", None)))
+        copies.append((weight[:, head.config.hidden_size :], _weight(layer, "self_attn", name)))
     for name in ("gate_proj", "up_proj", "down_proj"):
-        pairs.append((own["mlp"][name].weight, getattr(getattr(mlp, name, None), "weight", None)))
-    for name in ("post_attention_layernorm", "input_layernorm"):
-        source = getattr(getattr(layer, name, None), "weight", None)
-        pairs.append((own["hidden_norm" if name == "input_layernorm" else name].weight, source))
-    for mine, theirs in pairs:
+        copies.append((own["mlp"][name].weight, _weight(layer, "mlp", name)))
+    for mine, theirs in copies:
         if theirs is not None and theirs.shape == mine.shape:
             mine.copy_(theirs)
+
+
+def _weight(module: Any, *path: str) -> Any:
+    """The weight of a submodule; None where there is none of that name."""
+    for name in (*path, "weight"):
+        module = getattr(module, name, None)
+    return module

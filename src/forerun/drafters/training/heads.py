@@ -1,11 +1,9 @@
 """Training a `TrainableHead` on the policy's own rollouts, by training-time test.
 
-In an engine the head's second draft reads its own first output, not the policy's hidden state. So it is trained that
-way: J passes over a sequence, pass j fed with pass j-1's outputs and compared with the policy's distribution at
-position t+1+j. In pass j a query at t sees the true context up to t (keys of pass 0) and its own guesses (keys of
-passes 1..j at the same t), as in the engine. Distributions and hidden states come from one policy forward, detached.
-Where a head drafts the whole vocabulary, the policy's last hidden states are kept in place of its distributions, which
-are computed a few rows at a time.
+In an engine the head's second draft reads its own first output, not the policy's hidden state. So pass j of J is fed
+with pass j-1's outputs and compared with the policy's distribution at position t+1+j; its query at t sees the true text
+up to t and its own guesses (keys of passes 1..j at t). Where a head drafts the whole vocabulary, the policy's last
+hidden states are kept in place of its distributions, which are computed a few rows at a time.
 Axes: N sequences, L padded length, T base positions, J depth, H hidden, D draft vocabulary, M rows of a position.
 """
 
@@ -55,7 +53,6 @@ class TeacherCache:
         self.kept: dict[tuple[int, ...], TeacherBatch] = {}
 
     def __call__(self, rows: tuple[int, ...], make: Callable[[], TeacherBatch]) -> TeacherBatch:
-        """The teacher batch of these rows, made now unless it was kept."""
         if rows in self.kept:
             return self.kept[rows]
         batch = make()
@@ -72,7 +69,7 @@ def frequent_tokens(pairs: Sequence[Pair], most: int) -> Tensor:
 
 
 def train_head(head: TrainableHead, policy: Policy, setup: TrainingSetup) -> Training[Validation]:
-    """Train `head` in place; keeps the weights of the epoch that validates best, stops when `patience` ones did not."""
+    """Train `head` in place, see `fit`."""
     config, temperature, rng = setup.config, setup.temperature, random.Random(setup.seed)
     held, training = split_pairs(setup.pairs, config.validation, rng)
     cache = TeacherCache(config.cache_gib)
@@ -127,7 +124,7 @@ def place_bytes(head: TrainableHead, dtype: torch.dtype) -> int:
 def unrolled_losses(
     head: TrainableHead, policy: Policy, teacher: TeacherBatch, config: DraftConfig, temperature: float
 ) -> list[PositionLoss]:
-    """Loss and acceptance of every draft position on one batch; positions without rows are left out.
+    """Loss and acceptance of every draft position on one batch, up to the first without rows.
 
     The rows of a position are the bases that reach it, so each position's are among those of the one before.
     """
@@ -220,6 +217,7 @@ def mean_acceptance(batches: Sequence[Sequence[PositionLoss]]) -> Validation:
 
 
 def autocast_of(policy: Policy) -> torch.autocast:
+    """bfloat16 where the policy is; else none."""
     return torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=policy.dtype == torch.bfloat16)
 
 

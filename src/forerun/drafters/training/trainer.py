@@ -80,8 +80,7 @@ class StateFile:
     def save(self, state: dict[str, Any]) -> None:
         """Replace the file by `state`.
 
-        Raises:
-            UserError: the disk is full or cannot be written; the earlier state is untouched.
+        Raises UserError when the disk is full or cannot be written; the earlier state is untouched.
         """
         try:
             with replacing(self.path) as file:
@@ -92,8 +91,7 @@ class StateFile:
     def restore(self, trainer: Trainer) -> bool:
         """Put the saved state into `trainer`; false: no epoch was finished, and it is as it was.
 
-        Raises:
-            UserError: the file cannot be read, or is of another drafter.
+        Raises UserError when the file cannot be read, or is of another drafter.
         """
         if not self.path.exists():
             return False
@@ -137,11 +135,7 @@ class Trainer:
         return self.epoch >= self.config.epochs or self.epoch - self.best_epoch >= self.config.patience
 
     def train(self, batches: Sequence[list[int]], backward: Callable[[list[int]], float]) -> Training[None]:
-        """One epoch; yields after every optimizer step.
-
-        Raises:
-            UserError: a loss is not finite.
-        """
+        """One epoch; yields after every optimizer step. Raises UserError when a loss is not finite."""
         steps = self.config.epochs * len(batches)
         for rows in self.rng.sample(batches, len(batches)):
             factor = learning_rate_factor(self.step, steps, min(WARMUP, steps // 10 + 1))
@@ -206,8 +200,7 @@ def fit(
         backward: adds the gradient of one batch to the module's and returns its loss.
         validation: validates the module as it is.
 
-    Raises:
-        UserError: a loss is not finite, or the state cannot be written, read, or put into this module.
+    Raises UserError when a loss is not finite, or the state cannot be written, read, or put into this module.
     """
     trainer, file = Trainer(module, setup.config, rng), setup.file
     if file is None or not file.restore(trainer):

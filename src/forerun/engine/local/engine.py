@@ -10,7 +10,6 @@ results do not depend on how requests were batched.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -28,14 +27,15 @@ from forerun.engine.base import (
     RolloutEngine,
     Sampling,
     Weights,
+    check_drafter,
     check_request,
+    ends_with_stop,
     engine_metrics,
     nothing,
     requested,
 )
 from forerun.engine.local.scheduler import LiveSequence, Scheduler
 from forerun.engine.local.tree import along_path, depths, keep_path, tree_places
-from forerun.engine.staleness import StaleDrafterDetector
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.models.cache import SlotCache, SlotPass
@@ -85,9 +85,7 @@ class LocalEngine(RolloutEngine):
         self._verify, self._verify_tree = verifier, tree_verifier
         self._chain_rule = rule
         self._tree_rule = rule if rule in TREE_RULES else "walk"
-        self._detector = StaleDrafterDetector()
         self._held = Weights(0, {})
-        self._paused = False
 
     @classmethod
     def from_live(
@@ -116,14 +114,10 @@ class LocalEngine(RolloutEngine):
         between: Callable[[], None] = nothing,
     ) -> Iterator[Rollout]:
         """See `RolloutEngine.stream`. One stream at a time: they would share the cache rows."""
-        if self._running:
-            raise UserError("This engine is already generating; finish or close its stream first")
-        self._check(prompts, sampling, n)
-        self._running = True
-        started = time.perf_counter()
-        self.timeline = []
-        self.on_state("engine", "generate", self._held.version)
-        try:
+        self._check_not_running()
+        vocabulary = self.policy.model.config.get_text_config().vocab_size
+        check_request(prompts, sampling, n, vocabulary, self.policy.context)
+        with self._streaming(lambda: self._held.version) as record:
             self._forward.refresh()
             scheduler = Scheduler(self.slots, prompts, requested(len(prompts), n, only), sampling.seed)
             self._open(scheduler, sampling)
@@ -131,13 +125,9 @@ class LocalEngine(RolloutEngine):
                 between()
                 self._refill(scheduler)
                 finished = self._round(scheduler, sampling)
-                self.timeline.append((time.perf_counter() - started, len(scheduler.live)))
+                record(len(scheduler.live))
                 self._release(scheduler, finished)
                 yield from (sequence.rollout() for _, sequence in finished)
-        finally:
-            self._running = False
-            self.counters.seconds += time.perf_counter() - started
-            self.on_state("engine", "idle", self._held.version)
 
     def load(self, weights: Weights) -> Weights:
         """See `RolloutEngine.load`. The live policy is checked, not copied, unless its tensors are given.
@@ -151,30 +141,21 @@ class LocalEngine(RolloutEngine):
         if weights.policy is not None:
             load_exactly(self.policy.model, weights.policy, "the policy")
             self._forward.refresh()
-        if (self.drafter is not None) != ("draft" in weights.checksums):
-            have, want = ("a", "no") if self.drafter is not None else ("no", "a")
-            raise UserError(f"Version {weights.version} carries {want} drafter, but this engine speculates with {have}")
-        if self.drafter is not None and weights.draft is not None:
-            self.drafter.load_state_dict(weights.draft)
-        held = Weights(weights.version, self._checksums())
+        check_drafter(weights, self.drafter is not None)
+        checksums = {"policy": checksum(self.policy.model.state_dict())}
+        if self.drafter is not None:
+            if weights.draft is not None:
+                self.drafter.load_state_dict(weights.draft)
+            checksums["draft"] = checksum(self.drafter.state_dict())
         for group, expected in weights.checksums.items():
-            if held.checksums[group] != expected:
+            if checksums[group] != expected:
                 raise UserError(
                     f"The {group} weights of version {weights.version} have checksum {expected}, but the engine holds "
-                    f"{held.checksums[group]}: the transfer was partial or stale"
+                    f"{checksums[group]}: the transfer was partial or stale"
                 )
-        self._held = held
+        self._held = Weights(weights.version, checksums)
         self._detector.restart(self.counters)
-        return held
-
-    def pause(self) -> None:
-        """Refuse to start a round until `resume`."""
-        self._paused = True
-
-    def resume(self) -> None:
-        """Go on; acceptance is checked as after a load."""
-        self._paused = False
-        self._detector.restart(self.counters)
+        return self._held
 
     def metrics(self) -> dict[str, Any]:
         counted = self.drafter.metrics() if self.drafter is not None else {}
@@ -209,8 +190,11 @@ class LocalEngine(RolloutEngine):
             tokens = torch.zeros(len(run), width, dtype=torch.int64, device=self.policy.device)
             for row, prompt in enumerate(prompts):
                 tokens[row, : len(prompt)] = torch.tensor(prompt)
-            if width == 1:
-                features = None if self.drafter is None else self._no_features(len(run))
+            if width == 1:  # nothing to run: a place of zeros, so that drafters need no case of their own
+                states = len(self._forward.aux_layers) * self.policy.model.config.get_text_config().hidden_size
+                features: Tensor | None = torch.zeros(
+                    len(run), 1, states, dtype=self.policy.dtype, device=tokens.device
+                )
             else:
                 starts = torch.zeros_like(lengths)
                 slots = SlotPass(self._cache, scheduler.row_of(run[0]), starts, width - 1, width - 1, fresh=True)
@@ -218,14 +202,9 @@ class LocalEngine(RolloutEngine):
             if self.drafter is not None:
                 self.drafter.prefill(scheduler.row_of(run[0]), tokens, lengths, features)
 
-    def _no_features(self, rows: int) -> Tensor:
-        width = len(self._forward.aux_layers) * self.policy.model.config.get_text_config().hidden_size
-        return torch.zeros(rows, 1, width, dtype=self.policy.dtype, device=self.policy.device)
-
     def _round(self, scheduler: Scheduler, sampling: Sampling) -> list[tuple[int, LiveSequence]]:
         """Draft, verify and commit one round. Returns the rows that finished with their sequences."""
-        if self._paused:
-            raise UserError("The engine is paused; call resume() before the next round")
+        self._check_not_paused()
         live = scheduler.live
         rows = self._rows(live, sampling.temperature)
         draft = self._draft(rows, live, sampling)
@@ -236,8 +215,9 @@ class LocalEngine(RolloutEngine):
         logits, features = self._forward(tokens, SlotPass(self._cache, 0, rows.lengths, n, end, tree=tree))
         assert logits is not None
         logits = truncate(logits, rows.temperature, sampling.truncation)
-        verdict, features = self._judge(rows, draft, logits, features)
-        self._learn(rows, draft, logits, verdict)
+        verdict, features = self._verified(rows, draft, logits, features)
+        if self.drafter is not None:
+            self.drafter.learn(rows, draft, logits, verdict)
         before = [len(s.tokens) for s in live]
         finished = self._commit(live, verdict, draft, sampling)
         if self.drafter is not None:  # it observes what the samples keep: nothing beyond an end inside an accepted run
@@ -245,10 +225,10 @@ class LocalEngine(RolloutEngine):
             self.drafter.observe(rows, replace(verdict, accepted=kept.to(verdict.accepted)), features)
         return finished
 
-    def _judge(
+    def _verified(
         self, rows: Rows, draft: Draft, logits: Tensor, features: Tensor | None
     ) -> tuple[VerifyResult, Tensor | None]:
-        """The verdict, and the features of what it judged in the order of the text; keeps a tree's accepted path."""
+        """The verdict, and the features in the order of the text; keeps a tree's accepted path."""
         keys = round_keys(rows.lengths, logits.shape[1])
         accept = uniforms(rows.seeds, keys[:, :-1], Purpose.ACCEPT)
         residual = uniforms(rows.seeds, keys[:, :1], Purpose.RESIDUAL)[:, 0]
@@ -259,10 +239,6 @@ class LocalEngine(RolloutEngine):
         result = self._verify_tree(self._tree_rule, inputs)
         keep_path(self._cache, rows.lengths, result.path)
         return result, None if features is None else along_path(features, result.path)
-
-    def _learn(self, rows: Rows, draft: Draft, logits: Tensor, verdict: VerifyResult) -> None:
-        if self.drafter is not None:
-            self.drafter.learn(rows, draft, logits, verdict)
 
     def _rows(self, live: list[LiveSequence], temperature: float) -> Rows:
         device = self.policy.device
@@ -303,25 +279,17 @@ class LocalEngine(RolloutEngine):
                     finished.append((row, sequence))
                     break
             self._count(sizes[row], deepest[row], len(sequence.tokens) - before, accepted[row])
-        warning = self._detector.look(self.counters)
-        if warning:
-            self.warnings.append(warning)
+        self._warn_of_collapse()
         return finished
 
     def _finish_reason(self, sequence: LiveSequence, token: int, sampling: Sampling) -> str:
         if token in self._eos_ids and not sampling.ignore_eos:
             return "eos"
-        if sampling.stop and self._ends_with_stop(sequence.tokens, sampling.stop):
+        if sampling.stop and ends_with_stop(self.policy, sequence.tokens, sampling.stop):
             return "stop"
         if len(sequence.tokens) >= sampling.max_new_tokens:
             return "length"
         return "context" if sequence.length + 1 >= self.policy.context else ""
-
-    def _ends_with_stop(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
-        """Whether the newest token completed a stop string; looks back far, as a token may be less than a character."""
-        window = max(len(s) for s in stop) + 8
-        text = self.policy.tokenizer.decode(tokens[-window:])
-        return any(s in text for s in stop)
 
     def _count(self, size: int, depth: int, emitted: int, accepted: int) -> None:
         """One row's round: `size` tokens were drafted; positions are depths, of which a chain has `size`."""
@@ -350,18 +318,6 @@ class LocalEngine(RolloutEngine):
         self._cache.copy(source, target, length)
         if self.drafter is not None:
             self.drafter.copy(source, target)
-
-    # ---- checks ----
-
-    def _check(self, prompts: Sequence[list[int]], sampling: Sampling, n: int) -> None:
-        vocabulary = self.policy.model.config.get_text_config().vocab_size
-        check_request(prompts, sampling, n, vocabulary, self.policy.context)
-
-    def _checksums(self) -> dict[str, str]:
-        sums = {"policy": checksum(self.policy.model.state_dict())}
-        if self.drafter is not None:
-            sums["draft"] = checksum(self.drafter.state_dict())
-        return sums
 
 
 def _neighbours(chosen: list[int], scheduler: Scheduler) -> list[list[int]]:

@@ -37,37 +37,26 @@ class LiveSequence:
         return self.tokens[-1] if self.tokens else self.prompt_ids[-1]
 
     def rollout(self) -> Rollout:
-        """The finished sample."""
         return Rollout(
             self.prompt_ids, self.tokens, self.logprobs, self.versions, self.finish_reason,
             self.prompt_index, self.sample_index, self.rounds, self.drafted,
         )  # fmt: skip
 
 
-@dataclass(slots=True)
 class Scheduler:
     """Admission in the order of the requests: (prompt, sample), all samples of a prompt before the next one's."""
 
-    slots: int
-    prompts: Sequence[list[int]]
-    requests: Sequence[tuple[int, int]]
-    seed: int
-    live: list[LiveSequence] = field(default_factory=list)
-    _waiting: deque[tuple[int, int]] = field(default_factory=deque)  # (prompt, sample)
-    _row_of: dict[int, int] = field(default_factory=dict)  # prompt -> row of its prefill
-    _unfilled: deque[int] = field(default_factory=deque)  # prompts before their prefill
-    _fewest: int = 1  # samples of a prompt
-
-    def __post_init__(self) -> None:
-        self._waiting.extend(self.requests)
-        samples = Counter(prompt for prompt, _ in self.requests)
-        self._unfilled.extend(samples)
-        self._fewest = min(samples.values(), default=1)
-
-    @property
-    def prompt_rows(self) -> int:
-        """Rows above the slots: as many prompts as fill all slots at once."""
-        return min(len(self.prompts), -(-self.slots // self._fewest))
+    def __init__(
+        self, slots: int, prompts: Sequence[list[int]], requests: Sequence[tuple[int, int]], seed: int
+    ) -> None:
+        self.slots, self.prompts, self.seed = slots, prompts, seed
+        self.live: list[LiveSequence] = []
+        self._waiting = deque(requests)
+        self._row_of: dict[int, int] = {}  # prompt -> row of its prefill
+        samples = Counter(prompt for prompt, _ in requests)
+        self._unfilled = deque(samples)  # prompts before their prefill
+        fewest = min(samples.values(), default=1)
+        self.prompt_rows = min(len(prompts), -(-slots // fewest))  # above the slots: prompts that fill all at once
 
     @property
     def done(self) -> bool:

@@ -1,19 +1,15 @@
 """A `RolloutEngine` that runs vLLM in this process.
 
-Requests go to vLLM's own scheduler, which batches up to `slots` of them, prefills, drafts and verifies; every step
-gives each live request the tokens of one round. Log-probabilities are vLLM's processed ones: of the row that verified
-the token, at the sampling temperature, and of the unscaled distribution at temperature 0.
-
+Every step of vLLM's scheduler gives each live request the tokens of one round. Log-probabilities are vLLM's processed
+ones: of the row that verified the token, at the sampling temperature (0: of the unscaled distribution).
 Randomness: each request has its own seed for acceptance and residual draws; sampled drafts come from one stream per
-call. Results depend on the seed and on how vLLM batched. The caller's random state is not changed.
-Not supported: tensor parallelism, adapters.
+call. Results depend on the seed and on how vLLM batched. Not supported: tensor parallelism, adapters.
 """
 
 from __future__ import annotations
 
 import gc
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,16 +26,16 @@ from forerun.engine.base import (
     Sampling,
     Weights,
     check_request,
+    ends_with_stop,
     engine_metrics,
     nothing,
     requested,
 )
 from forerun.engine.local.scheduler import LiveSequence, request_seed
-from forerun.engine.staleness import StaleDrafterDetector
 from forerun.engine.vllm.in_process import device, own_process, random_state
 from forerun.engine.vllm.metrics import SpecDecodeMetrics, VllmRequest
 from forerun.engine.vllm.patches import ensure_exact, let_scan_pass
-from forerun.engine.vllm.settings import CUSTOM, Translated, check, translate
+from forerun.engine.vllm.settings import CUSTOM, check, translate
 from forerun.engine.vllm.sleep import LEVELS
 from forerun.engine.vllm.state import Given, WeightVersionState
 from forerun.errors import UserError
@@ -76,14 +72,9 @@ class VllmEngine(RolloutEngine):
         dtype: str = "auto",
         limits: Limits | None = None,
     ) -> None:
-        """An engine for the policy in a folder.
+        """An engine for a policy: folder, alias or shipped artifact. dtype: as for `load_policy`.
 
-        Args:
-            policy: folder, alias or shipped artifact, in Hugging Face format with its tokenizer.
-            dtype: "float32", "bfloat16" or "auto", as for `load_policy`.
-
-        Raises:
-            UserError: vLLM is not installed, or cannot run this policy or this speculation block.
+        Raises UserError when vLLM is not installed, or cannot run this policy or this speculation block.
         """
         self.speculation, self.limits = speculation or SpeculationConfig(), limits or Limits()
         self.k = self.speculation.tokens
@@ -92,8 +83,6 @@ class VllmEngine(RolloutEngine):
         self.context = min(self.limits.context or self.policy.context, self.policy.context)
         self.patches = True  # whether vLLM's faults are patched; `forerun verify` has to find them
         self._stats = SpecDecodeMetrics(self.counters)
-        self._detector = StaleDrafterDetector()
-        self._paused = False
         self._asleep: dict[str, str] | None = None  # fingerprints of the weights that it keeps asleep
         self._custom_proposer = False  # whether a class of this package drafts, in vLLM's worker
         self._counted: dict[str, int] = {}  # `Drafter.metrics` when the engine was closed
@@ -122,11 +111,9 @@ class VllmEngine(RolloutEngine):
     ) -> VllmEngine:
         """An engine that starts with the weights of a live policy and drafter, through a temporary folder.
 
-        Args:
-            limits: all sizes, in place of `slots`.
+        `limits` takes the place of `slots`.
 
-        Raises:
-            UserError: there is a drafter and no block that speculates; else as the constructor.
+        Raises UserError as the constructor, or when there is a drafter and no block that speculates.
         """
         block = speculation if speculation and drafter is not None else SpeculationConfig()
         if drafter is not None and not block.tokens:
@@ -164,31 +151,24 @@ class VllmEngine(RolloutEngine):
         between: Callable[[], None] = nothing,
     ) -> Iterator[Rollout]:
         """See `RolloutEngine.stream`. One stream at a time: they would share the counters."""
-        if self._running:
-            raise UserError("This engine is already generating; finish or close its stream first")
+        self._check_not_running()
         self._check(prompts, sampling, n)
         if self.k and sampling.temperature > 0 and self.patches:
             ensure_exact(device().type == "cpu")
         if self._custom_proposer:
             self._vllm.collective_rpc("forerun_open")
-        self._running = True
-        started = time.perf_counter()
-        self.timeline = []
-        self.on_state("engine", "generate", self._state.held.version)
         live: dict[str, VllmRequest] = {}
-        try:
-            self._random = torch.Generator().manual_seed(sampling.seed).get_state()
-            self._submit(prompts, sampling, requested(len(prompts), n, only), live)
-            while live:
-                between()
-                finished = self._round(live, sampling)
-                self.timeline.append((time.perf_counter() - started, len(live)))
-                yield from (sample.sequence.rollout() for sample in finished)
-        finally:
-            self._vllm.abort_request(list(live))
-            self._running = False
-            self.counters.seconds += time.perf_counter() - started
-            self.on_state("engine", "idle", self._state.held.version)
+        with self._streaming(lambda: self._state.held.version) as record:
+            try:
+                self._random = torch.Generator().manual_seed(sampling.seed).get_state()
+                self._submit(prompts, sampling, requested(len(prompts), n, only), live)
+                while live:
+                    between()
+                    finished = self._round(live, sampling)
+                    record(len(live))
+                    yield from (sample.sequence.rollout() for sample in finished)
+            finally:
+                self._vllm.abort_request(list(live))
 
     def load(self, weights: Weights) -> Weights:
         """See `RolloutEngine.load`: with tensors, or only checksums where it holds these bytes already.
@@ -204,15 +184,6 @@ class VllmEngine(RolloutEngine):
                 self._send(given, weights.checksums)
             self._detector.restart(self.counters)
             return self._state.take(weights)
-
-    def pause(self) -> None:
-        """Refuse to start a round until `resume`."""
-        self._paused = True
-
-    def resume(self) -> None:
-        """Go on; acceptance is checked as after a load."""
-        self._paused = False
-        self._detector.restart(self.counters)
 
     def sleep(self, level: int = 1) -> None:
         """Free memory until `wake`: the KV cache, and at level 2 the weights of policy and drafter.
@@ -236,8 +207,7 @@ class VllmEngine(RolloutEngine):
     def wake(self) -> None:
         """Allocate the memory again; acceptance is checked as after a load. Does nothing to an engine that is awake.
 
-        Raises:
-            UserError: the weights are not those that it went to sleep with (level 1): load a version again.
+        Raises UserError when the weights are not those that it went to sleep with (level 1): load a version again.
         """
         if self._asleep is None:
             return
@@ -247,8 +217,10 @@ class VllmEngine(RolloutEngine):
             self._vllm.wake_up()
         before, self._asleep = self._asleep, None
         self._detector.restart(self.counters)
-        if before:
-            self._compare(before, self._vllm.collective_rpc("forerun_fingerprints")[0])
+        after = self._vllm.collective_rpc("forerun_fingerprints")[0] if before else {}
+        if changed := [group for group in before if before[group] != after.get(group)]:
+            self._state.lose(f"The engine woke with other weights of the {' and the '.join(changed)}")
+            self._state.require()
 
     def metrics(self) -> dict[str, Any]:
         """See `RolloutEngine.metrics`; the version is None while none is held."""
@@ -287,7 +259,9 @@ class VllmEngine(RolloutEngine):
                     **arguments, speculative_config=wanted.config, additional_config=wanted.additional
                 )
                 config = settings.create_engine_config()
-                wanted = self._settle_rule(config, wanted, draft)
+                if wanted.rule == "block" and not config.use_v2_model_runner:  # it would disable sampled drafts
+                    config.speculative_config.rejection_sample_method = "standard"
+                    wanted = translate(self.speculation, draft, block=False)
                 self._vllm = LLMEngine(
                     config, Executor.get_class(config), log_stats=True, stat_loggers=[lambda *_: self._stats]
                 )
@@ -327,17 +301,9 @@ class VllmEngine(RolloutEngine):
             "seed": 0,
         }
 
-    def _settle_rule(self, config: Any, wanted: Translated, draft: Path | None) -> Translated:
-        """Fall back to token rejection where vLLM chose its older runner, which would disable sampled drafts."""
-        if wanted.rule != "block" or config.use_v2_model_runner:
-            return wanted
-        config.speculative_config.rejection_sample_method = "standard"
-        return translate(self.speculation, draft, block=False)
-
     def _submit(
         self, prompts: Sequence[list[int]], sampling: Sampling, requests: Requests, live: dict[str, VllmRequest]
     ) -> None:
-        """Queue the samples."""
         for index, sample in requests:
             prompt, seed = prompts[index], request_seed(sampling.seed, index, sample)
             self._requests += 1
@@ -363,8 +329,7 @@ class VllmEngine(RolloutEngine):
 
     def _round(self, live: dict[str, VllmRequest], sampling: Sampling) -> list[VllmRequest]:
         """One step of vLLM. Finished samples leave `live`."""
-        if self._paused:
-            raise UserError("The engine is paused; call resume() before the next round")
+        self._check_not_paused()
         with random_state(self._random):
             outputs = self._vllm.step()
             self._random = torch.get_rng_state()
@@ -372,8 +337,7 @@ class VllmEngine(RolloutEngine):
         for output in outputs:
             if self._take(live[output.request_id], output, sampling):
                 finished.append(live.pop(output.request_id))
-        if warning := self._detector.look(self.counters):
-            self.warnings.append(warning)
+        self._warn_of_collapse()
         return finished
 
     def _take(self, sample: VllmRequest, output: Any, sampling: Sampling) -> bool:
@@ -395,26 +359,23 @@ class VllmEngine(RolloutEngine):
         """Cut the sample after the token that completes a stop string."""
         if not sampling.stop:
             return ""
-        window = max(len(s) for s in sampling.stop) + 8
         tokens = sample.sequence.tokens
         for length in range(before + 1, len(tokens) + 1):
             if tokens[length - 1] in self.policy.eos_ids and not sampling.ignore_eos:
                 return ""
-            text = self.policy.tokenizer.decode(tokens[max(0, length - window) : length])
-            if any(s in text for s in sampling.stop):
+            if ends_with_stop(self.policy, tokens[:length], sampling.stop):
                 sample.cut(length)
                 return "stop"
         return ""
 
     def _send(self, given: Given, expected: Mapping[str, str]) -> None:
-        """Send the groups and load them."""
         call = self._vllm.collective_rpc
         call("forerun_begin", args=({g: shapes(s) for g, s in given.items()},))
         for pieces in chunks(given, self.limits.chunk_bytes):
             call("forerun_receive", args=(pieces,))
         try:
             agreed = call("forerun_commit", args=(dict(expected), self.speculation.fixed_draft_temperature))[0]
-        except UserError:
+        except UserError:  # the old weights stay
             raise
         except Exception as error:
             self._state.lose(BROKEN)
@@ -427,7 +388,7 @@ class VllmEngine(RolloutEngine):
             raise UserError("vLLM kept key-value entries of the old weights; close its streams before a load")
 
     def _drafter_metrics(self) -> dict[str, int]:
-        """See `Drafter.metrics`; also after the engine was closed."""
+        """Also after the engine was closed."""
         if not self._custom_proposer or self not in OPEN:
             return self._counted
         return self._vllm.collective_rpc("forerun_drafter_metrics")[0]
@@ -444,12 +405,6 @@ class VllmEngine(RolloutEngine):
         if self._running:
             raise UserError("The engine is generating; finish or close its stream before it sleeps")
 
-    def _compare(self, before: Mapping[str, str], after: Mapping[str, str]) -> None:
-        """Refuse weights that changed in a sleep."""
-        if changed := [group for group in before if before[group] != after.get(group)]:
-            self._state.lose(f"The engine woke with other weights of the {' and the '.join(changed)}")
-            self._state.require()
-
     def _check(self, prompts: Sequence[list[int]], sampling: Sampling, n: int) -> None:
         if self._asleep is not None:
             raise UserError("The engine is asleep; call wake() before it generates")
@@ -464,10 +419,10 @@ class VllmEngine(RolloutEngine):
         check_request(prompts, sampling, n, vocabulary, self.context)
 
 
-def _reason(sample: LiveSequence, said: str | None, sampling: Sampling) -> str:
+def _reason(sample: LiveSequence, reason: str | None, sampling: Sampling) -> str:
     """vLLM's finish reason as the contract's; "" for none."""
-    if said not in (None, "stop", "length"):
-        raise UserError(f"vLLM ended sample {sample.sample_index} of prompt {sample.prompt_index} with '{said}'")
-    if said == "length":
+    if reason not in (None, "stop", "length"):
+        raise UserError(f"vLLM ended sample {sample.sample_index} of prompt {sample.prompt_index} with '{reason}'")
+    if reason == "length":
         return "length" if len(sample.tokens) >= sampling.max_new_tokens else "context"
-    return "" if said is None else "eos"
+    return "" if reason is None else "eos"

@@ -39,13 +39,11 @@ class SpecDecodeMetrics:
                 totals[position] += count
 
     def log(self) -> None:
-        """Not needed: the counters are read directly."""
+        """Part of vLLM's interface, like the next two: nothing to do."""
 
-    def log_engine_initialized(self) -> None:
-        """Not needed."""
+    def log_engine_initialized(self) -> None: ...
 
-    def record_sleep_state(self, *_: Any) -> None:
-        """Not needed."""
+    def record_sleep_state(self, *_: Any) -> None: ...
 
 
 @dataclass(slots=True)

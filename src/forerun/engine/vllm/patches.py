@@ -1,14 +1,12 @@
 """Two patches for vLLM's CPU build: a wrong kernel, and a start that fails once numba is loaded.
 
-The kernel: unpatched, speculation at a temperature above 0 is not exact. `expand_kernel` repeats each request's
-temperature (and top-k, top-p) over its draft rows; the CPU stand-in converts its output to int64 first and so writes
-into a copy: the rows keep uninitialised memory (vLLM issue 55005; greedy rows are not affected). The replacement is
-registered through vLLM's own kernel registry, only where a test call shows the fault, and only in versions for which it
-was checked. Any other version that shows it is refused.
+The kernel: `expand_kernel` repeats each request's temperature (and top-k, top-p) over its draft rows; the CPU stand-in
+converts its output to int64 first and so writes into a copy: the rows keep uninitialised memory, and speculation above
+temperature 0 is not exact (vLLM issue 55005). The replacement is registered through vLLM's own kernel registry, only
+where a test call shows the fault, and only in versions for which it was checked; any other that shows it is refused.
 
-The start: the registry scans every loaded module and calls `vars(x).get` on what it finds. A part of llvmlite, which
-numba and so vLLM's n-gram drafter load, answers `vars` with something that is no dictionary. Then no second engine can
-start and no kernel be replaced. `let_scan_pass` gives vLLM's dispatcher module another `vars`.
+The start: the registry calls `vars(x).get` on everything in every loaded module. A part of llvmlite, which vLLM's
+n-gram drafter loads, answers `vars` with no dictionary; then no second engine can start and no kernel be replaced.
 """
 
 from __future__ import annotations
@@ -50,10 +48,9 @@ def works(kernel: Callable[..., Any]) -> bool:
 def ensure_exact(cpu: bool) -> bool:
     """Make sure that rows get their own temperature; returns whether the kernel was replaced.
 
-    Every engine that vLLM makes registers its kernels anew, so this belongs before each use.
+    To be called before each use: every engine that vLLM makes registers its kernels anew.
 
-    Raises:
-        UserError: the kernel is wrong in a version for which the replacement was not checked.
+    Raises UserError when the kernel is wrong in a version for which the replacement was not checked.
     """
     if not cpu:
         return False

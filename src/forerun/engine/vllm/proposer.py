@@ -1,13 +1,10 @@
 """Drafts from samples of the same prompt, inside vLLM: the corpus of `drafters/trie.py` as a vLLM proposer class.
 
-vLLM instantiates the class that its `speculative_config.model` names, in the worker, and calls it after every step with
-the rows of the batch. Which request a row belongs to, and where its prompt ends, is read from the model runner, which
-the worker's extension attaches. Requests with the same prompt, token by token, are siblings. The tokens of a step enter
-the corpus for all rows before any is drafted for, as in the local engine.
-
-Drafts are one-hot, and as long as the corpus and the sample's room allow. The corpus lives as long as the engine, also
-through weight updates and sleep. Tokens beyond a stop string, at most k per sample, stay in it: the engine looks for
-the string after the step. The corpus is not saved in checkpoints.
+vLLM calls the class after every step with the rows of the batch; which request a row belongs to is read from the model
+runner, which the worker's extension attaches. Requests with the same prompt, token by token, are siblings. The tokens
+of a step enter the corpus for all rows before any is drafted for, as in the local engine.
+The corpus lives as long as the engine, also through weight updates and sleep, and is not saved in checkpoints. Tokens
+beyond a stop string, at most k per sample, stay in it: the engine looks for the string after the step.
 """
 
 from __future__ import annotations
@@ -75,11 +72,7 @@ class TrieProposer:
     """The interface is that of vLLM's `vllm/v1/spec_decode/custom_class_proposer.py`."""
 
     def __init__(self, vllm_config: Any) -> None:
-        """Settings come from `additional_config`: those of the speculation block's `trie`, and a corpus to begin with.
-
-        Raises:
-            UserError: the corpus cannot be read.
-        """
+        """`additional_config` has the settings of `speculation.trie`, and the folder of a corpus to begin with."""
         given = dict(vllm_config.additional_config[VLLM_SETTINGS])
         folder, settings = given.pop("folder"), TrieConfig(**given)
         drafter = TrieDrafter(settings) if folder is None else TrieDrafter.load(Path(folder), settings)
@@ -94,7 +87,7 @@ class TrieProposer:
         self._runner = runner
 
     def open(self) -> None:
-        """A stream begins: an epoch of its prompts."""
+        """See `Siblings.open`."""
         self.siblings.open()
 
     def load_model(self, target: Any) -> None:

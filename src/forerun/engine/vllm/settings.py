@@ -1,8 +1,6 @@
 """A recipe's speculation block as vLLM's settings, and a refusal with its reason where vLLM has nothing for it.
 
-What differs between drafters is theirs: `Drafter.vllm_config`, `vllm_files`, `vllm_refusal`.
-
-vLLM's older model runner (its only one on a CPU) knows token rejection alone; block verification needs the newer one.
+vLLM's older model runner (its only one on a CPU) has token rejection alone; block verification needs the newer one.
 Both rules are exact; block verification keeps more of sampled drafts.
 """
 
@@ -38,7 +36,7 @@ def translate(speculation: SpeculationConfig, draft: Path | None, block: bool) -
         block: whether vLLM's model runner has block verification.
 
     Raises:
-        UserError: vLLM has nothing that does the same.
+        UserError: vLLM has nothing that does the same, or an entry of `speculation.vllm` would change another setting.
     """
     if speculation.tokens == 0:
         return Translated(None, "plain")
@@ -50,16 +48,28 @@ def translate(speculation: SpeculationConfig, draft: Path | None, block: bool) -
     if samples:
         own["draft_sample_method"] = "probabilistic" if sampled else "greedy"
         own["rejection_sample_method"] = "block" if rule == "block" else "standard"
-    notes = (*(_rule_note(speculation, rule) if samples and sampled else ()), *_frozen_note(speculation))
-    return Translated(_merged(own, speculation), rule, notes, drafter.vllm_additional_config(speculation))
+    notes = []
+    if samples and sampled and rule != speculation.verify:
+        notes.append(
+            f"speculation.verify={speculation.verify} needs vLLM's newer model runner, which does not run here: drafts "
+            "are verified by token rejection, as exact and a few percent shorter"
+        )
+    if "model" in speculation.vllm:
+        notes.append(
+            f"vLLM's own drafter {speculation.vllm['model']} stays as its files are: nothing keeps it aligned with the "
+            "policy; watch spec/acceptance_length"
+        )
+    if taken := sorted(own.keys() & speculation.vllm.keys()):
+        raise UserError(
+            f"speculation.vllm.{taken[0]} is what speculation.method={speculation.method} and its neighbours say "
+            f"already ({own[taken[0]]}); leave it out"
+        )
+    config = {**own, **speculation.vllm}
+    return Translated(config, rule, tuple(notes), drafter.vllm_additional_config(speculation))
 
 
 def check(speculation: SpeculationConfig) -> type[Drafter]:
-    """The class of the drafter. Refuse what vLLM cannot do.
-
-    Raises:
-        UserError: with the reason and the way out.
-    """
+    """The class of the drafter. Raises UserError, with the reason and the way out, for what vLLM cannot do."""
     method = speculation.method
     drafter: type[Drafter] = DRAFTERS.load(method)
     if drafter.vllm_refusal:
@@ -83,31 +93,3 @@ def check(speculation: SpeculationConfig) -> type[Drafter]:
     if drafter.trains and speculation.draft is None:
         raise UserError(f"speculation.method={method} needs speculation.draft, the folder of the drafter")
     return drafter
-
-
-def _merged(own: dict[str, Any], speculation: SpeculationConfig) -> dict[str, Any]:
-    """With the entries that are handed on. Raises UserError where one of them would change another setting."""
-    if taken := sorted(own.keys() & speculation.vllm.keys()):
-        raise UserError(
-            f"speculation.vllm.{taken[0]} is what speculation.method={speculation.method} and its neighbours say "
-            f"already ({own[taken[0]]}); leave it out"
-        )
-    return {**own, **speculation.vllm}
-
-
-def _frozen_note(speculation: SpeculationConfig) -> tuple[str, ...]:
-    if "model" not in speculation.vllm:
-        return ()
-    return (
-        f"vLLM's own drafter {speculation.vllm['model']} stays as its files are: nothing keeps it aligned with the "
-        "policy; watch spec/acceptance_length",
-    )
-
-
-def _rule_note(speculation: SpeculationConfig, rule: str) -> tuple[str, ...]:
-    if rule == speculation.verify:
-        return ()
-    return (
-        f"speculation.verify={speculation.verify} needs vLLM's newer model runner, which does not run here: drafts are "
-        f"verified by token rejection, as exact and a few percent shorter",
-    )

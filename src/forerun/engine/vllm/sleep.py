@@ -1,10 +1,8 @@
 """Sleep: frees the memory of an idle engine.
 
 On a GPU this is vLLM's own: level 1 moves the weights to host memory and drops the KV cache, level 2 drops both. vLLM's
-CPU build answers `sleep` with a warning and keeps everything; there it is done here, inside the worker: the storage of
-the KV cache is freed and, at level 2, that of the weights. Memory comes back without its values, as zeros in the cache
-and NaN in the weights, so that a part which no later load fills cannot pass for weights.
-Not supported: sleep with samples in flight, waking weights and cache separately.
+CPU build cannot; there the storage of the KV cache, and at level 2 of the weights, is freed here, inside the worker.
+Memory comes back as zeros in the cache and NaN in the weights, so that a part which no later load fills is noticed.
 """
 
 from __future__ import annotations

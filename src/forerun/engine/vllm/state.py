@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from forerun.engine.base import Weights
+from forerun.engine.base import Weights, check_drafter
 from forerun.errors import UserError
 from forerun.models.checksum import checksum
+from forerun.models.load import check_shapes
 from forerun.workers.weights import Shapes
 
 Given = dict[str, Mapping[str, Tensor]]  # tensors by group
@@ -30,7 +31,7 @@ class WeightVersionState:
 
     @property
     def version(self) -> int | None:
-        """Its number; None: nothing is held."""
+        """None: nothing is held."""
         return None if self.lost else self.held.version
 
     def require(self) -> None:
@@ -45,7 +46,7 @@ class WeightVersionState:
             UserError: a group is missing, partial, or not held where only its checksum is given; or the version is
                 older than the discarded one, or other bytes under its number.
         """
-        given = {g: s for g, s in (("policy", weights.policy), ("draft", weights.draft)) if s is not None}
+        given = weights.groups
         self._check_groups(weights, given)
         self._check_age(weights)
         known = {group: checksum({}) for group, names in self.groups.items() if not names}
@@ -58,7 +59,7 @@ class WeightVersionState:
                     "carry the tensors"
                 )
         for group, state in given.items():
-            _match(state, self.groups[group], group)
+            check_shapes(state, {name: shape for name, (shape, _) in self.groups[group].items()}, f"the {group}")
         return given
 
     def take(self, weights: Weights) -> Weights:
@@ -79,9 +80,7 @@ class WeightVersionState:
         for group in given:
             if group not in weights.checksums:
                 raise UserError(f"Version {weights.version} carries {group} weights without a checksum")
-        if ("draft" in self.groups) != ("draft" in weights.checksums):
-            have, want = ("a", "no") if "draft" in self.groups else ("no", "a")
-            raise UserError(f"Version {weights.version} carries {want} drafter, but this engine speculates with {have}")
+        check_drafter(weights, "draft" in self.groups)
         if "policy" not in weights.checksums:
             raise UserError(f"Version {weights.version} carries no policy")
 
@@ -101,15 +100,3 @@ class WeightVersionState:
                     f"The {group} weights of version {weights.version} had checksum {before} before the sleep and have "
                     f"{weights.checksums.get(group)} now: one number, two versions; give the new one its own number"
                 )
-
-
-def _match(state: Mapping[str, Tensor], expected: Shapes, group: str) -> None:
-    """Refuse missing, unknown and misshapen tensors; number formats may differ."""
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unknown:
-        raise UserError(
-            f"The weights of the {group} do not match: missing {missing or 'none'}, unknown {unknown or 'none'}"
-        )
-    for name, (shape, _) in expected.items():
-        if tuple(state[name].shape) != shape:
-            raise UserError(f"{name} of the {group} has shape {list(state[name].shape)}, expected {list(shape)}")

@@ -33,25 +33,21 @@ class WeightReceiver:
     # ---- a proposer class of ours ----
 
     def forerun_attach(self) -> None:
-        """Give the proposer the runner whose batch it drafts for."""
+        """See `TrieProposer.attach`."""
         self.model_runner.drafter.attach(self.model_runner)
 
     def forerun_open(self) -> None:
-        """A stream begins: an epoch of its prompts."""
         self.model_runner.drafter.open()
 
     def forerun_drafter_metrics(self) -> dict[str, int]:
-        """The proposer's counts."""
         return self.model_runner.drafter.metrics()
 
     # ---- sleep ----
 
     def forerun_fingerprints(self) -> dict[str, str]:
-        """See `sleep.fingerprints`."""
         return fingerprints(self.model_runner)
 
     def forerun_sleep(self, level: int) -> None:
-        """Sleep where vLLM cannot, see `sleep.free`."""
         self.forerun_freed = free(self.model_runner, level)
 
     def forerun_wake(self) -> None:
@@ -67,7 +63,6 @@ class WeightReceiver:
         self.forerun_staging = Staging.of(groups)
 
     def forerun_receive(self, pieces: list[Piece]) -> None:
-        """Add pieces of it."""
         assert self.forerun_staging is not None
         self.forerun_staging.add(pieces)
 
@@ -103,7 +98,8 @@ class WeightReceiver:
         )
 
         model = self.model_runner.drafter.model
-        taken = {n: t for n, t in state.items() if n != "t2d" and (n != "d2t" or _has_map(model))}
+        has_map = getattr(model, "draft_id_to_target_id", None) is not None
+        taken = {n: t for n, t in state.items() if n != "t2d" and (n != "d2t" or has_map)}
         if draft_temperature != 1.0:
             taken["lm_head.weight"] = tempered_head(taken["lm_head.weight"], draft_temperature)
         with set_current_vllm_config(self.vllm_config), torch.no_grad():
@@ -111,10 +107,6 @@ class WeightReceiver:
             model.load_weights(iter(taken.items()))
             finalize_layerwise_reload(model, self.vllm_config.speculative_config.draft_model_config)
         return _read_back(model, _renamed(taken), "draft")
-
-
-def _has_map(model: Any) -> bool:
-    return getattr(model, "draft_id_to_target_id", None) is not None
 
 
 def _check_own_head(runner: Any, state: Mapping[str, Tensor]) -> None:
