@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from forerun.simulate.core.cost_model import LinearEngine
+from forerun.simulate.core.decode import LinearEngine
 
 
 def bench_rows(engine: LinearEngine, noise: float = 0.0) -> list[dict[str, Any]]:
@@ -17,7 +17,8 @@ def bench_rows(engine: LinearEngine, noise: float = 0.0) -> list[dict[str, Any]]
     for batch in (1, 4, 16):
         for context in (64, 256, 512):
             for k in (0, 1, 3, 5):
-                values = [engine.plain_s(batch, context), engine.round_s(batch, k, context), engine.draft_s(batch, k)]
+                draft_s = k * engine.draft_s(batch, context)
+                values = [engine.plain_s(batch, context), engine.round_s(batch, k, context), draft_s]
                 plain, round_, draft = (float(v) * np.exp(noise * rng.standard_normal()) for v in values)
                 row = {"method": "eagle3" if k else "none", "k": k, "batch": batch, "context": context}
                 rates = [0.7**j for j in range(1, k + 1)]

@@ -14,8 +14,7 @@ import pytest
 from cost_tables import bench_rows, write_table
 from forerun.errors import UserError
 from forerun.simulate.core.constants import round_cost_error, serving_constants
-from forerun.simulate.core.cost_model import LinearEngine
-from forerun.simulate.core.decode import acceptance_from_lengths, constant_acceptance, fixed_budget
+from forerun.simulate.core.decode import LinearEngine, acceptance_from_lengths, acceptance_length
 from forerun.simulate.core.fitting import map_fit, nonnegative_least_squares, relative_errors
 from forerun.simulate.core.hardware import load_hardware
 from forerun.simulate.core.operators import Layout, Replica, Tuning
@@ -192,9 +191,7 @@ def test_a_fitted_engine_predicts_a_rollout() -> None:
     lengths, engine = np.array([30.0, 60.0, 90.0, 120.0] * 4), fit_engine(bench_rows(TRUE, noise=0.05))
     for k in (0, 3):
         ours, true = (
-            simulate_rollout(
-                costs, lengths, replicas=1, budget=fixed_budget(k), acceptance=constant_acceptance(0.7), slots=8
-            ).seconds
+            simulate_rollout(costs, lengths, replicas=1, k=k, alpha=acceptance_length(k, 0.7), slots=8).seconds
             for costs in (engine, TRUE)
         )
         assert ours == pytest.approx(true, rel=0.1)

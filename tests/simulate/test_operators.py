@@ -14,13 +14,11 @@ from forerun.errors import UserError
 from forerun.simulate.core.decode import (
     Acceptance,
     AnalyticalEngine,
-    Budget,
     RoundConstants,
     acceptance_from_lengths,
     acceptance_length,
-    best_budget,
+    best_k_by_batch,
     constant_acceptance,
-    fixed_budget,
     make_drafter,
     rate_for,
 )
@@ -140,16 +138,13 @@ def test_impossible_layouts_are_answered_with_what_works() -> None:
     assert cache_tokens(build("Qwen3-8B", "H100", 1)) == pytest.approx(377_024, rel=0.1)  # what vLLM reported there
 
 
-def test_budgets_switch_with_the_batch() -> None:
-    budget = Budget(((4.0, 7), (64.0, 3)))
-    assert budget.k(np.array([1, 4, 5, 64, 65])).tolist() == [7, 7, 3, 3, 0]
-    assert fixed_budget(0).k(10.0) == 0
+def test_fewer_drafts_are_best_at_larger_batches() -> None:
     engine = AnalyticalEngine(build("Qwen3-8B", "H100", 1), make_drafter("eagle3", load_model("Qwen3-8B")))
-    chosen = best_budget(engine, constant_acceptance(0.7), 2000.0, [1, 8, 64, 512])
-    ks = chosen.k(np.array([1.0, 512.0]))
-    assert ks[0] >= ks[1]
-    assert best_budget(engine, constant_acceptance(0.0), 2000.0, [1, 8]).k(1.0) == 0
-    with pytest.raises(UserError, match="plain decoding"):
-        fixed_budget(-1)
+    chosen = best_k_by_batch(engine, constant_acceptance(0.7), 2000.0, [1, 8, 64, 512], 8)
+    sizes, ks = zip(*chosen, strict=True)
+    assert list(sizes) == sorted(sizes) and sizes[-1] == np.inf
+    assert ks[0] >= ks[-1]
+    assert all(before != after for before, after in pairwise(ks))  # equal neighbours are one
+    assert best_k_by_batch(engine, constant_acceptance(0.0), 2000.0, [1, 8], 8) == [(np.inf, 0)]
     with pytest.raises(UserError, match="no drafter called 'medusa'"):
         make_drafter("medusa", load_model("Qwen3-8B"))

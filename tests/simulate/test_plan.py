@@ -8,8 +8,7 @@ import time
 import pytest
 
 from forerun.errors import UserError
-from forerun.simulate.core.cost_model import LinearEngine
-from forerun.simulate.core.decode import acceptance_length
+from forerun.simulate.core.decode import LinearEngine, acceptance_length
 from forerun.simulate.core.step import step_bound
 from forerun.simulate.plan.planner import plan
 from forerun.simulate.plan.render import paper_text, validation_text

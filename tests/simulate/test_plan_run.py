@@ -109,7 +109,7 @@ def test_the_fit_never_sees_the_tested_steps() -> None:
         s if s.step % 2 else replace(s, seconds={n: 9 * v for n, v in s.seconds.items()}, compare_s=99.0) for s in steps
     ]
     honest, misled = calibrate(steps, nominal(), 4, 8, WORK), calibrate(spoilt, nominal(), 4, 8, WORK)
-    assert honest.constants == misled.constants
+    assert honest.constants_s == misled.constants_s
     assert honest.errors["step"]["worst"] < 0.3 < misled.errors["step"]["median"]
 
 
@@ -233,7 +233,7 @@ def test_rollouts_that_were_not_kept_are_made_up_to_the_step_s_own_figures(tmp_p
     first = copy_run(tmp_path, lambda line: line if line["prompt_id"].endswith("/0") else None, "rollouts.jsonl")
     half = calibrate_run(first, recorded_recipe())
     assert half.errors["generation"]["worst"] < 0.2
-    assert half.constants["plain pass"] == pytest.approx(whole.constants["plain pass"], rel=0.3)
+    assert half.constants_s["plain pass"] == pytest.approx(whole.constants_s["plain pass"], rel=0.3)
     (tmp_path / "rollouts.jsonl").unlink()
     assert calibrate_run(first, recorded_recipe()).errors["generation"]["worst"] < 0.25
 

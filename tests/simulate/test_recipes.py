@@ -13,7 +13,7 @@ import pytest
 from cost_tables import bench_rows, write_table
 from forerun.config import load_recipe
 from forerun.errors import UserError
-from forerun.simulate.core.cost_model import LinearEngine
+from forerun.simulate.core.decode import LinearEngine
 from forerun.simulate.core.hardware import cpu
 from forerun.simulate.core.step import Stages
 from forerun.simulate.plan.cost_table import read_cost_table

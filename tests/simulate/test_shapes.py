@@ -12,13 +12,13 @@ import pytest
 from forerun.errors import UserError
 from forerun.simulate.core.hardware import (
     cpu,
-    hardware_names,
     load_hardware,
     measure_cpu,
     nominal_cpu,
     peak_flops,
 )
-from forerun.simulate.core.shapes import from_config, load_model, model_names
+from forerun.simulate.core.shapes import from_config, load_model
+from forerun.simulate.core.tables import load_table
 from forerun.tracking.environment import accelerator_name, usable_threads
 
 
@@ -70,14 +70,14 @@ def test_wrong_names_and_sizes_are_answered_with_the_nearest() -> None:
 
 
 def test_rates_are_in_si_units() -> None:
-    for name in hardware_names():
+    for name in load_table("hardware")["gpus"]:
         gpu = load_hardware(name)
         assert 1e14 < gpu.flops["bf16"] < 1e16
         assert 1e12 < gpu.memory_bytes_per_s < 2e13
         assert 5e10 < gpu.memory_bytes < 4e11
         assert all(latency_s < 1e-4 and 0 < share <= 1 for latency_s, share in gpu.all_reduce.values())
     assert load_hardware("h100_sxm") == load_hardware("H100")
-    assert len(model_names()) >= 12
+    assert len(load_table("models")["models"]) >= 12
 
 
 def test_accelerators_are_found_by_the_names_that_drivers_give_them() -> None:

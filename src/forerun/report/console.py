@@ -1,7 +1,5 @@
 """The console: a live bar on a terminal, one plain line per step anywhere else.
 
-    summary = follow(run(recipe), Console(recipe.train.steps))
-
 It consumes the events of long work (`forerun.events`) and is the only part of Forerun that prints while work goes on.
 With `json=True` stdout carries the final JSON document and nothing else; text for people goes to stderr. What the lines
 say is in `lines.py`.

@@ -108,8 +108,7 @@ def summary_parts(summary: Mapping[str, Any]) -> list[RenderableType]:
 def _comparison_table(summary: Mapping[str, Any]) -> RenderableType:
     steps = f", {summary['steps']} steps" if summary.get("steps") is not None else ""
     title = f"{summary.get('recipe', 'run')}{steps}: {speculation_text(summary)}"
-    rows = [(row.label, row.plain, row.speculative, row.ratio) for row in comparison_rows(summary)]
-    return table(("", "plain", "speculative", "ratio"), rows, numeric=(1, 2, 3), title=title)
+    return table(("", "plain", "speculative", "ratio"), comparison_rows(summary), numeric=(1, 2, 3), title=title)
 
 
 def _stage_table(summary: Mapping[str, Any]) -> RenderableType:

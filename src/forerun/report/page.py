@@ -34,11 +34,7 @@ class Chart:
 
 
 def write_page(path: Path, template: str, title: str, context: Mapping[str, Any]) -> None:
-    """Write the page that `templates/<template>.html.j2` makes from `context`.
-
-    Raises:
-        UserError: the page cannot be written.
-    """
+    """Write the page that `templates/<template>.html.j2` makes from `context`. Raises UserError on a disk error."""
     scripts = (get_plotlyjs().replace("</script", "<\\/script"), _static("page.js"))
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     frame = {

@@ -1,9 +1,7 @@
 """`plan.html`: a plan as one offline page, from the same data that `forerun plan --json` prints.
 
-    write_plan(result, "plan.html")
-
-The result is that of a plan, or of a run that was calibrated and then planned; the second shows its errors too. The
-text of the page is in `templates/plan.html.j2`.
+The data is that of a plan, or of a run that was calibrated and then planned; the second shows its errors too. The text
+of the page is in `templates/plan.html.j2`.
 """
 
 from __future__ import annotations
@@ -84,10 +82,12 @@ def _verdict(planned: Data) -> str:
 def _rows(planned: Data) -> dict[str, Rows]:
     """Cells of the tables, by name."""
     plain, fast = planned["plain"], planned["speculative"]
-    stages = [name for name in plain if name.endswith("_s")]
+    stages = [name.removesuffix("_s") for name in plain if name.endswith("_s")]
     settings = [(name, str(value)) for name, value in planned["spec"].items() if value not in ("", {}, None, ())]
     return {
-        "stages": [(_label(name), _seconds(plain[name]), _seconds(fast[name])) for name in stages],
+        "stages": [
+            (name.replace("_", " "), _seconds(plain[f"{name}_s"]), _seconds(fast[f"{name}_s"])) for name in stages
+        ],
         "k": [
             (
                 f"{row['k']:.0f}",
@@ -111,7 +111,7 @@ def _calibration(result: Data) -> dict[str, Any]:
     found = result["calibration"]
     errors = dict(found["errors"])
     if found["plain_error"]:
-        errors["plain generation beside"] = found["plain_error"]
+        errors["plain generation, compared"] = found["plain_error"]
     return {
         "errors": [
             (name, f"{e['steps']:.0f}", percent(e["median"]), percent(e["worst"]), percent(e["total"], signed=True))
@@ -133,10 +133,6 @@ def _calibration(result: Data) -> dict[str, Any]:
         ],
         "figure": _otherwise_figure(result["what_if"]),
     }
-
-
-def _label(key: str) -> str:
-    return key.removesuffix("_s").replace("_", " ")
 
 
 def _seconds(value: float) -> str:

@@ -7,17 +7,18 @@ when the run has no data for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from forerun.report.format import times
 from forerun.report.summary import compared, stage_rows
-from forerun.tracking.reader import RunData
+from forerun.tracking.reader import RunData, numbers
 from forerun.tracking.timeline import LEARNER, Event
 from forerun.types import STAGES
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]
+Lines = dict[str, tuple[str, str]]  # {metric: (label, colour)}
 
 POSITION_COLORS = 8  # CSS variables --position-1 to --position-8, dark to light
 GANTT_STEPS = 4
@@ -35,6 +36,7 @@ GANTT_KINDS = {  # {label: (colour, events of the learner, events of an engine)}
 }
 BAND_COLORS = {name: f"--stage-{name}" for name in (*STAGES, "other")}
 STACKED_STAGES = {"barmode": "stack", "hovermode": "closest", "yaxis.type": "category", "yaxis.showgrid": False}
+FROM_ZERO = {"yaxis.rangemode": "tozero"}
 CATEGORIES = {"xaxis.type": "category", "yaxis.type": "category"}
 
 
@@ -113,14 +115,19 @@ def figure(data: list[Trace], x: str, y: str, layout: dict[str, Any] | None = No
     return {"data": data, "layout": {"xaxis.title.text": x, "yaxis.title.text": y} | (layout or {})}
 
 
-def over_steps(run: RunData, y: str, names: dict[str, tuple[str, str]], layout: dict[str, Any] | None = None) -> Figure:
-    """Lines over training steps from {metric: (label, colour)}, for the metrics that the run has."""
+def over_steps(run: RunData, y: str, names: Lines, layout: dict[str, Any] | None = None) -> Figure:
+    """Lines over training steps, of the metrics that the run has."""
     data = []
     for metric, (label, color) in names.items():
         steps, values = run.series(metric)
         if steps:
             data.append(line(label, steps, values, color))
     return figure(data, "step", y, layout)
+
+
+def curves(y: str, names: Lines, layout: dict[str, Any] | None = None) -> Callable[[RunData], Figure | None]:
+    """The figure of `over_steps` as a function of a run."""
+    return lambda run: _or_none(over_steps(run, y, names, layout))
 
 
 def _or_none(drawn: Figure) -> Figure | None:
@@ -195,7 +202,7 @@ def reward_curves(run: RunData) -> Figure | None:
 def position_curves(run: RunData) -> Figure | None:
     """Cumulative acceptance per draft position over steps."""
     stem = "spec/acceptance_pos_"
-    positions = sorted(int(name[len(stem) :]) for name in run.names() if name.startswith(stem))
+    positions = numbers(run.metrics, stem)
     names = {f"{stem}{i}": (f"position {i}", f"--position-{min(i, POSITION_COLORS)}") for i in positions}
     return _or_none(over_steps(run, "share of rounds", names, {"yaxis.range": [0, 1]}))
 
@@ -210,7 +217,7 @@ def acceptance_curve(run: RunData) -> Figure | None:
     if k_steps:
         data.append(line("most possible, k + 1", k_steps, [k + 1 for k in k_values], "--plain", "dot"))
         data[-1]["mode"] = "lines"
-    return figure(data, "step", "tokens per round", {"yaxis.rangemode": "tozero"})
+    return figure(data, "step", "tokens per round", FROM_ZERO)
 
 
 def timeline(run: RunData) -> Figure | None:
@@ -223,7 +230,7 @@ def timeline(run: RunData) -> Figure | None:
             trace["mode"], trace["fill"], trace["fillcolor"] = "lines", "tozeroy", f"--{name}-fill"
             trace["line"]["shape"] = "hv"
             data.append(trace)
-    layout = {"yaxis.rangemode": "tozero", "xaxis.rangemode": "tozero", "xaxis.type": "linear"}
+    layout = FROM_ZERO | {"xaxis.rangemode": "tozero", "xaxis.type": "linear"}
     return _or_none(figure(data, "seconds since the rollout began", "live sequences", layout))
 
 
@@ -285,13 +292,13 @@ def waiting_curve(run: RunData) -> Figure | None:
     """Generated steps that waited for the learner."""
     names = {"async/steps_waiting": ("steps waiting", "--speculative")}
     most = max(run.series("async/steps_waiting")[1], default=0.0)
-    return _or_none(over_steps(run, "steps", names, {"yaxis.rangemode": "tozero", "yaxis.dtick": 1 + int(most) // 6}))
+    return _or_none(over_steps(run, "steps", names, FROM_ZERO | {"yaxis.dtick": 1 + int(most) // 6}))
 
 
 def lag_bars(run: RunData) -> Figure | None:
     """Tokens of the whole run by the age of the weights that sampled them."""
     stem = "async/lag_tokens_"
-    lags = sorted(int(name[len(stem) :]) for name in run.names() if name.startswith(stem))
+    lags = numbers(run.metrics, stem)
     counts = [sum(run.series(f"{stem}{lag}")[1]) for lag in lags]
     if not sum(counts):
         return None
@@ -299,16 +306,6 @@ def lag_bars(run: RunData) -> Figure | None:
     trace = bars("tokens", [str(lag) for lag in lags], shares, "--speculative", [f"{share:.1%}" for share in shares])
     layout = {"xaxis.type": "category", "yaxis.tickformat": ".0%", "yaxis.range": [0, 1.1 * max(shares)]}
     return figure([trace], "lag, in weight versions", "share of tokens", layout)
-
-
-def length_curves(run: RunData) -> Figure | None:
-    """Generated tokens per rollout over steps: mean, 95th percentile, longest."""
-    names = {
-        "length/mean": ("mean", "--speculative"),
-        "length/p95": ("95th percentile", "--position-5"),
-        "length/max": ("longest", "--plain"),
-    }
-    return _or_none(over_steps(run, "tokens", names, {"yaxis.rangemode": "tozero"}))
 
 
 def truncated_bars(run: RunData) -> Figure | None:
@@ -337,26 +334,20 @@ def mismatch_curves(run: RunData) -> Figure | None:
     return drawn
 
 
-def entropy_curve(run: RunData) -> Figure | None:
-    """Entropy of the policy over steps."""
-    names = {"policy/entropy": ("entropy", "--speculative")}
-    return _or_none(over_steps(run, "nats per token", names, {"yaxis.rangemode": "tozero"}))
-
-
-def reference_curve(run: RunData) -> Figure | None:
-    """Divergence of the policy from the reference over steps."""
-    return _or_none(over_steps(run, "nats per token", {"policy/kl": ("KL", "--speculative")}))
-
-
-def clip_curves(run: RunData) -> Figure | None:
-    """Share of tokens that the policy loss clipped."""
-    names = {
-        "policy/clip_low": ("clipped below", "--stage-logprob"),
-        "policy/clip_high": ("clipped above", "--stage-train"),
-    }
-    return _or_none(over_steps(run, "share of tokens", names, {"yaxis.rangemode": "tozero"}))
-
-
-def drafter_curve(run: RunData) -> Figure | None:
-    """Loss of a drafter that trains during the run."""
-    return _or_none(over_steps(run, "loss", {"draft/loss": ("drafter loss", "--stage-train")}))
+length_curves = curves(
+    "tokens",
+    {
+        "length/mean": ("mean", "--speculative"),
+        "length/p95": ("95th percentile", "--position-5"),
+        "length/max": ("longest", "--plain"),
+    },
+    FROM_ZERO,
+)
+entropy_curve = curves("nats per token", {"policy/entropy": ("entropy", "--speculative")}, FROM_ZERO)
+reference_curve = curves("nats per token", {"policy/kl": ("KL", "--speculative")})
+clip_curves = curves(
+    "share of tokens",
+    {"policy/clip_low": ("clipped below", "--stage-logprob"), "policy/clip_high": ("clipped above", "--stage-train")},
+    FROM_ZERO,
+)
+drafter_curve = curves("loss", {"draft/loss": ("drafter loss", "--stage-train")})

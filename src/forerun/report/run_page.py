@@ -1,7 +1,5 @@
 """`report.html`: one offline page that shows a run.
 
-    write_report("runs/latest")
-
 A page is a list of sections, each a function from the run's data to HTML or None. The page names those that have
 nothing to show. More sections: `write_report(run, sections=[*SECTIONS, mine])`.
 """
@@ -63,7 +61,6 @@ def write_report(run_dir: Path | str, sections: Sequence[Section] | None = None)
     rendered = [(s.title, s.render(run)) for s in (SECTIONS if sections is None else sections)]
     absent = [title for title, body in rendered if body is None]
     stages = [(stage.name, f"{stage.seconds:.3f}", f"{100 * stage.share:.1f}") for stage in stage_rows(run.summary)]
-    rows = [(row.label, row.plain, row.speculative, row.ratio) for row in comparison_rows(run.summary)]
     name = str(run.summary.get("recipe") or run.path.name)
     path = run.path / "report.html"
     write_page(
@@ -78,7 +75,7 @@ def write_report(run_dir: Path | str, sections: Sequence[Section] | None = None)
             "notices": run.missing + ([f"Nothing to show for: {', '.join(absent)}."] if absent else []),
             "keys": _key_figures(run.summary),
             "speculation": speculation_text(run.summary),
-            "comparison": rows,
+            "comparison": comparison_rows(run.summary),
             "stages": stages,
             "note": comparison_note(run.summary),
             "sections": [(title, Markup(body)) for title, body in rendered if body is not None],

@@ -11,14 +11,13 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from forerun.report.format import DASH, number, times
 from forerun.types import STAGES
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One row of the comparison. `ratio` is above 1 where speculation is better."""
 
     label: str

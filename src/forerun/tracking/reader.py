@@ -53,11 +53,7 @@ class RunData:
 
 
 def load_run(run_dir: Path | str) -> RunData:
-    """Read a run folder.
-
-    Raises:
-        UserError: the folder does not exist or holds none of a run's files.
-    """
+    """Read a run folder. Raises UserError when the folder does not exist or holds none of a run's files."""
     path = Path(run_dir)
     files = ("config.resolved.yaml", "env.json", "metrics.jsonl", "rollouts.jsonl", "summary.json")
     if not any((path / name).exists() for name in files):
@@ -88,8 +84,8 @@ def provisional_summary(metrics: list[dict[str, Any]], config: str) -> dict[str,
     summary["step_seconds"] = _mean(trained, "time/step")
     summary["overlap"] = overlap(trained)
     summary["acceptance_length"] = _mean(metrics, "spec/acceptance_length")
-    positions = _family(metrics, "spec/acceptance_pos_")
-    summary["acceptance_per_position"] = [_mean(metrics, name) for name in positions]
+    positions = numbers(metrics, "spec/acceptance_pos_")
+    summary["acceptance_per_position"] = [_mean(metrics, f"spec/acceptance_pos_{i}") for i in positions]
     summary["k"] = len(positions) or None
     summary["compare"] = _comparisons(metrics)
     evaluated = [row for row in metrics if row.get("eval/reward") is not None]
@@ -140,9 +136,10 @@ def _comparisons(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _family(metrics: list[dict[str, Any]], stem: str) -> list[str]:
-    names = {name for row in metrics for name in row if name.startswith(stem) and name[len(stem) :].isdigit()}
-    return sorted(names, key=lambda name: int(name[len(stem) :]))
+def numbers(metrics: list[dict[str, Any]], stem: str) -> list[int]:
+    """The numbers n of the metrics called `stem` and n, ascending."""
+    names = {name for row in metrics for name in row if name.startswith(stem)}
+    return sorted(int(name[len(stem) :]) for name in names if name[len(stem) :].isdigit())
 
 
 def _mean(rows: list[dict[str, Any]], name: str) -> float | None:

@@ -1,12 +1,4 @@
-"""The run folder: one file per kind of record.
-
-    runs/2026-01-31T120000Z-quickstart/      runs/latest -> that folder
-        config.resolved.yaml   every setting, defaults included
-        env.json               machine, versions, commit
-        metrics.jsonl          one line per `log`: {"step": 3, "reward/mean": 0.61, ...}
-        rollouts.jsonl         one line per sample that was kept
-        timeline.json          spans of learner and engines, as a trace (`timeline.py`)
-        summary.json           the figures of the final table
+"""The run folder, `runs/<UTC time>-<name>`: one file per kind of record; `runs/latest` links to the newest.
 
 Whole files are replaced atomically; the two .jsonl files only grow, line by line, and each line is handed to the system
 before the call returns. A killed run leaves at most one torn last line, which `open` removes.
@@ -35,12 +27,12 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         """Name the files in `path`; use `create` or `open`."""
         self.path = path
-        self.config = path / "config.resolved.yaml"
-        self.env = path / "env.json"
-        self.metrics = path / "metrics.jsonl"
-        self.rollouts = path / "rollouts.jsonl"
-        self.timeline = path / "timeline.json"
-        self.summary = path / "summary.json"
+        self.config = path / "config.resolved.yaml"  # every setting, defaults included
+        self.env = path / "env.json"  # machine, versions, commit
+        self.metrics = path / "metrics.jsonl"  # one line per `log`: {"step": 3, "reward/mean": 0.61, ...}
+        self.rollouts = path / "rollouts.jsonl"  # one line per sample that was kept
+        self.timeline = path / "timeline.json"  # spans of learner and engines, as a trace (`timeline.py`)
+        self.summary = path / "summary.json"  # the figures of the final table
         self.report = path / "report.html"
 
     @classmethod

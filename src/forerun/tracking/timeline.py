@@ -1,15 +1,8 @@
 """The timeline of a run: `timeline.json`, a trace that chrome://tracing and ui.perfetto.dev open.
 
-    timeline = Timeline(folder / "timeline.json")
-    with timeline.span(LEARNER, "train", step=3) as span: ...        # span.seconds afterwards
-    timeline.engine("replica 0").enter("generate", step=3, version=2)   # a state, until the next one
-    timeline.flush()
-
-Trace Event Format as an array, one event per line with the comma before it: the file of a killed run lacks its closing
-bracket at most, which the format allows. Times are microseconds on the clock of the run, which stops between a kill and
-the resume. Every event belongs to a step, counted from 1 as in the metrics (0: before the first), and is dropped with
-it when the run resumes before that step. An engine is in one state at a time, and a state is one event however many
-rounds it has. A replica's events carry the times at which its messages arrived.
+Trace Event Format as an array, one event per line with the comma before it; the file of a killed run lacks its closing
+bracket at most. Times are microseconds of the run's clock, which stops between a kill and the resume. Every event
+belongs to a step, counted from 1 (0: before the first). A replica's events carry the times at which messages arrived.
 """
 
 from __future__ import annotations

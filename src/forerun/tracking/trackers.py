@@ -1,10 +1,8 @@
-"""Experiment trackers: where a run's metrics go besides its run folder, e.g. Weights & Biases or TensorBoard.
+"""Experiment trackers: where a run's metrics go in addition to its folder, e.g. Weights & Biases or TensorBoard.
 
-    trackers: [my_package.my_module:MyTracker]        # in the recipe
-
-A tracker is a class without constructor arguments that has the methods of `Tracker`. It is named by its entry point of
-the group `forerun.trackers` or by its path. `start` may refuse a run with a UserError. Once the run goes, a tracker
-cannot end it: errors in `log` and `finish` are counted and warned about once.
+A tracker is a class without constructor arguments that has the methods of `Tracker`. A recipe names it by its entry
+point of the group `forerun.trackers` or by its path: `trackers: [my_package.my_module:MyTracker]`. `start` may refuse a
+run with a UserError; errors in `log` and `finish` are counted and warned about once.
 """
 
 from __future__ import annotations
@@ -59,11 +57,7 @@ class GuardedTracker:
         self._warn = warn
 
     def start(self, run: RunInfo) -> None:
-        """Start the tracker.
-
-        Raises:
-            UserError: the tracker cannot start, for example without a login.
-        """
+        """Start the tracker. Raises UserError when it cannot start, for example without a login."""
         try:
             self._tracker.start(run)
         except UserError:

@@ -6,7 +6,7 @@ Both are fitted to measurements by `validation/constants.py`, which writes `data
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any
@@ -16,7 +16,7 @@ from forerun.simulate.core.decode import IDEAL, RoundConstants
 from forerun.simulate.core.operators import Replica, Tuning
 from forerun.simulate.core.tables import load_table
 
-Group = tuple[str, str, str]
+Group = tuple[str, ...]  # model, GPU, engine
 TUNING_NAMES = tuple(field.name for field in fields(Tuning))
 ROUNDS = ("rl", "serving", "ideal")
 
@@ -65,27 +65,23 @@ def _to_list(table: Mapping[tuple[str, ...], FittedConstants]) -> list[dict[str,
     ]
 
 
-def _from_list(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], FittedConstants]:
-    found = {}
-    for entry in entries:
-        tuning = Tuning(*(entry[name] for name in TUNING_NAMES))
-        found[tuple(entry["key"])] = FittedConstants(tuning, entry["rows"], tuple(entry["not_identified"]))
-    return found
-
-
 @cache
 def serving_constants() -> ServingConstants:
     """The shipped constants, fitted on half of 689 measured rows."""
-    table = load_table("serving_constants")
-    return ServingConstants(_from_list(table["engines"]), _from_list(table["groups"]))
+    engines, groups = (
+        {
+            tuple(entry["key"]): FittedConstants(
+                Tuning(*(entry[name] for name in TUNING_NAMES)), entry["rows"], tuple(entry["not_identified"])
+            )
+            for entry in load_table("serving_constants")[part]
+        }
+        for part in ("engines", "groups")
+    )
+    return ServingConstants(engines, groups)
 
 
 def round_constants(name: str) -> RoundConstants:
-    """Round constants by name: "rl" (fitted to 2604.26779's RL-Zero), "serving" (SGLang on small batches), "ideal".
-
-    Raises:
-        UserError: another name.
-    """
+    """Constants "rl" (fitted to 2604.26779's RL-Zero), "serving" (SGLang, small batches) or "ideal", else UserError."""
     if name not in ROUNDS:
         raise UserError(f"There are no round constants called {name!r}; there are {', '.join(ROUNDS)}.")
     return IDEAL if name == "ideal" else RoundConstants(**load_table("round_constants")[name])

@@ -9,87 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from forerun.simulate.core.decode import Drafter
+from forerun.simulate.core.decode import Drafter, LinearEngine
 from forerun.simulate.core.hardware import Hardware, peak_flops
-from forerun.simulate.core.operators import WEIGHT_BYTES, Numbers
+from forerun.simulate.core.operators import WEIGHT_BYTES
 from forerun.simulate.core.shapes import ModelShape
 from forerun.simulate.core.step import Stages, forward_flops
 
-# Shares of the peaks that a small engine reaches, and its seconds per layer besides. From SmolLM2-135M on two CPUs
-# (float32 on AVX2, bfloat16 on AVX512): weights stream at 10-13 of 14-16 GB/s, products of 64 rows and more reach
-# 0.7-0.9 of the measured rate, a layer of small tensors costs 0.2-0.3 ms. GPUs: launches from Python, never measured.
-CPU_BANDWIDTH_SHARE = 0.75
-CPU_COMPUTE_SHARE = 0.8
-CPU_LAYER_S = 0.25e-3
-GPU_LAYER_S = 0.3e-3
+CPU_LAYER_S = 0.25e-3  # a layer of small tensors: 0.2-0.3 ms on the CPUs that `hardware.cpu` was fitted to
+GPU_LAYER_S = 0.3e-3  # launches from Python, never measured
 PASS_S = 2e-3  # the loop around a pass
 ROUND_FIXED_S = 2e-3  # acceptance and bookkeeping of a round
 CHECKSUM_BYTES_PER_S = 1.3e9  # weights are summed twice per version
 OPTIMIZER_BYTES = 40.0  # moved per parameter and update: master, two moments, gradient, weight
 NOMINAL_BAND = 1.0  # a factor of 2 on seconds
 NOMINAL_COST_BAND = 0.4  # on the cost of a round
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeWork:
-    """What one generation computes."""
-
-    passes: float
-    rows: float  # sequences summed over the passes
-    cached: float  # rows times their context in tokens
-    prompt_tokens: float
-
-
-@dataclass(frozen=True, slots=True)
-class LinearEngine:
-    """An engine whose seconds are linear in batch B, context S and k. Implements `EngineCosts`.
-
-    plain = step + sequence B + cached B S; round = plain + verify_fixed + row B k + draft_fixed k + draft_row B k.
-    """
-
-    step_s: float
-    sequence_s: float
-    cached_s: float  # per sequence and token of context
-    verify_fixed_s: float
-    row_s: float  # per sequence and draft token, verification
-    draft_fixed_s: float  # per draft token
-    draft_row_s: float  # per sequence and draft token
-    prompt_token_s: float = 0.0
-    capacity_tokens: float = float("inf")
-    error: float = 0.0  # median relative error on the rows it was fitted to
-    not_identified: tuple[str, ...] = ()
-
-    def plain_s(self, batch: Numbers, context: Numbers) -> Numbers:
-        """Seconds of one plain decode step."""
-        return self.step_s + batch * (self.sequence_s + self.cached_s * context)
-
-    def draft_s(self, batch: Numbers, k: Numbers) -> Numbers:
-        """Seconds of drafting in one round."""
-        return k * (self.draft_fixed_s + self.draft_row_s * batch)
-
-    def round_s(self, batch: Numbers, k: Numbers, context: Numbers) -> Numbers:
-        """Seconds of one round; with k = 0 a plain step."""
-        extra_s = np.where(np.asarray(k) > 0, self.verify_fixed_s, 0.0) + k * batch * self.row_s
-        return self.plain_s(batch, context) + extra_s + self.draft_s(batch, k)
-
-    def prompt_s(self, tokens: Numbers) -> Numbers:
-        """Seconds that one prompt occupies the engine."""
-        return tokens * self.prompt_token_s
-
-    def room_tokens(self) -> float:
-        """Tokens of cache."""
-        return self.capacity_tokens
-
-    def generation_s(self, work: DecodeWork, k: int) -> float:
-        """Seconds of a whole generation, all of it plain or in rounds of k."""
-        plain_s = work.passes * self.step_s + work.rows * self.sequence_s + work.cached * self.cached_s
-        prompt_s = work.prompt_tokens * self.prompt_token_s
-        if not k:
-            return plain_s + prompt_s
-        per_pass_s = self.verify_fixed_s + k * self.draft_fixed_s
-        return plain_s + prompt_s + work.passes * per_pass_s + work.rows * k * (self.row_s + self.draft_row_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +99,10 @@ def nominal_cost_model(
 
 
 def _reached(hardware: Hardware, precision: str) -> tuple[float, float, float]:
-    """FLOP/s and bytes/s that a small engine reaches, and its seconds per layer and pass besides."""
-    if hardware.name == "CPU":
-        rate = CPU_COMPUTE_SHARE * hardware.flops[precision]
-        return rate, CPU_BANDWIDTH_SHARE * hardware.memory_bytes_per_s, CPU_LAYER_S
+    """FLOP/s and bytes/s that a small engine reaches, and its overhead in seconds per layer and pass."""
     fit = hardware.gemm[precision]
-    return fit.compute_share * hardware.flops[precision], fit.bandwidth_share * hardware.memory_bytes_per_s, GPU_LAYER_S
+    layer_s = CPU_LAYER_S if hardware.name == "CPU" else GPU_LAYER_S
+    return fit.compute_share * hardware.flops[precision], fit.bandwidth_share * hardware.memory_bytes_per_s, layer_s
 
 
 def _nominal_engine(hardware: Hardware, model: ModelShape, drafter: Drafter, precision: str) -> LinearEngine:

@@ -7,9 +7,8 @@ Not modelled: rejection sampling kernels (part of the fitted constants), draft c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,22 +33,6 @@ COSTS_AS = {"trie": "ngram", "graft": "tree"}  # drafters that cost what another
 TREE_WIDTH = 4
 TREE_NODES = 16
 FUSES_HIDDEN_STATES = ("eagle3", "tree")
-
-
-class EngineCosts(Protocol):
-    """The costs of an engine that a rollout depends on."""
-
-    def plain_s(self, batch: Numbers, context: Numbers) -> Numbers:
-        """Seconds of one plain decode step."""
-
-    def round_s(self, batch: Numbers, k: Numbers, context: Numbers) -> Numbers:
-        """Seconds of one round with k draft tokens."""
-
-    def prompt_s(self, tokens: Numbers) -> Numbers:
-        """Seconds that one prompt occupies the replica."""
-
-    def room_tokens(self) -> float:
-        """Tokens of cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +70,11 @@ def make_drafter(method: str, model: ModelShape, draft: ModelShape | None = None
     Raises:
         UserError: another method, or `model` without a draft model.
     """
-    check_method(method)
+    if method not in METHODS:
+        raise UserError(
+            f"There is no drafter called {method!r}; there are {', '.join(METHODS)}. Another one can be planned from "
+            "measurements: --costs FILE, or a finished run."
+        )
     if method == "ngram":
         return Drafter(method)
     if method == "model":
@@ -103,19 +90,6 @@ def make_drafter(method: str, model: ModelShape, draft: ModelShape | None = None
         return Drafter(method, dense)
     head = replace(dense, vocab=draft_vocab or min(EAGLE3_VOCAB, model.vocab))
     return Drafter(method, head, TREE_WIDTH, TREE_NODES) if method == "tree" else Drafter(method, head)
-
-
-def check_method(method: str) -> None:
-    """Refuse a drafter whose costs the simulator cannot derive.
-
-    Raises:
-        UserError: with the methods that it knows.
-    """
-    if method not in METHODS:
-        raise UserError(
-            f"There is no drafter called {method!r}; there are {', '.join(METHODS)}. Another one can be planned from "
-            "measurements: --costs FILE, or a finished run."
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,17 +122,14 @@ class AnalyticalEngine:
 
     def round_s(self, batch: Numbers, k: Numbers, context: Numbers) -> Numbers:
         """Eq. 12: verify + k (draft + token_s + batch row_s) + fixed_s; with k = 0 a plain step."""
-        steps = np.asarray(k, dtype=float)
-        row_s = np.where(steps > self.rounds.fast_k, self.rounds.slow_row_s, self.rounds.row_s)
-        per_token_s = self.draft_s(batch, context) + batch * row_s
-        extra_s = steps * per_token_s + self._once_s(batch, steps, context)
-        return np.where(steps > 0, self.verify_s(batch, steps, context) + extra_s, self.plain_s(batch, context))
-
-    def _once_s(self, batch: Numbers, steps: Numbers, context: Numbers) -> Numbers:
-        """Seconds per round beyond its passes and rows: launches, fusion of hidden states, lookup."""
+        rounds, steps = self.rounds, np.asarray(k, dtype=float)
+        row_s = np.where(steps > rounds.fast_k, rounds.slow_row_s, rounds.row_s)
+        added_s = rounds.fixed_s + steps * (self.draft_s(batch, context) + batch * row_s)
         if self.drafter.shape is None:
-            return self.rounds.fixed_s + self.rounds.scan_s * batch * context
-        return self.rounds.fixed_s + steps * self.rounds.token_s + self._fusion_s(batch)
+            added_s = added_s + rounds.scan_s * batch * context
+        else:
+            added_s = added_s + steps * rounds.token_s + self._fusion_s(batch)
+        return self.verify_s(batch, steps, context) + np.where(steps > 0, added_s, 0.0)
 
     def prompt_s(self, tokens: Numbers) -> Numbers:
         """Seconds that one prompt occupies the replica; copies of attention prefill in parallel."""
@@ -166,12 +137,8 @@ class AnalyticalEngine:
 
     def room_tokens(self) -> float:
         """Tokens of cache beside policy and drafter."""
-        return cache_tokens(self.replica, self.draft_bytes())
-
-    def draft_bytes(self) -> float:
-        """Weight bytes of the drafter, on all GPUs of the replica."""
-        shape = self.drafter.shape
-        return 0.0 if shape is None else shape.params * WEIGHT_BYTES[self.replica.precision] * self.replica.layout.data
+        params = self.drafter.shape.params if self.drafter.shape else 0
+        return cache_tokens(self.replica, params * WEIGHT_BYTES[self.replica.precision] * self.replica.layout.data)
 
     def _fusion_s(self, batch: Numbers) -> Numbers:
         """EAGLE-3 fuses three hidden states into one, once per round."""
@@ -181,18 +148,72 @@ class AnalyticalEngine:
         return gemm_s(self.replica, batch, hidden / self.replica.layout.tensor, 3 * hidden)
 
 
-def acceptance_length(k: Numbers, rate: float) -> Numbers:
-    """α = (1 - p^(k+1)) / (1 - p): one plus the expected accepted drafts at a constant conditional rate p."""
-    k = np.asarray(k, dtype=float)
-    return k + 1.0 if rate >= 1.0 else (1.0 - rate ** (k + 1.0)) / (1.0 - rate)
+@dataclass(frozen=True, slots=True)
+class DecodeWork:
+    """What one generation computes."""
+
+    passes: float
+    batch: float  # mean sequences of a pass
+    context: float  # mean tokens that a sequence has cached in a pass
+    prompt_tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinearEngine:
+    """An engine whose seconds are linear in batch B, context S and k.
+
+    plain = step + sequence B + cached B S; round = plain + verify_fixed + row B k + draft_fixed k + draft_row B k.
+    """
+
+    step_s: float
+    sequence_s: float
+    cached_s: float  # per sequence and token of context
+    verify_fixed_s: float
+    row_s: float  # per sequence and draft token, verification
+    draft_fixed_s: float  # per draft token
+    draft_row_s: float  # per sequence and draft token
+    prompt_token_s: float = 0.0
+    capacity_tokens: float = float("inf")
+    error: float = 0.0  # median relative error on the rows it was fitted to
+    not_identified: tuple[str, ...] = ()
+
+    def plain_s(self, batch: Numbers, context: Numbers) -> Numbers:
+        """Seconds of one plain decode step."""
+        return self.step_s + batch * (self.sequence_s + self.cached_s * context)
+
+    def draft_s(self, batch: Numbers, context: Numbers) -> Numbers:
+        """Seconds of one draft step for all sequences."""
+        return self.draft_fixed_s + self.draft_row_s * batch
+
+    def round_s(self, batch: Numbers, k: Numbers, context: Numbers) -> Numbers:
+        """Seconds of one round; with k = 0 a plain step."""
+        extra_s = np.where(np.asarray(k) > 0, self.verify_fixed_s, 0.0) + k * batch * self.row_s
+        return self.plain_s(batch, context) + extra_s + k * self.draft_s(batch, context)
+
+    def prompt_s(self, tokens: Numbers) -> Numbers:
+        """Seconds that one prompt occupies the engine."""
+        return tokens * self.prompt_token_s
+
+    def room_tokens(self) -> float:
+        """Tokens of cache."""
+        return self.capacity_tokens
+
+    def generation_s(self, work: DecodeWork, k: int) -> float:
+        """Seconds of a whole generation, all of it plain or in rounds of k; costs are linear, so means suffice."""
+        rounds_s = work.passes * float(self.round_s(work.batch, k, work.context))
+        return rounds_s + work.prompt_tokens * self.prompt_token_s
+
+
+EngineCosts = AnalyticalEngine | LinearEngine
+
+
+def acceptance_length(k: int, rate: float) -> float:
+    """α = 1 + p + ... + p^k: one plus the expected accepted drafts at a constant conditional rate p."""
+    return sum(rate**j for j in range(k + 1))
 
 
 def rate_for(k: int, alpha: float) -> float:
-    """The constant conditional rate p that gives acceptance length α at k, by bisection.
-
-    Raises:
-        UserError: α outside [1, k+1].
-    """
+    """The constant conditional rate p that gives α at k, by bisection. Raises UserError for α outside [1, k+1]."""
     if not 1.0 <= alpha <= k + 1.0:
         raise UserError(f"An acceptance length of {alpha} with k = {k} cannot be; it lies between 1 and {k + 1}.")
     low, high = 0.0, 1.0
@@ -221,17 +242,13 @@ class Acceptance:
 
 
 def constant_acceptance(rate: float) -> Acceptance:
-    """The same conditional rate at every position.
-
-    Raises:
-        UserError: a rate outside [0, 1].
-    """
+    """The same conditional rate at every position. Raises UserError for a rate outside [0, 1]."""
     if not 0.0 <= rate <= 1.0:
         raise UserError(f"An acceptance rate of {rate} cannot be; it lies between 0 and 1.")
     return Acceptance((rate,))
 
 
-def acceptance_from_lengths(lengths: dict[int, float]) -> Acceptance:
+def acceptance_from_lengths(lengths: Mapping[int, float]) -> Acceptance:
     """Conditional rates from measured acceptance lengths at some k; between two k the rate is constant."""
     rates: list[float] = []
     reached, alpha = 1.0, 1.0  # chance that all drafts so far were accepted, α so far
@@ -243,38 +260,14 @@ def acceptance_from_lengths(lengths: dict[int, float]) -> Acceptance:
     return Acceptance(tuple(rates))
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Draft tokens per sequence by running batch: `steps` are (largest batch, k), ascending."""
-
-    steps: tuple[tuple[float, int], ...]
-
-    def k(self, batch: Numbers) -> NDArray[np.float64]:
-        """k for each batch; beyond the last step 0."""
-        edges = np.array([edge for edge, _ in self.steps])
-        values = np.array([k for _, k in self.steps] + [0], dtype=float)
-        return values[np.searchsorted(edges, np.asarray(batch, dtype=float))]
-
-
-def fixed_budget(k: int) -> Budget:
-    """The same k at every batch.
-
-    Raises:
-        UserError: a negative k.
-    """
-    if k < 0:
-        raise UserError(f"k = {k} draft tokens cannot be; 0 is plain decoding.")
-    return Budget(((np.inf, k),))
-
-
-def best_budget(
-    costs: EngineCosts, acceptance: Acceptance, context: float, batches: Sequence[int], k_max: int = 8
-) -> Budget:
-    """For each batch the k that yields most tokens per second; equal neighbours are merged."""
+def best_k_by_batch(
+    costs: EngineCosts, acceptance: Acceptance, context: float, batches: Sequence[int], k_max: int
+) -> list[tuple[float, int]]:
+    """(largest batch, the k that yields most tokens per second), ascending; the last one is unbounded."""
     sizes = np.array(sorted(batches), dtype=float)
     ks = np.arange(k_max + 1, dtype=float)
     seconds = np.stack([costs.round_s(sizes, np.full_like(sizes, k), np.full_like(sizes, context)) for k in ks])
     best = np.argmax(acceptance.length(ks)[:, None] / seconds, axis=0)
-    steps = [(float(size), int(k)) for size, k in zip(sizes, best, strict=True)]
-    merged = [step for step, after in zip(steps, [*steps[1:], (np.inf, -1)], strict=True) if step[1] != after[1]]
-    return Budget((*merged[:-1], (np.inf, merged[-1][1])))
+    last = np.append(best[1:] != best[:-1], True)  # of the neighbours with the same k
+    sizes[-1] = np.inf
+    return [(float(size), int(k)) for size, k in zip(sizes[last], best[last], strict=True)]

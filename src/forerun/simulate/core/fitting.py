@@ -1,7 +1,6 @@
 """Two estimators: a robust fit of positive constants around priors, and non-negative least squares.
 
-`map_fit` stays by hand: `scipy.optimize.least_squares` has one loss for all residuals, while here measurements are
-Huber and priors quadratic, and its stopping rule would move the constants that ship.
+`map_fit` is not `scipy.optimize.least_squares`, whose stopping rule would move the constants that ship.
 """
 
 from __future__ import annotations

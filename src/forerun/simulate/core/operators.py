@@ -1,9 +1,8 @@
 """Times of the operators of one forward pass, and of the whole pass, on one replica.
 
 Seconds, bytes, FLOP. `batch` counts sequences on the replica, `queries` the rows that each adds (1 plain, k+1 to
-verify), `context` the tokens that each has cached; all three may be numpy arrays and broadcast. Equation numbers refer
-to the table in `docs/simulator.md`. Not modelled: overlap of communication with computation, pipeline bubbles,
-quantisation kernels.
+verify), `context` the tokens that each has cached; all three may be numpy arrays and broadcast. Equations: table in
+`docs/simulator.md`. Not modelled: overlap of communication with computation, pipeline bubbles, quantisation kernels.
 """
 
 from __future__ import annotations
@@ -245,44 +244,37 @@ def weight_bytes(replica: Replica) -> float:
     return (model.body_params + copied) * WEIGHT_BYTES[replica.precision] + table_bytes * layout.data
 
 
+def _usable_bytes(replica: Replica) -> float:
+    """Bytes of one GPU beside the runtime."""
+    return MEMORY_SHARE * replica.gpu.memory_bytes - RUNTIME_BYTES
+
+
 def cache_room_bytes(replica: Replica) -> float:
     """Bytes that weights and runtime leave on the replica; negative where the weights do not fit."""
-    return replica.layout.gpus * (MEMORY_SHARE * replica.gpu.memory_bytes - RUNTIME_BYTES) - weight_bytes(replica)
+    return replica.layout.gpus * _usable_bytes(replica) - weight_bytes(replica)
 
 
 def cache_tokens(replica: Replica, extra_bytes: float = 0.0) -> float:
-    """Tokens that fit into the caches of the replica beside weights, runtime and `extra_bytes` (a drafter).
-
-    Raises:
-        UserError: the weights do not fit.
-    """
+    """Tokens of cache next to weights, runtime and `extra_bytes` (a drafter). Raises UserError when none fit."""
     model, layout = replica.model, replica.layout
     room_bytes = cache_room_bytes(replica) - extra_bytes
     if room_bytes <= 0:
-        raise UserError(_does_not_fit(replica, extra_bytes))
+        per_gpu_bytes = _usable_bytes(replica)
+        need_bytes = weight_bytes(replica) + extra_bytes
+        enough = 1
+        while enough * per_gpu_bytes <= need_bytes:
+            enough *= 2
+        raise UserError(
+            f"{model.name} needs {need_bytes / 1e9:.0f} GB of weights in {replica.precision}, but {layout.gpus} x "
+            f"{replica.gpu.name} hold {layout.gpus * per_gpu_bytes / 1e9:.0f} GB beside the runtime: "
+            f"use {enough} GPUs per replica."
+        )
     copies = layout.tensor if model.latent else max(layout.tensor / model.kv_heads, 1.0)
     return room_bytes / (model.cache_bytes_per_token(replica.cache_value_bytes) * copies)
 
 
-def _does_not_fit(replica: Replica, extra_bytes: float) -> str:
-    per_gpu_bytes = MEMORY_SHARE * replica.gpu.memory_bytes - RUNTIME_BYTES
-    need_bytes, gpus = weight_bytes(replica) + extra_bytes, replica.layout.gpus
-    enough = 1
-    while enough * per_gpu_bytes <= need_bytes:
-        enough *= 2
-    return (
-        f"{replica.model.name} needs {need_bytes / 1e9:.0f} GB of weights in {replica.precision}, but "
-        f"{gpus} x {replica.gpu.name} hold {gpus * per_gpu_bytes / 1e9:.0f} GB beside the runtime: "
-        f"use {enough} GPUs per replica."
-    )
-
-
 def check_layout(replica: Replica) -> None:
-    """Refuse a layout that the model cannot be cut into or that does not fit.
-
-    Raises:
-        UserError: with the nearest layout that works.
-    """
+    """Refuse a layout that does not divide the model or does not fit, with a UserError that names one that works."""
     model, layout = replica.model, replica.layout
     for name, value in (("tensor", layout.tensor), ("data", layout.data), ("expert", layout.expert)):
         if value < 1:

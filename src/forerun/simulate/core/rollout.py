@@ -1,47 +1,34 @@
 """A batch of rollouts on replicas that drain: seconds until the last sequence ends.
 
-Lengths in output tokens, times in seconds. Event driven: between two endings on a replica its batch is constant and
-every running sequence advances by α tokens per round. Requests beyond the slots or the cache wait in order (continuous
-batching); the prompts of a group share their prefill. Not modelled: preemption, migration between replicas, variance of
-acceptance within a batch.
+Lengths in output tokens, times in seconds. Between two endings on a replica its batch is constant and every running
+sequence advances by α tokens per round. Requests beyond the slots or the cache wait in order; the prompts of a group
+share their prefill. Not modelled: preemption, migration between replicas, variance of acceptance within a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import UserError
-from forerun.simulate.core.decode import Acceptance, Budget, EngineCosts
+from forerun.simulate.core.decode import EngineCosts
 
 Floats = NDArray[np.float64]
+Pace = Callable[[Floats, Floats], Floats]  # batch and context to seconds per token of each running sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Output lengths: lognormal around a mean, cut at a cap (the mean is that before the cut)."""
-
-    mean_tokens: float
-    sigma: float
-    cap_tokens: int
-
-    def sample(self, count: int, seed: int = 0) -> Floats:
-        """`count` lengths, at least one token each.
-
-        Raises:
-            UserError: a negative or zero length, cap, or spread below zero.
-        """
-        if self.mean_tokens <= 0 or self.cap_tokens < 1 or self.sigma < 0:
-            raise UserError(
-                f"Output lengths of mean {self.mean_tokens}, spread {self.sigma} and cap {self.cap_tokens} cannot be; "
-                "mean and cap must be positive and the spread not negative."
-            )
-        normal = np.random.default_rng(seed).standard_normal(count)
-        drawn = self.mean_tokens * np.exp(self.sigma * normal - self.sigma**2 / 2)
-        return np.clip(np.rint(drawn), 1, self.cap_tokens)
+def sample_lengths(mean_tokens: float, sigma: float, cap_tokens: int, count: int, seed: int = 0) -> Floats:
+    """`count` lognormal lengths from 1 to the cap; the mean is that before the cut. UserError for impossible values."""
+    if mean_tokens <= 0 or cap_tokens < 1 or sigma < 0:
+        raise UserError(
+            f"Output lengths of mean {mean_tokens}, spread {sigma} and cap {cap_tokens} cannot be; "
+            "mean and cap must be positive and the spread not negative."
+        )
+    normal = np.random.default_rng(seed).standard_normal(count)
+    return np.clip(np.rint(mean_tokens * np.exp(sigma * normal - sigma**2 / 2)), 1, cap_tokens)
 
 
 def lengths_with_mean(mean_tokens: float, sigma: float, cap_tokens: int, count: int) -> Floats:
@@ -50,17 +37,13 @@ def lengths_with_mean(mean_tokens: float, sigma: float, cap_tokens: int, count: 
     high = 1e3 * cap_tokens
     for _ in range(40):
         middle = (low * high) ** 0.5
-        short = Lengths(middle, sigma, cap_tokens).sample(count).mean() < goal
+        short = sample_lengths(middle, sigma, cap_tokens, count).mean() < goal
         low, high = (middle, high) if short else (low, middle)
-    return Lengths(high, sigma, cap_tokens).sample(count)
+    return sample_lengths(high, sigma, cap_tokens, count)
 
 
 def trace_lengths(tokens: Sequence[float]) -> Floats:
-    """Lengths of a real run's rollouts.
-
-    Raises:
-        UserError: no lengths, or one that is not positive.
-    """
+    """Lengths of a real run's rollouts. Raises UserError without lengths, or for one that is not positive."""
     lengths = np.asarray(tokens, dtype=float)
     if lengths.size == 0 or lengths.min() < 1:
         worst = "none" if lengths.size == 0 else f"{lengths.min():g}"
@@ -77,35 +60,23 @@ class RolloutResult:
     mean_batch: float  # running sequences per replica, weighted by time
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How fast an engine advances its sequences under a draft budget."""
-
-    costs: EngineCosts
-    budget: Budget
-    acceptance: Acceptance
-
-    def seconds(self, tokens: Floats, batch: Floats, context: Floats) -> Floats:
-        """Seconds until each of `batch` sequences per replica has emitted `tokens` more."""
-        k = self.budget.k(batch)
-        return tokens / self.acceptance.length(k) * self.costs.round_s(batch, k, context)
-
-
 def simulate_rollout(
     costs: EngineCosts,
     lengths: Floats,
     *,
     replicas: int,
-    budget: Budget,
-    acceptance: Acceptance,
+    k: int = 0,
+    alpha: float = 1.0,
+    in_flight: float = 0.0,
     prompt_tokens: float = 128.0,
     group: int = 1,
     slots: int = 1024,
 ) -> RolloutResult:
-    """Drain `lengths` on `replicas` equal replicas.
+    """Generate `lengths` on `replicas` equal replicas, in rounds of `k` drafts that yield `alpha` tokens each.
 
     Args:
         costs: the engine; `group` samples share one prompt and its prefill.
+        in_flight: batches that overlap, the result is then per batch; 0: the batch drains.
         slots: the most sequences that a replica runs at once; its cache may allow fewer.
 
     Raises:
@@ -113,11 +84,19 @@ def simulate_rollout(
     """
     if replicas < 1 or slots < 1:
         raise UserError(f"{replicas} replicas with {slots} slots cannot run anything; both must be 1 at least.")
-    queue = _deal(lengths, replicas)
     limit = _running_limit(costs, lengths, prompt_tokens, slots)
     prompt_s = float(costs.prompt_s(np.float64(prompt_tokens))) / group
-    drain = drain_together if queue.shape[1] <= limit else drain_by_events
-    clocks = drain(Pace(costs, budget, acceptance), queue, limit, prompt_tokens, prompt_s)
+
+    def pace(batch: Floats, context: Floats) -> Floats:
+        return np.asarray(costs.round_s(batch, k, context)) / alpha
+
+    if in_flight:
+        return overlapping(pace, lengths, in_flight, replicas, limit, prompt_tokens, prompt_s)
+    queue = _deal(lengths, replicas)
+    if queue.shape[1] <= limit:
+        clocks = drain_together(pace, queue, prompt_tokens, prompt_s)
+    else:
+        clocks = drain_by_events(pace, queue, limit, prompt_tokens, prompt_s)
     slowest = int(np.argmax(clocks.seconds))
     mean_batch = float(clocks.batch_seconds.sum() / max(clocks.seconds.sum(), 1e-12))
     return RolloutResult(float(clocks.seconds[slowest]), float(clocks.prefill_s[slowest]), mean_batch)
@@ -132,12 +111,12 @@ class Clocks:
     batch_seconds: Floats  # [R], running sequences integrated over time
 
 
-def drain_together(pace: Pace, queue: Floats, limit: int, prompt_tokens: float, prompt_s: float) -> Clocks:
+def drain_together(pace: Pace, queue: Floats, prompt_tokens: float, prompt_s: float) -> Clocks:
     """All requests [R, Q] start at once, so that every batch between two endings is known: one pass over [R, Q]."""
     ends = np.sort(queue, axis=1)
     begins = np.concatenate([np.zeros((len(queue), 1)), ends[:, :-1]], axis=1)
     batch = np.arange(queue.shape[1], 0, -1.0)[None, :] * np.ones_like(ends)
-    seconds = pace.seconds(ends - begins, batch, prompt_tokens + (begins + ends) / 2)
+    seconds = (ends - begins) * pace(batch, prompt_tokens + (begins + ends) / 2)
     requests = (queue > 0).sum(1)
     prefill_s = requests * prompt_s
     return Clocks(seconds.sum(1) + prefill_s, prefill_s, (batch * seconds).sum(1) + requests * prefill_s)
@@ -156,7 +135,7 @@ def drain_by_events(pace: Pace, queue: Floats, limit: int, prompt_tokens: float,
         step = np.where(live, np.where(running, left, np.inf).min(1, initial=np.inf), 0.0)
         context = prompt_tokens + np.where(running, done, 0.0).sum(1) / size + step / 2
         prefill_s = (running & ~prefilled).sum(1) * prompt_s
-        spent_s = np.where(live, pace.seconds(step, size, context) + prefill_s, 0.0)
+        spent_s = np.where(live, step * pace(size, context) + prefill_s, 0.0)
         clocks.seconds[:] += spent_s
         clocks.prefill_s[:] += prefill_s
         clocks.batch_seconds[:] += batch * spent_s
@@ -183,33 +162,23 @@ def _running_limit(costs: EngineCosts, lengths: Floats, prompt_tokens: float, sl
     return max(1, int(min(slots, room / need)))
 
 
-def stream_s(
-    costs: EngineCosts,
+def overlapping(
+    pace: Pace,
     lengths: Floats,
-    *,
-    replicas: int,
     in_flight: float,
-    budget: Budget,
-    acceptance: Acceptance,
-    prompt_tokens: float = 128.0,
-    group: int = 1,
-    slots: int = 1024,
-) -> float:
-    """Eq. 14: seconds per batch when `in_flight` batches overlap, so that one batch fills the tail of another.
+    replicas: int,
+    limit: int,
+    prompt_tokens: float,
+    prompt_s: float,
+) -> RolloutResult:
+    """Eq. 14: times per batch when `in_flight` batches overlap, so that one batch fills the tail of another.
 
     The running sequences per replica settle at C = in_flight (N/R) E[L] / max L (a batch may not take longer than
     `in_flight` intervals), or at the slots where those are fewer; T = N E[L] t(C) / (α R C).
     """
-    mean, longest = float(np.mean(lengths)), float(np.max(lengths))
-    limit = _running_limit(costs, lengths, prompt_tokens, slots)
-    batch = float(np.clip(in_flight * len(lengths) / replicas * mean / longest, 1e-9, limit))
+    mean, requests = float(np.mean(lengths)), len(lengths) / replicas
+    batch = float(np.clip(in_flight * requests * mean / np.max(lengths), 1e-9, limit))
     context = prompt_tokens + float(np.mean(lengths**2)) / (2 * mean)
-    size = np.array([max(batch, 1.0)])
-    token_s = Pace(costs, budget, acceptance).seconds(np.ones(1), size, np.array([context]))
-    decode_s = float(token_s[0]) * len(lengths) * mean / (replicas * batch)
-    return decode_s + mean_prefill_s(costs, len(lengths), replicas, prompt_tokens, group)
-
-
-def mean_prefill_s(costs: EngineCosts, requests: int, replicas: int, prompt_tokens: float, group: int) -> float:
-    """Seconds of prefill per replica when a group of requests shares its prompt."""
-    return float(costs.prompt_s(np.float64(prompt_tokens))) * requests / (group * replicas)
+    token_s = float(pace(np.array(max(batch, 1.0)), np.array(context)))
+    prefill_s = requests * prompt_s
+    return RolloutResult(requests * mean * token_s / batch + prefill_s, prefill_s, batch)

@@ -114,11 +114,6 @@ class ModelShape:
         return self.layers * self.cache_values_per_layer * value_bytes
 
 
-def model_names() -> list[str]:
-    """Names of the models in the table."""
-    return list(load_table("models")["models"])
-
-
 def load_model(source: str | Path | dict[str, Any]) -> ModelShape:
     """A model's shape from a name, a `config.json`, a folder that holds one, or the config as a dict.
 
@@ -135,16 +130,20 @@ def load_model(source: str | Path | dict[str, Any]) -> ModelShape:
         return from_config(path.name if path.is_dir() else path.parent.name, read_config(config))
     if path.is_dir():
         raise UserError(f"The folder {path} holds no config.json; give a model folder in Hugging Face format.")
-    cached = None if _known_name(str(source)) else _cached_config(str(source))
-    return from_config(str(source), read_config(cached)) if cached else _by_name(str(source))
+    name = str(source)
+    if key := _known_name(name):
+        return from_config(key, load_table("models")["models"][key])
+    if cached := _cached_config(name):
+        return from_config(name, read_config(cached))
+    known = _lower_names()
+    near = known[nearest(name.rsplit("/", 1)[-1].lower(), known)]
+    raise UserError(
+        f"No model shape is called {name!r}; the nearest is {near!r}. Give a folder with its config.json instead."
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A `config.json` as a dict.
-
-    Raises:
-        UserError: it cannot be read, or is no JSON object.
-    """
+    """A `config.json` as a dict. Raises UserError when it cannot be read, or is no JSON object."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -160,17 +159,6 @@ def _cached_config(name: str) -> Path | None:
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     found = sorted((hub / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/config.json"))
     return max(found, key=lambda path: path.stat().st_mtime) if found else None
-
-
-def _by_name(name: str) -> ModelShape:
-    key = _known_name(name)
-    if key is not None:
-        return from_config(key, load_table("models")["models"][key])
-    known = _lower_names()
-    near = known[nearest(name.rsplit("/", 1)[-1].lower(), known)]
-    raise UserError(
-        f"No model shape is called {name!r}; the nearest is {near!r}. Give a folder with its config.json instead."
-    )
 
 
 def _known_name(name: str) -> str | None:
@@ -190,11 +178,7 @@ def _lower_names() -> dict[str, str]:
 
 
 def from_config(name: str, config: dict[str, Any]) -> ModelShape:
-    """Read a Hugging Face configuration.
-
-    Raises:
-        UserError: a size is missing or not positive.
-    """
+    """Read a Hugging Face configuration. Raises UserError when a size is missing or not positive."""
     config = config.get("text_config", config)
     heads = _size(name, config, "num_attention_heads")
     hidden = _size(name, config, "hidden_size")

@@ -85,10 +85,9 @@ def learner_stages(
 
 @dataclass(frozen=True, slots=True)
 class AsyncStep:
-    """A steady asynchronous step: the learner is busy, then waits for rollouts."""
+    """A steady step: the learner works, then waits for rollouts."""
 
     step_s: float
-    busy_s: float
     exposed_s: float  # exposed generation: the learner waits
 
 
@@ -103,10 +102,9 @@ def async_step(stages: Stages, lag: int) -> AsyncStep:
     if lag < 0:
         raise UserError(f"A policy lag of {lag} cannot be; 0 is synchronous.")
     if lag == 0:
-        return AsyncStep(stages.total_s, stages.learner_s, stages.generation_s)
-    busy_s = stages.learner_s
-    step_s = max(busy_s, stages.generation_s + stages.prepare_s)
-    return AsyncStep(step_s, busy_s, step_s - busy_s)
+        return AsyncStep(stages.total_s, stages.generation_s)
+    step_s = max(stages.learner_s, stages.generation_s + stages.prepare_s)
+    return AsyncStep(step_s, step_s - stages.learner_s)
 
 
 def step_bound(generation_share: float, alpha: float) -> float:

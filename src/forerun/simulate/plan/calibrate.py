@@ -1,9 +1,8 @@
 """A machine's `CostModel` from measurements on it: a cost table of `forerun bench`, or the steps of a finished run.
 
-Both fit a `LinearEngine` and name what the measurements do not identify. A cost table times single steps and rounds:
-non-negative least squares. A run times whole stages: every constant is fitted around its nominal value, on the odd
-steps (1, 3, 5, ...), and judged on the even ones. Seconds; a *pass* is one forward of all running sequences, a *row*
-one sequence in it. Not supported: asynchronous runs whose stages overlap on one machine.
+Both fit a `LinearEngine` and name what the measurements do not identify: a cost table by non-negative least squares, a
+run around the nominal values, on its odd steps, and tested on the even ones. Seconds; a *pass* is one forward of all
+running sequences, a *row* one sequence in it. Not supported: asynchronous runs whose stages overlap on one machine.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.errors import UserError
-from forerun.simulate.core.cost_model import CostModel, DecodeWork, LearnerWork, LinearEngine
-from forerun.simulate.core.decode import constant_acceptance, fixed_budget
-from forerun.simulate.core.fitting import map_fit, nonnegative_least_squares
+from forerun.simulate.core.cost_model import CostModel, LearnerWork
+from forerun.simulate.core.decode import DecodeWork, LinearEngine
+from forerun.simulate.core.fitting import map_fit, nonnegative_least_squares, relative_errors
 from forerun.simulate.core.rollout import simulate_rollout
 from forerun.simulate.plan.cost_table import CostTable, Row, check_row
 from forerun.types import STAGES
@@ -35,11 +34,7 @@ PASS_COUNTER = LinearEngine(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def benchmarked_cost_model(nominal: CostModel, table: CostTable, method: str) -> CostModel:
-    """The nominal model with an engine that `forerun bench` measured; the learner stays nominal.
-
-    Raises:
-        UserError: the table has no rows of the method.
-    """
+    """The nominal model with an engine that `forerun bench` measured (UserError: not with this method)."""
     rows = table.of(method)
     engine = replace(fit_engine(rows, nominal.engine.cached_s), capacity_tokens=nominal.engine.capacity_tokens)
     error = held_out_error(rows)
@@ -183,7 +178,7 @@ class RunCalibration:
     tested_steps: tuple[int, ...]
     errors: dict[str, dict[str, float]]  # per stage and for "step"
     plain_error: dict[str, float]  # of the plain generation that was compared; {} without
-    constants: dict[str, float]
+    constants_s: dict[str, float]
     not_identified: tuple[str, ...]
     engines: dict[str, LinearEngine] = field(default_factory=dict)  # readings for other k: "per round", "per draft"
 
@@ -214,7 +209,8 @@ def calibrate(steps: Sequence[StepRecord], nominal: CostModel, k: int, slots: in
     learner, learner_vague = _fit_learner(fitted, nominal, work)
     machine = replace(learner, engine=engine)
     errors = _errors(tested, machine, k, slots, work)
-    plain_error = _plain_errors(tested, engine, slots)
+    plain = [(engine.generation_s(plain_decode_work(s, slots), 0), s.compare_s) for s in tested if s.compare_s]
+    plain_error = summary(plain) if plain else {}
     machine = _with_bands(machine, errors, plain_error, len(fitted), len(tested))
     return RunCalibration(
         machine=machine,
@@ -223,7 +219,7 @@ def calibrate(steps: Sequence[StepRecord], nominal: CostModel, k: int, slots: in
         tested_steps=tuple(s.step for s in tested),
         errors=errors,
         plain_error=plain_error,
-        constants=_constants(machine, k),
+        constants_s=_constants_s(machine, k),
         not_identified=(*vague, *learner_vague),
         engines=_readings(engine, k),
     )
@@ -231,17 +227,9 @@ def calibrate(steps: Sequence[StepRecord], nominal: CostModel, k: int, slots: in
 
 def decode_work(rounds: Floats, tokens: Floats, step: StepRecord, slots: int) -> DecodeWork:
     """Work of a generation whose rollouts take `rounds` passes each, `slots` of them at once."""
-    drained = simulate_rollout(
-        PASS_COUNTER,
-        rounds,
-        replicas=1,
-        budget=fixed_budget(0),
-        acceptance=constant_acceptance(0.0),
-        prompt_tokens=0.0,
-        slots=slots,
-    )
-    cached = float((rounds * (step.prompt_tokens + tokens / 2)).sum())
-    return DecodeWork(drained.seconds, float(rounds.sum()), cached, step.groups * step.prompt_tokens)
+    passes = simulate_rollout(PASS_COUNTER, rounds, replicas=1, prompt_tokens=0.0, slots=slots).seconds
+    context = float(np.average(step.prompt_tokens + tokens / 2, weights=rounds))
+    return DecodeWork(passes, float(rounds.sum()) / passes, context, step.groups * step.prompt_tokens)
 
 
 def plain_decode_work(step: StepRecord, slots: int) -> DecodeWork:
@@ -345,20 +333,15 @@ def predict_step(s: StepRecord, machine: CostModel, k: int, slots: int, work: Le
     return {name: getattr(stages, f"{name}_s") for name in STAGES}
 
 
-def _plain_errors(steps: Sequence[StepRecord], engine: LinearEngine, slots: int) -> dict[str, float]:
-    compared = [(s, s.compare_s) for s in steps if s.compare_s is not None]
-    pairs = [(engine.generation_s(plain_decode_work(s, slots), 0), seconds) for s, seconds in compared]
-    return summary(pairs) if pairs else {}
-
-
 def summary(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     """Relative errors of (predicted, measured): count, median, worst, and that of the sums; zeros do not count."""
-    kept = [(ours, measured) for ours, measured in pairs if measured > 0]
-    if not kept:
+    kept = np.array([pair for pair in pairs if pair[1] > 0])
+    if not kept.size:
         return {"steps": 0.0}
-    off = np.abs([ours / measured - 1 for ours, measured in kept])
-    total = sum(ours for ours, _ in kept) / sum(measured for _, measured in kept) - 1
-    return {"steps": float(len(kept)), "median": float(np.median(off)), "worst": float(off.max()), "total": total}
+    ours, measured = kept.T
+    found = relative_errors(ours, measured)
+    total = float(ours.sum() / measured.sum() - 1)
+    return {"steps": float(len(kept)), "median": found["median"], "worst": found["worst"], "total": total}
 
 
 def _with_bands(
@@ -375,8 +358,8 @@ def _with_bands(
     return replace(machine, band=max(learner), engine_band=engine, cost_band=cost, origin=origin)
 
 
-def _constants(machine: CostModel, k: int) -> dict[str, float]:
-    """The constants by the names that the text prints, in seconds."""
+def _constants_s(machine: CostModel, k: int) -> dict[str, float]:
+    """The constants by the names that the text prints."""
     engine = machine.engine
     found = {"plain pass": engine.step_s, "plain row": engine.sequence_s}
     if k:

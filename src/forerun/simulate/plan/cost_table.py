@@ -38,11 +38,7 @@ class CostTable:
         return list(dict.fromkeys(str(row["method"]) for row in self.rows if row["k"] > 0))
 
     def of(self, method: str) -> list[Row]:
-        """The rows of a method, and every plain row.
-
-        Raises:
-            UserError: the method was not measured.
-        """
+        """The rows of a method, and every plain row. Raises UserError when the method was not measured."""
         if method not in self.methods and method not in PLAIN_METHODS:
             known = ", ".join(self.methods) or "plain decoding only"
             raise UserError(f"The cost table has no rows of {method!r}; it has {known}. Run the benchmark with it.")
@@ -80,11 +76,7 @@ def _possible(lengths: Mapping[int, float]) -> dict[int, float]:
 
 
 def read_cost_table(path: str | Path) -> CostTable:
-    """Read the cost table that `forerun bench` wrote.
-
-    Raises:
-        UserError: no such file, not the schema, or a number that cannot be; the row is named.
-    """
+    """Read the cost table of `forerun bench`. Raises UserError for another schema or a number that cannot be."""
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -101,11 +93,7 @@ def read_cost_table(path: str | Path) -> CostTable:
 
 
 def check_row(row: Row, where: str) -> None:
-    """Refuse a row that lacks a number or has one that cannot be.
-
-    Raises:
-        UserError: with `where`.
-    """
+    """Refuse a row that lacks a number or has one that cannot be, with a UserError that names `where`."""
     drafts = isinstance(row, Mapping) and bool(row.get("k"))
     for name in (*NEEDED, *(DRAFTING_NEEDED if drafts else ())):
         value = row.get(name) if isinstance(row, Mapping) else None

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.simulate.core.constants import round_cost_error
-from forerun.simulate.core.cost_model import CostModel, LinearEngine
+from forerun.simulate.core.cost_model import CostModel
 from forerun.simulate.core.decode import AnalyticalEngine, EngineCosts
 from forerun.simulate.core.operators import WEIGHT_BYTES, Tuning, operator_shares
 from forerun.simulate.core.shapes import ModelShape
@@ -138,28 +138,25 @@ def speedups(steps: StepModel, plain: Split, fast: Split, error: float) -> dict[
 
 def _drafter(steps: StepModel, k: int) -> dict[str, float]:
     """Size of the drafter and its share of a round at the mean batch."""
-    costs = steps.costs
-    if not isinstance(costs, AnalyticalEngine | LinearEngine) or not k:
+    if not k:
         return {}
     batch, context = _typical(steps)
-    round_s = float(costs.round_s(batch, k, context))
-    if isinstance(costs, AnalyticalEngine):
-        shape, step_s = costs.drafter.shape, float(costs.draft_s(batch, context))
-    else:
-        shape, step_s = steps.drafter.shape, float(costs.draft_s(batch, 1))
+    round_s = float(steps.costs.round_s(batch, k, context))
+    step_s = float(steps.costs.draft_s(batch, context))
+    params = float(steps.drafter.shape.params if steps.drafter.shape else 0)
     return {
-        "params": float(shape.params if shape else 0),
-        "bytes": float(shape.params if shape else 0) * WEIGHT_BYTES[steps.spec.precision],
+        "params": params,
+        "bytes": params * WEIGHT_BYTES[steps.spec.precision],
         "step_s": step_s,
         "share_of_round": k * step_s / round_s,
-        "round_cost": round_s / float(costs.plain_s(batch, context)),
+        "round_cost": round_s / float(steps.costs.plain_s(batch, context)),
     }
 
 
 def _typical(steps: StepModel) -> tuple[np.float64, np.float64]:
     """Mean running batch and context of the plain rollout."""
-    batch = steps.batch_s(0, steps.spec.gpus, 0)[2]
-    return np.float64(max(batch, 1.0)), np.float64(steps.spec.prompt_tokens + steps.lengths.mean() / 2)
+    batch = max(steps.rollout(0, steps.spec.gpus, 0).mean_batch, 1.0)
+    return np.float64(batch), np.float64(steps.spec.prompt_tokens + steps.lengths.mean() / 2)
 
 
 def _limits(steps: StepModel, fast: Split) -> dict[str, dict[str, float]]:
@@ -176,7 +173,7 @@ def _limits(steps: StepModel, fast: Split) -> dict[str, dict[str, float]]:
 
         shares = operator_shares(plain, costs.replica.tuning)
         limits["decode"] = {name: float(share[0]) for name, share in shares.items()}
-    elif isinstance(costs, LinearEngine):
+    else:
         parts = {"weights and launches": costs.step_s, "rows": float(batch * costs.sequence_s)}
         parts["cache reads"] = float(batch * context * costs.cached_s)
         limits["decode"] = {name: seconds / sum(parts.values()) for name, seconds in parts.items()}

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from forerun.errors import UserError
-from forerun.simulate.core.cost_model import CostModel, LinearEngine, nominal_cost_model
-from forerun.simulate.core.decode import COSTS_AS, FUSES_HIDDEN_STATES, Acceptance
+from forerun.simulate.core.cost_model import CostModel, nominal_cost_model
+from forerun.simulate.core.decode import COSTS_AS, FUSES_HIDDEN_STATES, Acceptance, LinearEngine
 from forerun.simulate.core.hardware import Hardware, load_hardware, measure_cpu
 from forerun.simulate.core.rollout import lengths_with_mean
 from forerun.simulate.core.shapes import ModelShape, load_model
@@ -34,8 +34,8 @@ PROMPT_TOKENS = 100
 LENGTH_SHARE = 0.5  # mean answer over max_new_tokens, where nothing is known
 LENGTH_SIGMA = 0.5  # spread of the lognormal lengths
 RATE_OF = {"ngram": 0.55}  # conditional acceptance where nothing is known; other drafters: PlanSpec's default
-LENGTH_BANDS = {"given": 0.0, "drafter": 0.25, "assumed": 1.0}  # relative error of seconds, by source of the lengths
-ACCEPTANCE_BANDS = {"given": 0.0, "table": 0.1, "drafter": 0.15, "assumed": 0.35}
+LENGTH_BANDS = {"drafter": 0.25, "assumed": 1.0}  # relative error of seconds, by source of the lengths
+ACCEPTANCE_BANDS = {"table": 0.1, "drafter": 0.15, "assumed": 0.35}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +105,13 @@ def read_recipe(
         costs=costs,
         drafts=recipe["speculation"]["method"] != "none" and recipe["speculation"]["k"] != 0,
         assumed=tuple(assumed),
-        length_band=LENGTH_BANDS[inputs.length_source],
-        acceptance_band=ACCEPTANCE_BANDS[inputs.acceptance_source],
+        length_band=inputs.length_band,
+        acceptance_band=inputs.acceptance_band,
     )
 
 
 def hardware_named(device: str) -> Hardware:
-    """ "cpu" is measured here, for 0.1 s; an accelerator is looked up by its name.
-
-    Raises:
-        UserError: an accelerator that the table does not have.
-    """
+    """The CPU ("cpu"), measured for 0.1 s, or an accelerator by name. Raises UserError for an unknown one."""
     return measure_cpu() if device.lower() == "cpu" else load_hardware(device)
 
 
@@ -154,7 +150,7 @@ class _Inputs:
         self.table = table
         self.config = drafter_config(recipe["speculation"]["draft"])
         self.sentences: list[str] = []
-        self.length_source = self.acceptance_source = "given"
+        self.length_band = self.acceptance_band = 0.0
 
     def lengths(self) -> dict[str, Any]:
         """Mean and spread of the answers' lengths."""
@@ -163,10 +159,10 @@ class _Inputs:
             return {"sigma": LENGTH_SIGMA}
         trained = self.config.get("forerun") or {}
         if trained.get("tokens") and trained.get("rollouts"):
-            mean, self.length_source = trained["tokens"] / trained["rollouts"], "drafter"
+            mean, self.length_band = trained["tokens"] / trained["rollouts"], LENGTH_BANDS["drafter"]
             self.sentences.append(f"Answers of {mean:.0f} tokens on average, as those that the drafter was trained on.")
         else:
-            mean, self.length_source = LENGTH_SHARE * cap, "assumed"
+            mean, self.length_band = LENGTH_SHARE * cap, LENGTH_BANDS["assumed"]
             self.sentences.append(
                 f"Answers of {mean:.0f} tokens on average, half of max_new_tokens: an assumption; a run's own mean is "
                 "mean_tokens=."
@@ -202,15 +198,15 @@ class _Inputs:
         if self.table is not None and self.table.methods:
             measured = self.table.acceptance(_measured_method(self.recipe, self.table))
             if measured:
-                self.acceptance_source = "table"
+                self.acceptance_band = ACCEPTANCE_BANDS["table"]
                 self.sentences.append(f"Acceptance as the cost table measured it, {_lengths_text(measured)}.")
                 return {"acceptance_lengths": measured}
         trained = _trained_lengths(self.config)
         if trained:
-            self.acceptance_source = "drafter"
+            self.acceptance_band = ACCEPTANCE_BANDS["drafter"]
             self.sentences.append(f"Acceptance as at the end of the drafter's training, {_lengths_text(trained)}.")
             return {"acceptance_lengths": trained}
-        self.acceptance_source = "assumed"
+        self.acceptance_band = ACCEPTANCE_BANDS["assumed"]
         rate = RATE_OF.get(method, PlanSpec().acceptance)
         self.sentences.append(f"Acceptance of {rate:.2f} per position: an assumption; a measured one is acceptance=.")
         return {"acceptance": rate}

@@ -8,7 +8,7 @@ does not name them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from forerun.types import STAGES
 
 Floats = NDArray[np.float64]
 Data = Mapping[str, Any]
+NOT_DRAFTED = ("The run did not draft: what a round adds is nominal, so its speed-ups are right within 40 % at best.",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path | str) -> RunRecord:
-    """Read a run folder.
-
-    Raises:
-        UserError: no metrics, or none of a finished step.
-    """
+    """Read a run folder. Raises UserError without metrics of a finished step."""
     path = Path(folder)
     if not is_run(path):
         raise UserError(f"{path} holds no metrics.jsonl; give the folder of a run, for example runs/latest.")
@@ -69,11 +66,7 @@ def read_run(folder: Path | str) -> RunRecord:
 
 
 def records(run: RunRecord, recipe: Data) -> list[StepRecord]:
-    """The steps of a run as the calibration takes them.
-
-    Raises:
-        UserError: a metric is missing.
-    """
+    """The steps of a run as the calibration takes them. Raises UserError when a metric is missing."""
     return [_record(row, run.samples.get(row["step"], []), recipe) for row in run.rows]
 
 
@@ -213,30 +206,17 @@ def plan_run(folder: Path | str, recipe: Data, changes: Data | None = None) -> d
     basis = _basis(run, recipe)
     fit = _calibrated(run, recipe, basis)
     spec = _typical(run, recipe, basis.spec, fit)
-    fixed = {f.name: getattr(spec, f.name) for f in fields(PlanSpec)}
-    planned = spec_from_dict({**fixed, "k": fit.k, **changes})
-    answer = plan(planned, machine=fit.machine, model=basis.model, assumed=_remarks(fit))
+    planned = spec_from_dict({**asdict(spec), "k": fit.k, **changes})
+    answer = plan(planned, machine=fit.machine, model=basis.model, assumed=() if fit.k else NOT_DRAFTED)
+    shown = ("fitted_steps", "tested_steps", "constants_s", "errors", "plain_error", "not_identified")
     return {
         "run": str(run.path),
         "rule": RULE,
-        "calibration": {
-            "fitted_steps": list(fit.fitted_steps),
-            "tested_steps": list(fit.tested_steps),
-            "constants_s": fit.constants,
-            "errors": fit.errors,
-            "plain_error": fit.plain_error,
-            "not_identified": list(fit.not_identified),
-        },
+        "calibration": {name: getattr(fit, name) for name in shown},
         "now": _now(run),
         "what_if": _what_if(spec, fit, basis),
         "plan": answer.to_dict(),
     }
-
-
-def _remarks(fit: RunCalibration) -> list[str]:
-    if fit.k:
-        return []
-    return ["The run did not draft: what a round adds is nominal, so its speed-ups are right within 40 % at best."]
 
 
 def _typical(run: RunRecord, recipe: Data, spec: PlanSpec, fit: RunCalibration) -> PlanSpec:
@@ -274,10 +254,15 @@ def _what_if(spec: PlanSpec, fit: RunCalibration, basis: RecipePlan) -> list[dic
     """Other k, lag, batch and slots, each against the run as it was: all predicted by the calibrated machine."""
     now = _predicted(spec, fit.k, fit.machine, basis)["tokens_per_s"]
     readings = [replace(fit.machine, engine=engine) for engine in fit.engines.values()]
-    rows = []
-    for k in range(K_MAX + 1):
-        rates = [_predicted(spec, k, reading, basis)["tokens_per_s"] for reading in readings]
-        rows.append(_compared(f"k = {k}", _predicted(spec, k, fit.machine, basis), now, rates))
+
+    def compared(change: str, other: PlanSpec, k: int, machines: Sequence[CostModel]) -> dict[str, Any]:
+        """By the first machine; `low` and `high` bound the throughput over what the run does not identify."""
+        found = [_predicted(other, k, machine, basis) for machine in machines]
+        against = [answer["tokens_per_s"] / now for answer in found]
+        bounds = {"against_now": against[0], "low": min(against), "high": max(against)}
+        return {"change": change, **found[0], **bounds}
+
+    rows = [compared(f"k = {k}", spec, k, [fit.machine, *readings]) for k in range(K_MAX + 1)]
     others = {
         "lag 1, generation on a second machine like this": replace(spec, gpus=2, lag=1),
         "half the prompts": replace(spec, prompts=max(1, spec.prompts // 2)),
@@ -286,9 +271,7 @@ def _what_if(spec: PlanSpec, fit: RunCalibration, basis: RecipePlan) -> list[dic
         "twice the slots": replace(spec, slots=2 * spec.slots),
         "twice prompts and slots": replace(spec, prompts=2 * spec.prompts, slots=2 * spec.slots),
     }
-    return rows + [
-        _compared(name, _predicted(other, fit.k, fit.machine, basis), now, []) for name, other in others.items()
-    ]
+    return rows + [compared(change, other, fit.k, [fit.machine]) for change, other in others.items()]
 
 
 def _predicted(spec: PlanSpec, k: int, machine: CostModel, basis: RecipePlan) -> dict[str, float]:
@@ -297,10 +280,3 @@ def _predicted(spec: PlanSpec, k: int, machine: CostModel, basis: RecipePlan) ->
     step_s = split.step.step_s
     tokens_per_s = float(steps.lengths.sum()) / step_s
     return {"generation_s": split.stages.generation_s, "step_s": step_s, "tokens_per_s": tokens_per_s}
-
-
-def _compared(change: str, found: dict[str, float], now: float, rates: Sequence[float]) -> dict[str, Any]:
-    """One answer; `low` and `high` bound its throughput over what the run does not identify."""
-    against = [rate / now for rate in (found["tokens_per_s"], *rates)]
-    bounds = {"against_now": against[0], "low": min(against), "high": max(against)}
-    return {"change": change, **found, **bounds}

@@ -59,11 +59,7 @@ def spec_keys() -> list[str]:
 
 
 def spec_from_dict(values: Mapping[str, Any]) -> PlanSpec:
-    """A spec from recipe-like keys.
-
-    Raises:
-        UserError: an unknown key, with the nearest one, or text where a number belongs.
-    """
+    """A spec from recipe-like keys. Raises UserError for an unknown key or for text where a number belongs."""
     chosen = {SYNONYMS.get(key, key): value for key, value in values.items()}
     known = [f.name for f in fields(PlanSpec)]
     for key in chosen:
@@ -82,11 +78,7 @@ def spec_from_dict(values: Mapping[str, Any]) -> PlanSpec:
 
 
 def check_k_and_lag(spec: PlanSpec) -> None:
-    """Refuse a negative k or lag.
-
-    Raises:
-        UserError: with what zero means.
-    """
+    """Refuse a negative k or lag with a UserError that says what zero means."""
     if spec.k is not None and spec.k < 0:
         raise UserError(f"k = {spec.k} draft tokens cannot be; 0 is plain decoding.")
     if spec.lag < 0:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,19 +18,17 @@ from forerun.simulate.core.constants import group_of, round_constants, round_cos
 from forerun.simulate.core.cost_model import CostModel, LearnerWork
 from forerun.simulate.core.decode import (
     METHODS,
-    Acceptance,
     AnalyticalEngine,
     Drafter,
     EngineCosts,
     RoundConstants,
     acceptance_from_lengths,
     constant_acceptance,
-    fixed_budget,
     make_drafter,
 )
 from forerun.simulate.core.hardware import Hardware, load_hardware, peak_flops
 from forerun.simulate.core.operators import Layout, Replica, cache_room_bytes, cache_tokens, check_layout
-from forerun.simulate.core.rollout import Lengths, mean_prefill_s, simulate_rollout, stream_s, trace_lengths
+from forerun.simulate.core.rollout import RolloutResult, sample_lengths, simulate_rollout, trace_lengths
 from forerun.simulate.core.shapes import ModelShape, load_model
 from forerun.simulate.core.step import Learner, Split, Stages, async_step, best_split, learner_stages
 from forerun.simulate.plan.spec import PlanSpec
@@ -57,13 +54,14 @@ class StepModel:
         self.machine = machine
         self.model = model or load_model(spec.model)
         self.gpu = machine.hardware if machine else load_hardware(spec.gpu)
-        self.acceptance = _acceptance(spec)
+        lengths = spec.acceptance_lengths
+        self.acceptance = acceptance_from_lengths(lengths) if lengths else constant_acceptance(spec.acceptance)
         self.lengths = _lengths(spec)
         self.drafter = drafter_of(spec, self.model, measured=costs is not None or machine is not None)
         self.layout = self._layout()
         self.costs = costs or (machine.engine if machine else self.analytical_engine(round_constants(spec.rounds)))
         self.learner = self._learner()
-        self._batches: dict[tuple[int, int, int], tuple[float, float, float]] = {}
+        self._rollouts: dict[tuple[int, int, int], RolloutResult] = {}
 
     def _layout(self) -> Layout:
         spec = self.spec
@@ -107,37 +105,27 @@ class StepModel:
         vague = ", ".join(found.not_identified) or "none"
         return f"Engine constants: fitted on {found.rows} measured rows; not identified by them: {vague}."
 
-    def batch_s(self, k: int, gpus: int, lag: int) -> tuple[float, float, float]:
-        """Of one batch: prefill seconds, decode seconds at α = 1, and (without lag) the mean running batch."""
+    def rollout(self, k: int, gpus: int, lag: int) -> RolloutResult:
+        """One batch in rounds of k that yield one token: a drain, or with lag the overlap of `lag` batches."""
         key = (k, gpus, lag)
-        if key not in self._batches:
-            self._batches[key] = self._stream(k, gpus, lag) if lag else self._drain(k, gpus)
-        return self._batches[key]
-
-    def _drain(self, k: int, gpus: int) -> tuple[float, float, float]:
-        result = simulate_rollout(self.costs, self.lengths, **self._rollout(k, gpus))
-        return result.prefill_s, result.seconds - result.prefill_s, result.mean_batch
-
-    def _stream(self, k: int, gpus: int, lag: int) -> tuple[float, float, float]:
-        spec, settings = self.spec, self._rollout(k, gpus)
-        requests = len(self.lengths)
-        prefill_s = mean_prefill_s(self.costs, requests, settings["replicas"], spec.prompt_tokens, spec.samples)
-        return prefill_s, stream_s(self.costs, self.lengths, in_flight=lag, **settings) - prefill_s, 0.0
-
-    def _rollout(self, k: int, gpus: int) -> dict[str, Any]:
-        return {
-            "replicas": max(gpus // self.layout.gpus, 1),
-            "budget": fixed_budget(k),
-            "acceptance": constant_acceptance(0.0),
-            "prompt_tokens": self.spec.prompt_tokens,
-            "group": self.spec.samples,
-            "slots": self.spec.slots,
-        }
+        if key not in self._rollouts:
+            self._rollouts[key] = simulate_rollout(
+                self.costs,
+                self.lengths,
+                replicas=max(gpus // self.layout.gpus, 1),
+                k=k,
+                in_flight=lag,
+                prompt_tokens=self.spec.prompt_tokens,
+                group=self.spec.samples,
+                slots=self.spec.slots,
+            )
+        return self._rollouts[key]
 
     def generation_s(self, k: int, gpus: int, lag: int, alpha: float | None = None) -> float:
-        """Seconds of generation per step: a drain, or with lag the overlap of `lag` batches."""
-        prefill_s, decode_s, _ = self.batch_s(k, gpus, lag)
-        return prefill_s + decode_s / (self.alpha(k) if alpha is None else alpha)
+        """Seconds of generation per step; `alpha` None: the spec's at k."""
+        rollout = self.rollout(k, gpus, lag)
+        decode_s = rollout.seconds - rollout.prefill_s
+        return rollout.prefill_s + decode_s / (self.alpha(k) if alpha is None else alpha)
 
     def alpha(self, k: int) -> float:
         """Acceptance length at k."""
@@ -177,12 +165,6 @@ class StepModel:
         return min(range(K_MAX + 1), key=lambda k: (self.split(k).step.step_s, k))
 
 
-def _acceptance(spec: PlanSpec) -> Acceptance:
-    if spec.acceptance_lengths:
-        return acceptance_from_lengths(dict(spec.acceptance_lengths))
-    return constant_acceptance(spec.acceptance)
-
-
 def _lengths(spec: PlanSpec) -> Floats:
     if spec.prompts < 1 or spec.samples < 1 or spec.prompt_tokens < 1:
         raise UserError(
@@ -191,15 +173,11 @@ def _lengths(spec: PlanSpec) -> Floats:
         )
     if spec.trace:
         return np.resize(trace_lengths(spec.trace), spec.prompts * spec.samples)
-    return Lengths(spec.mean_tokens, spec.sigma, spec.cap_tokens).sample(spec.prompts * spec.samples)
+    return sample_lengths(spec.mean_tokens, spec.sigma, spec.cap_tokens, spec.prompts * spec.samples)
 
 
 def drafter_of(spec: PlanSpec, model: ModelShape, measured: bool) -> Drafter:
-    """The spec's drafter; one that the simulator does not know must be measured, and then needs no shape.
-
-    Raises:
-        UserError: an unknown drafter without measured costs.
-    """
+    """The spec's drafter; one that the simulator does not know must be measured (else a UserError), without a shape."""
     if measured and spec.method not in METHODS:
         return Drafter(spec.method)
     draft = load_model(spec.draft) if spec.draft else None
@@ -207,11 +185,7 @@ def drafter_of(spec: PlanSpec, model: ModelShape, measured: bool) -> Drafter:
 
 
 def auto_layout(model: ModelShape, gpu: Hardware, spec: PlanSpec, sequence_tokens: float) -> Layout:
-    """The smallest power-of-two replica whose cache holds 16 sequences of `sequence_tokens`.
-
-    Raises:
-        UserError: no replica of at most `spec.gpus` GPUs fits.
-    """
+    """The smallest power-of-two replica whose cache holds 16 sequences of `sequence_tokens`, else a UserError."""
     size = 1
     replica = Replica(model, gpu, Layout(), spec.precision)
     while size <= spec.gpus and model.heads % size == 0:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from forerun.simulate.core.constants import ROUNDS, round_constants
-from forerun.simulate.core.decode import AnalyticalEngine, best_budget, constant_acceptance, rate_for
+from forerun.simulate.core.decode import AnalyticalEngine, best_k_by_batch, constant_acceptance, rate_for
 from forerun.simulate.core.step import Stages
 from forerun.simulate.plan.step_model import K_MAX, StepModel
 
@@ -111,5 +111,5 @@ def draft_schedule(steps: StepModel) -> list[dict[str, float]]:
     spec, lengths = steps.spec, steps.lengths
     context = spec.prompt_tokens + float(np.mean(lengths**2) / (2 * np.mean(lengths)))
     batches = sorted({min(batch, spec.slots) for batch in BATCHES})
-    budget = best_budget(steps.costs, steps.acceptance, context, batches, K_MAX)
-    return [{"batch_up_to": min(edge, float(spec.slots)), "k": k} for edge, k in budget.steps]
+    found = best_k_by_batch(steps.costs, steps.acceptance, context, batches, K_MAX)
+    return [{"batch_up_to": min(size, float(spec.slots)), "k": k} for size, k in found]

@@ -16,18 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forerun.simulate.core.constants import serving_constants
-from forerun.simulate.core.decode import (
-    IDEAL,
-    AnalyticalEngine,
-    RoundConstants,
-    constant_acceptance,
-    fixed_budget,
-    make_drafter,
-    rate_for,
-)
+from forerun.simulate.core.decode import IDEAL, AnalyticalEngine, RoundConstants, make_drafter
 from forerun.simulate.core.hardware import load_hardware
 from forerun.simulate.core.operators import Layout, Replica, Tuning
-from forerun.simulate.core.rollout import Lengths, simulate_rollout, stream_s
+from forerun.simulate.core.rollout import sample_lengths, simulate_rollout
 from forerun.simulate.core.shapes import load_model
 from forerun.simulate.core.step import (
     AsyncStep,
@@ -105,30 +97,27 @@ def _solve(function: Callable[[float], float], target: float, low: float, high: 
     return float(np.sqrt(low * high))
 
 
-@dataclass(frozen=True, slots=True)
-class _Rollouts:
-    """Rollouts of one engine: rounds of k at acceptance length α, on all replicas that fit on `gpus`."""
-
-    engine: AnalyticalEngine
-    prompt_tokens: int
-    group: int
-
-    def drain_s(self, lengths: Floats, k: int, alpha: float, gpus: int) -> float:
-        """Seconds until one batch is done."""
-        return simulate_rollout(self.engine, lengths, **self._settings(k, alpha, gpus)).seconds
-
-    def stream_s(self, lengths: Floats, k: int, alpha: float, gpus: int, in_flight: float) -> float:
-        """Seconds per batch when `in_flight` batches overlap."""
-        return stream_s(self.engine, lengths, in_flight=in_flight, **self._settings(k, alpha, gpus))
-
-    def _settings(self, k: int, alpha: float, gpus: int) -> dict[str, Any]:
-        return {
-            "replicas": gpus // self.engine.replica.layout.gpus,
-            "budget": fixed_budget(k),
-            "acceptance": constant_acceptance(rate_for(k, alpha) if k else 0.0),
-            "prompt_tokens": self.prompt_tokens,
-            "group": self.group,
-        }
+def _rollout_s(
+    engine: AnalyticalEngine,
+    assumed: Measured | Projected,
+    lengths: Floats,
+    k: int,
+    alpha: float,
+    gpus: int,
+    in_flight: float = 0.0,
+) -> float:
+    """Seconds until one batch is done, or per batch when `in_flight` of them overlap, on all replicas of `gpus`."""
+    rollout = simulate_rollout(
+        engine,
+        lengths,
+        replicas=gpus // engine.replica.layout.gpus,
+        k=k,
+        alpha=alpha if k else 1.0,
+        in_flight=in_flight,
+        prompt_tokens=assumed.prompt_tokens,
+        group=assumed.group,
+    )
+    return rollout.seconds
 
 
 class Runs8B:
@@ -145,27 +134,26 @@ class Runs8B:
         self.rounds = self._round_constants()
         self.learner = self._learner()
 
-    def _rollouts(self, method: str = "eagle3", rounds: RoundConstants | None = None) -> _Rollouts:
-        a = self.assumed
-        replica = Replica(self.model, self.gpu, Layout(tensor=a.tensor), "bf16", 2.0, self.tuning)
-        engine = AnalyticalEngine(replica, make_drafter(method, self.model), rounds or self.rounds)
-        return _Rollouts(engine, a.prompt_tokens, a.group)
+    def _engine(self, method: str = "eagle3", rounds: RoundConstants | None = None) -> AnalyticalEngine:
+        replica = Replica(self.model, self.gpu, Layout(tensor=self.assumed.tensor), "bf16", 2.0, self.tuning)
+        return AnalyticalEngine(replica, make_drafter(method, self.model), rounds or self.rounds)
 
     def _lengths(self, generation_s: float) -> Floats:
         """Lengths whose plain rollout takes as long as published."""
         a = self.assumed
 
         def sample(mean_tokens: float) -> Floats:
-            return Lengths(mean_tokens, a.sigma, a.cap_tokens - a.prompt_tokens).sample(a.sequences)
+            return sample_lengths(mean_tokens, a.sigma, a.cap_tokens - a.prompt_tokens, a.sequences)
 
-        rollouts = self._rollouts()
-        return sample(_solve(lambda m: rollouts.drain_s(sample(m), 0, 1.0, a.gpus), generation_s, 50.0, 1e5))
+        engine = self._engine()
+        return sample(_solve(lambda m: _rollout_s(engine, a, sample(m), 0, 1.0, a.gpus), generation_s, 50.0, 1e5))
 
     def generation_s(
         self, workload: str, k: int, alpha: float, method: str = "eagle3", rounds: RoundConstants | None = None
     ) -> float:
         """Seconds of one rollout of a workload; `rounds` None: the calibrated constants."""
-        return self._rollouts(method, rounds).drain_s(self.lengths[workload], k, alpha, self.assumed.gpus)
+        a = self.assumed
+        return _rollout_s(self._engine(method, rounds), a, self.lengths[workload], k, alpha, a.gpus)
 
     def _round_constants(self) -> RoundConstants:
         """`row_s` from RL-Zero's k = 3, `slow_row_s` from its k = 7, the lookup from its n-gram run."""
@@ -217,10 +205,10 @@ class Runs8B:
         busy_s = cells["plain"]["step"] - cells["plain"]["exposed"]
         share = _solve(lambda x: self.stages(0.0, gpus=cells["training_gpus"], share=x).learner_s, busy_s, 0.05, 2.0)
         lengths = self.lengths[cells["workload"]]
-        batch, rollouts = lengths[: round(share * len(lengths))], self._rollouts()
+        batch, engine = lengths[: round(share * len(lengths))], self._engine()
 
         def run(in_flight: float, k: int) -> AsyncStep:
-            generation_s = rollouts.stream_s(batch, k, alpha if k else 1.0, cells["generation_gpus"], in_flight)
+            generation_s = _rollout_s(engine, self.assumed, batch, k, alpha, cells["generation_gpus"], in_flight)
             return async_step(self.stages(generation_s, gpus=cells["training_gpus"], share=share), cells["lag"])
 
         fewer = _solve(lambda x: run(1.0 / x, 0).step_s, cells["plain"]["step"], 0.5, 1.0, 15)
@@ -234,7 +222,7 @@ def measured_runs() -> Runs8B:
 
 
 def round_cost_rows() -> list[Row]:
-    """The published costs of a round against ours: what `paper_rows` has under the unit "steps"."""
+    """The published costs of a round against ours: the rows of `paper_table` under the unit "steps"."""
     runs = measured_runs()
     return [row for row in (*_draft_rows(runs), *_ngram_rows(runs)) if row["unit"] == "steps"]
 
@@ -307,15 +295,14 @@ class Runs235B:
         self.gpu = load_hardware("GB200")
         tuning = Tuning(host_s=assumed.host_s, sequence_s=0.0)
         replica = Replica(self.model, self.gpu, assumed.layout, "fp8", 1.0, tuning)
-        engine = AnalyticalEngine(replica, make_drafter("eagle3", self.model), IDEAL)
-        self.rollouts = _Rollouts(engine, assumed.prompt_tokens, assumed.group)
+        self.engine = AnalyticalEngine(replica, make_drafter("eagle3", self.model), IDEAL)
         cap = assumed.cap_tokens - assumed.prompt_tokens
-        self.lengths = Lengths(assumed.mean_tokens, assumed.sigma, cap).sample(assumed.sequences)
+        self.lengths = sample_lengths(assumed.mean_tokens, assumed.sigma, cap, assumed.sequences)
         self.learner = self._learner()
 
-    def rollout_s(self, k: int, alpha: float, gpus: int) -> float:
-        """Seconds until one batch is done."""
-        return self.rollouts.drain_s(self.lengths, k, alpha, gpus)
+    def rollout_s(self, k: int, alpha: float, gpus: int, in_flight: float = 0.0) -> float:
+        """Seconds until one batch is done, or per batch when `in_flight` of them overlap."""
+        return _rollout_s(self.engine, self.assumed, self.lengths, k, alpha, gpus, in_flight)
 
     def _learner(self) -> Learner:
         """One MFU for training and two logprob passes, so that the step cell of k = 3 at 512 GPUs is met."""
@@ -340,11 +327,8 @@ class Runs235B:
         cell = published()["projection_2048"]
         k, alpha, lag = cell["k"], cell["alpha"], cell["lag"]
 
-        def batch_s(gpus: int, k: int, alpha: float) -> float:
-            return self.rollouts.stream_s(self.lengths, k, alpha, gpus, lag)
-
         def stages_of(generating: int, training: int, k: int, alpha: float) -> Stages:
-            return self.stages(batch_s(generating, k, alpha), training)
+            return self.stages(self.rollout_s(k, alpha, generating, lag), training)
 
         best = best_split(2048, self.assumed.layout.gpus, lag, partial(stages_of, k=k, alpha=alpha))
         own = best_split(2048, self.assumed.layout.gpus, lag, partial(stages_of, k=0, alpha=1.0))
@@ -355,7 +339,7 @@ class Runs235B:
             "step": plain.step_s / best.step.step_s,
             "step_own_splits": own.step.step_s / best.step.step_s,
             "rollout_all_gpus": self.rollout_s(0, 1.0, 2048) / self.rollout_s(k, alpha, 2048),
-            "rollout_throughput": batch_s(gpus, 0, 1.0) / batch_s(gpus, k, alpha),
+            "rollout_throughput": self.rollout_s(0, 1.0, gpus, lag) / self.rollout_s(k, alpha, gpus, lag),
             "generation_gpus": float(gpus),
         }
 
@@ -374,41 +358,33 @@ def _rows_235b(runs: Runs235B) -> Iterator[Row]:
         yield _row("235B, 2,048 GPUs, lag 2", name, "x", cell[name], ours[name], "test")
 
 
-def paper_rows(measured: Measured | None = None, projected: Projected | None = None) -> list[Row]:
-    """All published cells against ours, under the given assumptions."""
-    return [*_rows_8b(Runs8B(measured or Measured())), *_rows_235b(Runs235B(projected or Projected()))]
-
-
 def sensitivity() -> list[Row]:
     """Each assumption changed alone: median and worst error of the test ratios that depend on it."""
-    rows = []
-    base8, base235 = Measured(), Projected()
-    eight = [
-        ("sequences 4096", replace(base8, sequences=4096)),
-        ("sigma 0.5", replace(base8, sigma=0.5)),
-        ("sigma 1.1", replace(base8, sigma=1.1)),
-        ("tensor 8", replace(base8, tensor=8)),
-        ("cap 12,288", replace(base8, cap_tokens=12288)),
-        ("fast_k 1,000 (no slow path)", replace(base8, fast_k=1000)),
-        ("ngram_k 4", replace(base8, ngram_k=4)),
-        ("ngram_k 6", replace(base8, ngram_k=6)),
-    ]
-    big = [
-        ("layout TP8 EP8", replace(base235, layout=Layout(8, 1, 8))),
-        ("layout DP32 EP32", replace(base235, layout=Layout(1, 32, 32))),
-        ("host 0 ms", replace(base235, host_s=0.0)),
-        ("host 3 ms", replace(base235, host_s=3e-3)),
-        ("mean 4,000, cap 16,384", replace(base235, mean_tokens=4000, cap_tokens=16384)),
-        ("sigma 0.5", replace(base235, sigma=0.5)),
-    ]
-    rows += [_moved("8B", name, list(_rows_8b(Runs8B(assumed)))) for name, assumed in [("as assumed", base8), *eight]]
-    rows += [
-        _moved("235B", name, list(_rows_235b(Runs235B(assumed)))) for name, assumed in [("as assumed", base235), *big]
-    ]
-    return rows
+    measured = {
+        "as assumed": Measured(),
+        "sequences 4096": Measured(sequences=4096),
+        "sigma 0.5": Measured(sigma=0.5),
+        "sigma 1.1": Measured(sigma=1.1),
+        "tensor 8": Measured(tensor=8),
+        "cap 12,288": Measured(cap_tokens=12288),
+        "fast_k 1,000 (no slow path)": Measured(fast_k=1000),
+        "ngram_k 4": Measured(ngram_k=4),
+        "ngram_k 6": Measured(ngram_k=6),
+    }
+    projected = {
+        "as assumed": Projected(),
+        "layout TP8 EP8": Projected(layout=Layout(8, 1, 8)),
+        "layout DP32 EP32": Projected(layout=Layout(1, 32, 32)),
+        "host 0 ms": Projected(host_s=0.0),
+        "host 3 ms": Projected(host_s=3e-3),
+        "mean 4,000, cap 16,384": Projected(mean_tokens=4000, cap_tokens=16384),
+        "sigma 0.5": Projected(sigma=0.5),
+    }
+    rows = [_moved("8B", change, _rows_8b(Runs8B(assumed))) for change, assumed in measured.items()]
+    return rows + [_moved("235B", change, _rows_235b(Runs235B(assumed))) for change, assumed in projected.items()]
 
 
-def _moved(model: str, change: str, rows: list[Row]) -> Row:
+def _moved(model: str, change: str, rows: Iterator[Row]) -> Row:
     tests = [row for row in rows if row["role"] == "test" and row["unit"] == "x"]
     sizes = np.array([abs(row["error"]) for row in tests])
     worst = tests[int(np.argmax(sizes))]
@@ -418,12 +394,13 @@ def _moved(model: str, change: str, rows: list[Row]) -> Row:
 
 def paper_table() -> dict[str, Any]:
     """Every published number against ours, the calibration, the assumptions and their sensitivity, as plain data."""
-    rows = paper_rows()
+    projected = Runs235B(Projected())
+    rows = [*_rows_8b(measured_runs()), *_rows_235b(projected)]
     return {
         "rows": rows,
         "calibration": dict(CALIBRATION),
         "assumptions": {"8B": asdict(Measured()), "235B": asdict(Projected())},
         "sensitivity": sensitivity(),
-        "other_readings_of_2048": Runs235B(Projected()).at_2048(),
+        "other_readings_of_2048": projected.at_2048(),
         "beyond_10_percent": [row for row in rows if row["role"] == "test" and not abs(row["error"]) <= 0.10],
     }

@@ -149,8 +149,3 @@ def _compared(point: RoundPoint, predicted: float) -> dict[str, Any]:
         published, ours = point.alpha / point.c, point.alpha / predicted
         row |= {"speedup_published": published, "speedup_predicted": ours, "sign_right": (published > 1) == (ours > 1)}
     return row
-
-
-def engine_notes() -> list[Mapping[str, Any]]:
-    """Source, and rows fitted on, of every engine."""
-    return _table()["engines"]

@@ -170,11 +170,7 @@ def _layout(record: dict[str, str], is_moe: bool) -> Layout:
 def predict_s(rows: Sequence[ServingRow], tuning: Tuning) -> Floats:
     """Predicted seconds per output token of rows that share an engine, in their order."""
     predicted = np.zeros(len(rows))
-    layouts: dict[tuple[str, str, Layout, str, float], list[int]] = {}
-    for index, row in enumerate(rows):
-        r = row.replica
-        layouts.setdefault((r.model.name, r.gpu.name, r.layout, r.precision, r.cache_value_bytes), []).append(index)
-    for members in layouts.values():
+    for members in indices_by(rows, _replica_key).values():
         replica = replace(rows[members[0]].replica, tuning=tuning)
         prompt, output, batch = (
             np.array([getattr(rows[i], name) for i in members], dtype=float)
@@ -182,6 +178,19 @@ def predict_s(rows: Sequence[ServingRow], tuning: Tuning) -> Floats:
         )
         predicted[members] = _output_token_s(replica, prompt, output, batch)
     return predicted
+
+
+def indices_by(rows: Sequence[ServingRow], key_of: Callable[[ServingRow], Key]) -> dict[Key, list[int]]:
+    """The indices of the rows with each key, in order of appearance."""
+    found: dict[Key, list[int]] = {}
+    for index, row in enumerate(rows):
+        found.setdefault(key_of(row), []).append(index)
+    return found
+
+
+def _replica_key(row: ServingRow) -> Key:
+    r = row.replica
+    return (r.model.name, r.gpu.name, str(r.layout), r.precision, str(r.cache_value_bytes))
 
 
 def _output_token_s(replica: Replica, prompt: Floats, output: Floats, batch: Floats) -> Floats:
@@ -197,23 +206,17 @@ def _output_token_s(replica: Replica, prompt: Floats, output: Floats, batch: Flo
 def fit_serving(rows: Sequence[ServingRow]) -> ServingConstants:
     """Fit each engine and model family, then each (model, GPU, engine) around it, on the rows whose `fitted` holds."""
     chosen = [row for row in rows if row.fitted]
-    by_engine = _grouped(chosen, _engine_key).items()
-    engines = {key: _fit(members, Tuning(), ENGINE) for key, members in by_engine}
-    groups = {}
-    for key, members in _grouped(chosen, lambda row: row.group).items():
-        groups[key] = _fit(members, engines[_engine_key(members[0])].tuning, GROUP)
+    engines, groups = {}, {}
+    for key, members in indices_by(chosen, _engine_key).items():
+        engines[key] = _fit([chosen[i] for i in members], Tuning(), ENGINE)
+    for key, members in indices_by(chosen, lambda row: row.group).items():
+        prior = engines[_engine_key(chosen[members[0]])].tuning
+        groups[key] = _fit([chosen[i] for i in members], prior, GROUP)
     return ServingConstants(engines, groups)
 
 
-def _engine_key(row: ServingRow) -> tuple[str, ...]:
+def _engine_key(row: ServingRow) -> Key:
     return (row.family, row.engine.split()[0])
-
-
-def _grouped(rows: Sequence[ServingRow], key_of: Callable[[ServingRow], Key]) -> dict[Key, list[ServingRow]]:
-    grouped: dict[Key, list[ServingRow]] = {}
-    for row in rows:
-        grouped.setdefault(key_of(row), []).append(row)
-    return grouped
 
 
 def _fit(rows: Sequence[ServingRow], prior: Tuning, level: int) -> FittedConstants:

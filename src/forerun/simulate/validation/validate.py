@@ -6,7 +6,7 @@ Errors are relative, |predicted / measured - 1|. Constants are fitted on the hal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from forerun.errors import UserError
 from forerun.simulate.core.constants import ServingConstants, serving_constants
 from forerun.simulate.core.fitting import relative_errors
 from forerun.simulate.core.operators import Tuning, operator_shares
-from forerun.simulate.validation.round_costs import engine_notes, round_errors
-from forerun.simulate.validation.serving import SPLIT_RULE, ServingRow, fit_serving, predict_s, read_rows
+from forerun.simulate.core.tables import load_table
+from forerun.simulate.validation.round_costs import round_errors
+from forerun.simulate.validation.serving import SPLIT_RULE, ServingRow, fit_serving, indices_by, predict_s, read_rows
 
 Floats = NDArray[np.float64]
 TARGETS = {"dense": 0.08, "experts": 0.15}  # median error on the test half
@@ -38,7 +39,10 @@ def validate(data_path: str | Path | None) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, or no row of it is covered.
     """
-    found: dict[str, Any] = {"rounds": round_errors(), "round_engines": [dict(note) for note in engine_notes()]}
+    found: dict[str, Any] = {
+        "rounds": round_errors(),
+        "round_engines": load_table("round_costs", "validation")["engines"],
+    }
     if data_path is None:
         return {"rule": SPLIT_RULE, "rows": 0, "skipped": [], "families": [], "operators": [], "groups": [], **found}
     rows, skipped = read_rows(data_path)
@@ -56,47 +60,48 @@ def validate(data_path: str | Path | None) -> dict[str, Any]:
     for family in families:
         target, test = TARGETS[family["name"]], family["test"]
         family |= {"target_median": target, "reached": bool(test["rows"] and test["median"] <= target)}
+    groups = by(lambda i: " / ".join(rows[i].group))
+    for group in groups:
+        group["not_identified"] = _vague(constants, group["name"])
     return {
         "rule": SPLIT_RULE,
         "rows": len(rows),
         "skipped": skipped,
         "families": families,
         "operators": by(lambda i: f"{rows[i].family}: {limits[i]}"),
-        "groups": [group | _vague(constants, group["name"]) for group in by(lambda i: " / ".join(rows[i].group))],
+        "groups": groups,
         **found,
         "worst_rows": _worst(rows, predicted),
     }
 
 
 def predict_all(rows: Sequence[ServingRow], constants: ServingConstants) -> Floats:
-    """Predicted seconds per output token of all rows, each under the most specific constants.
-
-    A backend and family of which no row was fitted takes the constants of the package.
-    """
+    """Predicted seconds per output token of all rows, each under the most specific constants."""
     predicted = np.zeros(len(rows))
-    for group in dict.fromkeys(row.group for row in rows):
-        members = [i for i, row in enumerate(rows) if row.group == group]
-        tuning = _tuning(constants, rows[members[0]])
-        predicted[members] = predict_s([rows[i] for i in members], tuning)
+    for members, own, tuning in _groups(rows, constants):
+        predicted[members] = predict_s(own, tuning)
     return predicted
-
-
-def _tuning(constants: ServingConstants, row: ServingRow) -> Tuning:
-    found = constants.find(row.group, row.family)
-    return found.tuning if found else serving_constants().tuning(row.group, row.family)
 
 
 def limiting_operators(rows: Sequence[ServingRow], constants: ServingConstants) -> list[str]:
     """The operator with the largest share of each row's predicted time: d log time / d log constant."""
     found = [""] * len(rows)
-    for group in dict.fromkeys(row.group for row in rows):
-        members = [i for i, row in enumerate(rows) if row.group == group]
-        own = [rows[i] for i in members]
-        shares = operator_shares(partial(predict_s, own), _tuning(constants, own[0]))
+    for members, own, tuning in _groups(rows, constants):
+        shares = operator_shares(partial(predict_s, own), tuning)
         names, table = list(shares), np.stack(list(shares.values()))
         for i, best in zip(members, table.argmax(0), strict=True):
             found[i] = names[best]
     return found
+
+
+def _groups(
+    rows: Sequence[ServingRow], constants: ServingConstants
+) -> Iterator[tuple[list[int], list[ServingRow], Tuning]]:
+    """Indices, rows and constants of each group; where neither it nor its backend was fitted, the package's."""
+    for group, members in indices_by(rows, lambda row: row.group).items():
+        own = [rows[i] for i in members]
+        found = constants.find(group, own[0].family)
+        yield members, own, found.tuning if found else serving_constants().tuning(group, own[0].family)
 
 
 def _by_key(
@@ -114,11 +119,9 @@ def _by_key(
     return table
 
 
-def _vague(constants: ServingConstants, name: str) -> dict[str, Any]:
+def _vague(constants: ServingConstants, name: str) -> list[str]:
     found = constants.groups.get(tuple(name.split(" / ")))
-    return {
-        "not_identified": list(found.not_identified) if found else ["all: no row to fit, the engine's constants stand"]
-    }
+    return list(found.not_identified) if found else ["all: no row to fit, the engine's constants stand"]
 
 
 def _worst(rows: Sequence[ServingRow], predicted: Floats, count: int = 10) -> list[dict[str, Any]]:
