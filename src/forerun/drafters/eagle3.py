@@ -21,16 +21,16 @@ from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.eagle3_checkpoints import Eagle3Config as Eagle3Config
 from forerun.drafters.eagle3_checkpoints import head_files, read_head
 from forerun.drafters.files import check_fit, write_drafter
-from forerun.drafters.sampled import SampledChain, SampledDrafter
+from forerun.drafters.sampled import HeadDrafter, SampledChain
 from forerun.drafters.temperature import tempered_head
 from forerun.drafters.trainable import TeacherBatch, TrainableHead
 from forerun.drafters.unroll import KeysAndValues, unrolled_attention
 from forerun.models import Policy
 from forerun.models.auxiliary import check_aux_layers, decoder_layers
-from forerun.models.cache import SlotCache, SlotPass
+from forerun.models.cache import SlotPass
 from forerun.models.fused import rotate_sign, swap_halves
 from forerun.models.load import artifact, load_exactly, saved_embedding
-from forerun.types import Draft, VerifyResult
+from forerun.types import Draft
 
 if TYPE_CHECKING:
     from forerun.config import SpeculationConfig
@@ -215,26 +215,19 @@ def rotary(config: Eagle3Config) -> tuple[Tensor, float]:
     return inverse.float(), float(scale)
 
 
-class Eagle3Drafter(SampledDrafter):
-    """The head in an engine: its own KV cache, and the pairs (x_{t+1}, g_t) that it has not read yet.
-
-    Pending per row: the emitted tokens with the policy's hidden states *before* them. Reading them replaces the cache
-    entries that were guessed while drafting.
-    """
+class Eagle3Drafter(HeadDrafter):
+    """The head in an engine."""
 
     name = "eagle3"
-    cotrains = True
     needs = "a folder or a shipped artifact"
     vllm_refusal = ""
     vllm_scales_drafts = True
 
     def __init__(self, head: Eagle3Head, policy: Policy) -> None:
         """Raises UserError when the head was made for another policy."""
-        super().__init__(head)
+        super().__init__(head, policy, layers=1)
         check_aux_layers(head.config.layers, len(decoder_layers(policy.model)))
         check_fit(policy, {"hidden_size": head.config.aux_width, "vocab_size": head.config.vocab_size})
-        self.head = head.to(policy.device).eval()
-        self.aux_layers = head.config.layers
         self.dialect = "forerun"
         self.vocabulary = head.vocabulary
         self._embed = head.embedding(policy)
@@ -273,37 +266,12 @@ class Eagle3Drafter(SampledDrafter):
         write_drafter(scratch / "drafter", data, tensors)
         return scratch / "drafter", head.state
 
-    def trainable_head(self) -> Eagle3Head:
-        return self.head
-
     def open(self, rows: int, positions: int, k: int) -> None:
-        device, width = self.head.fc.weight.device, self.head.fc.in_features
-        self.cache = SlotCache(rows, positions)
+        super().open(rows, positions, k)
         self._outgrown = positions > self.head.config.max_position_embeddings  # whether a row could be
-        self._tokens = torch.zeros(rows, k + 1, dtype=torch.int64, device=device)
-        self._features = torch.zeros(rows, k + 1, width, dtype=self.head.fc.weight.dtype, device=device)
-        self.pending = torch.zeros(rows, dtype=torch.int64, device=device)
 
-    @torch.no_grad()
-    def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
-        """Read all pairs of the prompts but the last, which stays pending (as for a row that just emitted a token)."""
-        assert features is not None
-        rows = torch.arange(first_row, first_row + tokens.shape[0], device=tokens.device)
-        last = (lengths - 2).clamp(min=0)  # position of the last pair's hidden state
-        self.pending[rows] = (lengths > 1).long()
-        self._tokens[rows, 0] = tokens.gather(1, (last + 1).clamp(max=tokens.shape[1] - 1)[:, None])[:, 0]
-        self._features[rows, 0] = features[torch.arange(len(rows)), last].to(self._features.dtype)
-        if tokens.shape[1] > 2:
-            hidden = self.head.fuse(features[:, : tokens.shape[1] - 2])
-            slots = SlotPass(
-                self.cache, first_row, torch.zeros_like(lengths), hidden.shape[1], hidden.shape[1], fresh=True
-            )
-            self.run(tokens[:, 1:-1], hidden, slots)
-
-    def copy(self, source: int, target: int) -> None:
-        self.cache.copy(source, target, self.cache.positions)
-        for store in (self._tokens, self._features, self.pending):
-            store[target] = store[source]
+    def read_prompts(self, tokens: Tensor, features: Tensor, slots: SlotPass) -> None:
+        self.run(tokens[:, 1:-1], self.head.fuse(features), slots)
 
     @torch.no_grad()
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
@@ -321,13 +289,6 @@ class Eagle3Drafter(SampledDrafter):
                 slots = SlotPass(self.cache, 0, rows.lengths + j, 1, int(rows.lengths.max()) + j + 1)
                 hidden = self.run(token[:, None], hidden[:, None], slots)[:, 0]
         return chain.draft(lengths)
-
-    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
-        assert features is not None
-        n = features.shape[1]
-        self._tokens[: rows.count, :n] = verdict.tokens
-        self._features[: rows.count, :n] = features.to(self._features.dtype)
-        self.pending[: rows.count] = verdict.accepted + 1
 
     def within(self, rows: Rows, budget: Tensor) -> Tensor:
         """`budget` [B] cut at the head's last position; counts the rows that are cut.

@@ -30,16 +30,16 @@ from torch import Tensor, nn
 from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.files import check_fit, reading, write_drafter
 from forerun.drafters.mtp_checkpoints import IDS, published_name, read_heads
-from forerun.drafters.sampled import SampledChain, SampledDrafter
+from forerun.drafters.sampled import HeadDrafter, SampledChain
 from forerun.drafters.trainable import TeacherBatch, TrainableHead
 from forerun.drafters.unroll import unroll_mtp
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.auxiliary import decoder_layers
-from forerun.models.cache import SlotCache, SlotPass
+from forerun.models.cache import SlotPass
 from forerun.models.forward import ATTENTION
 from forerun.models.load import load_exactly
-from forerun.types import Draft, VerifyResult
+from forerun.types import Draft
 
 if TYPE_CHECKING:
     from forerun.drafters.training.trainer import Training, TrainingSetup, Validation
@@ -199,15 +199,10 @@ class MtpHead(TrainableHead):
         return layer(embedded, hidden, positions, self.shared.rotation(hidden, positions), slots)
 
 
-class MtpDrafter(SampledDrafter):
-    """The head in an engine: its own KV cache, and a window of the pairs (x_{p+1}, h_p) that its layers read next.
-
-    The window holds, per row, the pairs that the last round emitted and n - 1 older ones: layer j had guessed the
-    tokens j places further on, and reads them again now that they are known.
-    """
+class MtpDrafter(HeadDrafter):
+    """The head in an engine."""
 
     name = "mtp"
-    cotrains = True
     needs = "the folder of the heads or of a policy that carries them"
     vllm_refusal = (
         "vLLM runs prediction heads only inside checkpoints of the architectures that were published with them, and "
@@ -215,9 +210,7 @@ class MtpDrafter(SampledDrafter):
     )
 
     def __init__(self, head: MtpHead, policy: Policy) -> None:
-        super().__init__(head)
-        self.head = head.to(policy.device).eval()
-        self.aux_layers = head.config.layers
+        super().__init__(head, policy, len(head.layers))
 
     @classmethod
     def train(cls, policy: Policy, setup: TrainingSetup) -> Training[tuple[Drafter, Validation]]:
@@ -228,47 +221,15 @@ class MtpDrafter(SampledDrafter):
         result = yield from train_head(head, policy, setup)
         return cls(head.to(policy.dtype), policy), result
 
-    def trainable_head(self) -> MtpHead:
-        return self.head
-
-    def open(self, rows: int, positions: int, k: int) -> None:
-        weight, layers = self.head.layers[0].eh_proj.weight, len(self.head.layers)
-        width = k + layers
-        self._cache = SlotCache(rows, positions + layers)
-        self._tokens = torch.zeros(rows, width, dtype=torch.int64, device=weight.device)
-        self._features = torch.zeros(rows, width, weight.shape[0], dtype=weight.dtype, device=weight.device)
-        self._count = torch.zeros(rows, dtype=torch.int64, device=weight.device)
-
-    @torch.no_grad()
-    def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
-        """Read all pairs of the prompts but the last n, which go into the window."""
-        assert features is not None
-        layers, prompts = len(self.head.layers), tokens.shape[0]
-        rows = torch.arange(first_row, first_row + prompts, device=tokens.device)
-        count = (lengths - 1).clamp(max=layers)
-        places = (lengths - 1 - count)[:, None] + torch.arange(layers, device=tokens.device)  # [P, n]
-        batch = torch.arange(prompts, device=tokens.device)[:, None]
-        self._count[rows] = count
-        self._tokens[rows, :layers] = tokens[batch, (places + 1).clamp(max=tokens.shape[1] - 1)]
-        known = features[batch, places.clamp(max=features.shape[1] - 1)]
-        self._features[rows, :layers] = known.to(self._features.dtype)
-        width, hidden = tokens.shape[1] - 1 - layers, features
-        if width <= 0:
-            return
-        for index in range(layers):
-            slots = SlotPass(self._cache, first_row, torch.zeros_like(lengths), width, width, fresh=True)
-            window = tokens[:, 1 + index : 1 + index + width]
-            hidden = self.head.step(index, window, hidden[:, :width], slots.positions, slots)
-
-    def copy(self, source: int, target: int) -> None:
-        self._cache.copy(source, target, self._cache.positions)
-        for store in (self._tokens, self._features, self._count):
-            store[target] = store[source]
+    def read_prompts(self, tokens: Tensor, features: Tensor, slots: SlotPass) -> None:
+        for index in range(len(self.head.layers)):
+            window = tokens[:, 1 + index : 1 + index + slots.tokens]
+            features = self.head.step(index, window, features, slots.positions, slots)
 
     @torch.no_grad()
     def propose(self, rows: Rows, budget: Tensor) -> Draft:
         """Read the window, then draft token by token; a row with an empty window drafts nothing."""
-        count = self._count[: rows.count]
+        count = self.pending[: rows.count]
         lengths = torch.where(count > 0, budget, 0)
         k, width, layers = int(lengths.max()), int(count.max()), len(self.head.layers)
         chain = SampledChain(rows, self.round_temperature(rows), self.head.draft_ids)
@@ -277,7 +238,7 @@ class MtpDrafter(SampledDrafter):
         batch = torch.arange(rows.count, device=count.device)
         text = torch.cat([self._tokens[: rows.count, :width], count.new_zeros(rows.count, k)], dim=1)
         starts = (rows.lengths - count).clamp(min=0)
-        slots = SlotPass(self._cache, 0, starts, width, int(starts.max()) + width)
+        slots = SlotPass(self.cache, 0, starts, width, int(starts.max()) + width)
         window, newest = self._features[: rows.count, :width], torch.empty(0)
         token = rows.last
         for j in range(k):
@@ -290,24 +251,10 @@ class MtpDrafter(SampledDrafter):
             text[batch, count + j] = token
         return chain.draft(lengths)
 
-    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
-        assert features is not None
-        count, new = self._count[: rows.count], verdict.accepted + 1
-        width = self._tokens.shape[1]
-        kept = count.clamp(max=len(self.head.layers) - 1)
-        take = torch.arange(width, device=count.device).expand(rows.count, width)
-        take = torch.where(take < kept[:, None], (count - kept)[:, None] + take, width + take - kept[:, None])
-        take = take.clamp(max=width + features.shape[1] - 1)
-        batch = torch.arange(rows.count, device=count.device)[:, None]
-        tokens = torch.cat([self._tokens[: rows.count], verdict.tokens], dim=1)
-        states = torch.cat([self._features[: rows.count], features.to(self._features.dtype)], dim=1)
-        self._tokens[: rows.count], self._features[: rows.count] = tokens[batch, take], states[batch, take]
-        self._count[: rows.count] = kept + new
-
     def _again(self, rows: Rows, token: Tensor, hidden: Tensor, step: int) -> Tensor:  # [B, H]
         """The last layer on its own output [B, H], `step` places behind the newest token."""
         places = rows.lengths + step
-        slots = SlotPass(self._cache, 0, places, 1, int(places.max()) + 1)
+        slots = SlotPass(self.cache, 0, places, 1, int(places.max()) + 1)
         last = len(self.head.layers) - 1
         return self.head.step(last, token[:, None], hidden[:, None], slots.positions, slots)[:, 0]
 

@@ -1,4 +1,4 @@
-"""What drafters of sampled chains share: the draft, drawn token by token, and its temperature."""
+"""What drafters of sampled chains share: weights, drafting token by token, and a head's pending pairs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from forerun.acceptance.random import Purpose, inverse_cdf_log, round_keys, uniforms
 from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.temperature import Temperature, draft_temperature_of
+from forerun.drafters.trainable import TrainableHead
 from forerun.errors import UserError
 from forerun.models import Policy
+from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.load import artifact, load_exactly
 from forerun.types import Draft, VerifyResult
 
@@ -84,6 +86,72 @@ class SampledDrafter(Drafter):
         """The draft temperature of a round; None: one-hot drafts, as `proposal` or greedy rows ask."""
         greedy = self.proposal == "argmax" or bool((rows.temperature == 0).all())
         return None if greedy else self.draft_temperature.value
+
+
+class HeadDrafter(SampledDrafter):
+    """Base class of heads that continue the policy's hidden states: a KV cache, and per row the pairs to read next.
+
+    Pair p is (x_{p+1}, h_p): a token with the policy's hidden states before it. Pending are the pairs that the last
+    round emitted and, for a head of n layers, n - 1 older ones: layer j had guessed the tokens j places further on, and
+    reads them again now that they are known. Reading replaces the cache entries that were guessed while drafting.
+    """
+
+    cotrains = True
+
+    def __init__(self, head: Any, policy: Policy, layers: int) -> None:
+        super().__init__(head)
+        self.head = head.to(policy.device).eval()
+        self.aux_layers = head.config.layers
+        self._layers = layers
+
+    def trainable_head(self) -> TrainableHead:
+        return self.head
+
+    def open(self, rows: int, positions: int, k: int) -> None:
+        weight, config = next(self.head.parameters()), self.head.config
+        width, size = k + self._layers, config.aux_width * len(config.layers)
+        self.cache = SlotCache(rows, positions + self._layers - 1)
+        self._tokens = torch.zeros(rows, width, dtype=torch.int64, device=weight.device)
+        self._features = torch.zeros(rows, width, size, dtype=weight.dtype, device=weight.device)
+        self.pending = torch.zeros(rows, dtype=torch.int64, device=weight.device)
+
+    @torch.no_grad()
+    def prefill(self, first_row: int, tokens: Tensor, lengths: Tensor, features: Tensor | None) -> None:
+        """Read all pairs of the prompts but the last n, which stay pending (as for a row that just emitted them)."""
+        assert features is not None
+        layers, rows = self._layers, slice(first_row, first_row + len(tokens))
+        count = (lengths - 1).clamp(max=layers)
+        places = (lengths - 1 - count)[:, None] + torch.arange(layers, device=tokens.device)  # [P, n]
+        batch = torch.arange(len(tokens), device=tokens.device)[:, None]
+        self.pending[rows] = count
+        self._tokens[rows, :layers] = tokens[batch, (places + 1).clamp(max=tokens.shape[1] - 1)]
+        known = features[batch, places.clamp(max=features.shape[1] - 1)]
+        self._features[rows, :layers] = known.to(self._features.dtype)
+        width = tokens.shape[1] - 1 - layers
+        if width > 0:
+            slots = SlotPass(self.cache, first_row, torch.zeros_like(lengths), width, width, fresh=True)
+            self.read_prompts(tokens, features[:, :width], slots)
+
+    def read_prompts(self, tokens: Tensor, features: Tensor, slots: SlotPass) -> None:
+        """Run the head over pairs 0 .. n-1 of prompts: tokens [P, L], features [P, n, T·H]."""
+        raise NotImplementedError(f"{type(self).__name__}.read_prompts")
+
+    def copy(self, source: int, target: int) -> None:
+        self.cache.copy(source, target, self.cache.positions)
+        for store in (self._tokens, self._features, self.pending):
+            store[target] = store[source]
+
+    def observe(self, rows: Rows, verdict: VerifyResult, features: Tensor | None) -> None:
+        assert features is not None
+        count, older = self.pending[: rows.count], self._layers - 1
+        kept = count.clamp(max=older)
+        batch = torch.arange(rows.count, device=count.device)[:, None]
+        source = (count - kept)[:, None] + torch.arange(older, device=count.device)  # [B, n - 1]
+        target = kept[:, None] + torch.arange(features.shape[1], device=count.device)  # [B, new]
+        for store, new in ((self._tokens, verdict.tokens), (self._features, features.to(self._features.dtype))):
+            store[: rows.count, :older] = store[batch, source]
+            store[batch, target] = new
+        self.pending[: rows.count] = kept + verdict.accepted + 1
 
 
 class SampledChain:
