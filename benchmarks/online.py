@@ -43,8 +43,7 @@ from benchmarks.common import (
     write_result,
 )
 from forerun.config import DraftConfig, TaskConfig
-from forerun.drafters.eagle3 import Eagle3Drafter
-from forerun.drafters.training.eagle3 import new_head
+from forerun.drafters.eagle3 import Eagle3Drafter, new_head
 from forerun.drafters.training.heads import mean_acceptance, run_teacher, train_head, unrolled_losses
 from forerun.drafters.training.trainer import EpochDone, Pair, Training, TrainingSetup, Validation
 from forerun.engine.local.engine import LocalEngine

@@ -16,8 +16,7 @@ from draft_training import watched
 from drafter_contract import Forced, check_the_same
 from forerun.config import DraftConfig
 from forerun.drafters.base import Rows
-from forerun.drafters.eagle3 import Eagle3Drafter, Eagle3Head, rotary
-from forerun.drafters.training.eagle3 import new_head
+from forerun.drafters.eagle3 import Eagle3Drafter, Eagle3Head, new_head, rotary
 from forerun.drafters.training.heads import run_teacher, train_head, validate
 from forerun.drafters.training.trainer import TrainingSetup, Validation
 from forerun.engine.local.engine import LocalEngine

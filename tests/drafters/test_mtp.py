@@ -153,7 +153,7 @@ def test_training_and_serving_compute_the_same_draft_distribution(
 
 
 def unrolled(head: MtpHead, teacher, depth: int) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
-    from forerun.drafters.unroll import unroll_mtp
+    from forerun.drafters.mtp import unroll_mtp
 
     with torch.no_grad():
         passes = unroll_mtp(head, teacher.tokens, teacher.features, teacher.scored, depth)

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from draft_training import watched
 from forerun.config import DraftConfig
-from forerun.drafters.mtp import MtpHead
+from forerun.drafters.eagle3 import new_head
+from forerun.drafters.mtp import MtpHead, unroll_mtp
 from forerun.drafters.training.distill import chain_losses, distill, pruned_copy
-from forerun.drafters.training.eagle3 import new_head
 from forerun.drafters.training.heads import run_teacher, split_pairs, train_head, unrolled_losses, weighted_loss
 from forerun.drafters.training.losses import acceptance, cross_entropy, position_loss, total_variation
 from forerun.drafters.training.trainer import StateFile, Trainer, TrainingSetup, Validation, fit
-from forerun.drafters.unroll import unroll_mtp
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy

@@ -15,10 +15,9 @@ import yaml
 import forerun
 from forerun.algorithms.advantages import group_advantages
 from forerun.config import DraftConfig, TrainConfig, load_recipe
-from forerun.drafters.eagle3 import Eagle3Drafter, Eagle3Head
+from forerun.drafters.eagle3 import Eagle3Drafter, Eagle3Head, new_head
 from forerun.drafters.mtp import MtpDrafter, MtpHead
 from forerun.drafters.ngram import NgramDrafter
-from forerun.drafters.training.eagle3 import new_head
 from forerun.drafters.training.heads import train_head, validate
 from forerun.drafters.training.trainer import TrainingSetup
 from forerun.engine.local.engine import LocalEngine

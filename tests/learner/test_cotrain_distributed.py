@@ -27,9 +27,8 @@ from torch import Tensor
 import forerun
 from forerun.algorithms.advantages import group_advantages
 from forerun.config import DraftConfig, TrainConfig
-from forerun.drafters.eagle3 import Eagle3Drafter
+from forerun.drafters.eagle3 import Eagle3Drafter, new_head
 from forerun.drafters.mtp import MtpDrafter, MtpHead
-from forerun.drafters.training.eagle3 import new_head
 from forerun.drafters.training.heads import TeacherBatch, rows_by_position, run_teacher, unrolled_losses, weighted_loss
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError

@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM
 import forerun
 from forerun.algorithms.advantages import group_advantages
 from forerun.config import DraftConfig, LoraConfig, TrainConfig, load_recipe
-from forerun.drafters.eagle3 import Eagle3Drafter
+from forerun.drafters.eagle3 import Eagle3Drafter, new_head
 from forerun.drafters.mtp import MtpDrafter, MtpHead
-from forerun.drafters.training.eagle3 import new_head
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.events import finish

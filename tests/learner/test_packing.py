@@ -12,8 +12,7 @@ import torch
 
 from forerun.algorithms.advantages import group_advantages
 from forerun.config import DraftConfig, TrainConfig
-from forerun.drafters.eagle3 import Eagle3Drafter
-from forerun.drafters.training.eagle3 import new_head
+from forerun.drafters.eagle3 import Eagle3Drafter, new_head
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.events import finish

@@ -6,14 +6,10 @@ Axes: N sequences, L padded length, T bases, K key-value heads, D head size, H h
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from forerun.drafters.mtp import MtpHead
 
 KeysAndValues = tuple[Tensor, Tensor]
 
@@ -96,39 +92,3 @@ class UnrollPass:
             bases = query.shape[2]
             self.own = [(k[:, :, :bases], v[:, :, :bases]) for k, v in self.own] + [(key, value)]
         return unrolled_attention(query, self.context, self.own, self.first, scale, window, softcap)
-
-
-def unroll_mtp(
-    head: MtpHead, tokens: Tensor, features: Tensor, scored: Tensor, depth: int, targets: Tensor | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """Training-time test. Per draft position: the policy's last hidden states, and the head's, [M, H] each.
-
-    Args:
-        tokens: [N, L]. features: [N, L, H]. scored: [N, L], entry r: token r + 1 belongs to the completion.
-        targets: [N, L, D], returned in the place of `features`.
-    """
-    targets = features if targets is None else targets
-    length, layers = tokens.shape[1], len(head.layers)
-    positions = torch.arange(length, device=tokens.device)[None]
-    hidden, slots, begin, results = features, UnrollPass(), 0, []
-    for j in range(depth):
-        last = length - 2 - j  # bases beyond it have no next token
-        if j >= layers and begin == 0:  # guesses begin at bases that rounds can start from
-            begin = max(0, int(scored.any(0).float().argmax()) - 1)
-            hidden, slots.first = hidden[:, begin:], begin
-        if last < begin:
-            break
-        if j < layers:
-            slots = UnrollPass()
-        shift = max(0, j - layers + 1)
-        bases = last + 1 - begin
-        hidden = head.step(
-            min(j, layers - 1),
-            tokens[:, begin + 1 + j : last + 2 + j],
-            hidden[:, :bases],
-            positions[:, begin + shift : last + 1 + shift],
-            slots,
-        )
-        rows = scored[:, begin + 1 : last + 2] & scored[:, begin + 1 + j : last + 2 + j]
-        results.append((targets[:, begin + 1 + j : last + 2 + j][rows], hidden[rows]))
-    return results

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from forerun.engine.base import Counters
+    from forerun.engine.counters import Counters
 
 ROUNDS = 64  # compared after a load: enough to tell 2.5 tokens per round from 1.3
 COLLAPSE = 0.5  # of the known accepted drafts per round; below it the drafter is suspected
