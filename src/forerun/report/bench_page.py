@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 
 def write_bench(result: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """Write `bench.json` (the cost table) and `bench.html`; returns their paths. Raises UserError for a full disk."""
+    """Write `bench.json` (the cost table) and `bench.html`; returns their paths. Raises UserError on a disk error."""
     folder.mkdir(parents=True, exist_ok=True)
     table = folder / "bench.json"
     page = folder / "bench.html"

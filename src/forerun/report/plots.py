@@ -164,7 +164,7 @@ def mean_step_bars(run: RunData) -> Figure | None:
 
 
 def compared_bars(run: RunData) -> Figure | None:
-    """Generation seconds of the compared steps, plain beside speculative, with the ratio over the pair."""
+    """Generation seconds of the compared steps, plain and speculative, with the ratio over the pair."""
     rows = run.summary.get("compare") or []
     rows = [row for row in rows if row.get("plain_s") is not None and row.get("spec_s") is not None]
     if not rows:

@@ -21,7 +21,7 @@ Pace = Callable[[Floats, Floats], Floats]  # batch and context to seconds per to
 
 
 def sample_lengths(mean_tokens: float, sigma: float, cap_tokens: int, count: int, seed: int = 0) -> Floats:
-    """`count` lognormal lengths from 1 to the cap; the mean is that before the cut. UserError for impossible values."""
+    """`count` lognormal lengths from 1 to the cap; the mean is before the cut. Raises UserError for bad values."""
     if mean_tokens <= 0 or cap_tokens < 1 or sigma < 0:
         raise UserError(
             f"Output lengths of mean {mean_tokens}, spread {sigma} and cap {cap_tokens} cannot be; "

@@ -34,7 +34,7 @@ PASS_COUNTER = LinearEngine(1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def benchmarked_cost_model(nominal: CostModel, table: CostTable, method: str) -> CostModel:
-    """The nominal model with an engine that `forerun bench` measured (UserError: not with this method)."""
+    """The nominal model with the measured engine of a method. Raises UserError without rows of the method."""
     rows = table.of(method)
     engine = replace(fit_engine(rows, nominal.engine.cached_s), capacity_tokens=nominal.engine.capacity_tokens)
     error = held_out_error(rows)

@@ -177,7 +177,7 @@ def _lengths(spec: PlanSpec) -> Floats:
 
 
 def drafter_of(spec: PlanSpec, model: ModelShape, measured: bool) -> Drafter:
-    """The spec's drafter; one that the simulator does not know must be measured (else a UserError), without a shape."""
+    """The spec's drafter, without a shape where only measurements know it. Raises UserError for an unknown one."""
     if measured and spec.method not in METHODS:
         return Drafter(spec.method)
     draft = load_model(spec.draft) if spec.draft else None
@@ -185,7 +185,7 @@ def drafter_of(spec: PlanSpec, model: ModelShape, measured: bool) -> Drafter:
 
 
 def auto_layout(model: ModelShape, gpu: Hardware, spec: PlanSpec, sequence_tokens: float) -> Layout:
-    """The smallest power-of-two replica whose cache holds 16 sequences of `sequence_tokens`, else a UserError."""
+    """The smallest power-of-two replica that caches 16 sequences; it may take all GPUs. Raises UserError if none fits."""
     size = 1
     replica = Replica(model, gpu, Layout(), spec.precision)
     while size <= spec.gpus and model.heads % size == 0:
