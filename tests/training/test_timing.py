@@ -28,6 +28,8 @@ from forerun.training.weights import publish
 from forerun.types import STAGES
 from tiny_models import save_tiny
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 @pytest.fixture(autouse=True)
 def rewards_importable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +169,7 @@ def test_a_lost_replica_is_marked_and_starts_again(
     monkeypatch.setenv("PYTHONPATH", str(Path(faulty_engines.__file__).parent), prepend=os.pathsep)
     policy = load_policy(str(tiny("llama")), "float32", "cpu")
     plain = SpeculationConfig.model_validate({"method": "none"})
-    within = ReplicatedEngine("local", policy, None, plain, slots=2, replicas=2, maker="faulty_engines:patient")
+    within = ReplicatedEngine("local", policy, None, plain, slots=2, replicas=2, make="faulty_engines:slow")
     timeline = Timeline(tmp_path / "timeline.json")
     with closing(within):
         states = EngineStates(within, timeline)
