@@ -4,21 +4,26 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 # Tests run side by side, one thread each: tiny models gain nothing from a second one.
 ALONE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# At its end a recipe says how long it took; its exit status stays.
+TIMED = @begun=$$(date +%s); trap 'echo "make $@: $$(($$(date +%s) - begun)) s"' EXIT;
 # vLLM's CPU build, which its tests run on, exists for one platform.
 VLLM_RUNS := $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -))
 
-.PHONY: quickstart test fast check test-vllm test-cluster artifacts clean
+.PHONY: quickstart test fast check suite test-vllm test-cluster artifacts clean
 
 quickstart: .venv/ready
 	$(BIN)/forerun train quickstart
 
-test: .venv/ready-dev $(if $(VLLM_RUNS),.venv-vllm/ready) check
+test: .venv/ready-dev $(if $(VLLM_RUNS),.venv-vllm/ready)
+	$(TIMED) $(MAKE) check && $(MAKE) suite && \
+	$(if $(VLLM_RUNS),$(MAKE) test-vllm,echo "vLLM's CPU build is for Linux on x86-64: its tests were left out")
+
+suite: .venv/ready-dev
 	$(ALONE) $(BIN)/python -m pytest $(SIDE_BY_SIDE) --durations=15
-	$(if $(VLLM_RUNS),$(MAKE) test-vllm,@echo "vLLM's CPU build is for Linux on x86-64: its tests were left out")
 
 fast: .venv/ready-dev
-	$(ALONE) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
+	$(TIMED) $(ALONE) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 check: .venv/ready-dev
 	$(BIN)/ruff check src tests benchmarks scripts

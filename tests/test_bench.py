@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from command_line import run_here
 from forerun.models import load_policy
 from forerun.simulate.plan.cost_table import read_cost_table
 from tiny_models import random_drafter
@@ -62,5 +63,5 @@ def test_mistakes_are_one_sentence(recipe: Path) -> None:
         (("--methods", "eagle3", "--draft", "eagle3=/nowhere"), "neither a folder nor a shipped artifact"),
         (("--methods", "gremlin"), "gremlin"),
     ):
-        done = bench(recipe, *words)
+        done = run_here("bench", str(recipe), "--json", "--repeats", "1", *words)
         assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr, done.stderr

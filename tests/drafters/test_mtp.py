@@ -78,6 +78,7 @@ def test_ends_stops_and_logprobs(policy: Policy, layers: int) -> None:
     check_logprobs(policy, lambda: drafter_of(policy, layers))
 
 
+@pytest.mark.slow
 def test_the_law_is_the_policys(tiny: Callable[..., Path]) -> None:
     """Chi-square at 20000 samples; a verifier without residual is found out."""
     small = load_policy(str(tiny("llama", vocab_size=8, mlp_bias=True)), "float32", "cpu")

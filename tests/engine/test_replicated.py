@@ -27,6 +27,7 @@ from forerun.training.weights import publish
 from forerun.types import Rollout
 from forerun.workers.handle import Timeouts
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 PROMPTS = [[5, 6, 7], [9, 3], [3, 4, 5, 6, 7, 8], [20, 21], [30] * 10]
 LONG = Sampling(48, 1.0, 3, ignore_eos=True)
 N = 4
@@ -165,6 +166,7 @@ def test_invalid_output_is_seen(fault: str) -> None:
     assert words in stream.fault_of(replace(honest, **changes), 0, 55)
 
 
+@pytest.mark.usefixtures("real_workers")
 def test_one_that_returns_invalid_output_is_replaced(
     small: Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_successor_is_timed_from_its_own_beginning() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_a_sleepy_replica_is_reported_and_not_replaced(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ process that does not end within `limit_s` says where it hangs, and ends with 1.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import json
@@ -37,13 +38,12 @@ from forerun.training import checkpoint, loop, prefetch, rollout
 from forerun.training import run as runs
 from forerun.training.state import Run
 from forerun.types import STAGES
-from preforked import Preforked
+from fork_server import IMPORTS, ForkServer
 
 POINTS = (*STAGES, "rollouts", "learnt", "checkpoint", "writing", "flushing", "renamed", "finishing")
 INSIDE = ("scoring", "training", "evaluation", "sharding", "restoring")  # the last two: ranks save, and load
 SAMPLES = 5  # "rollouts" is struck when so many have come
 LIMIT_S = 300  # of one life, unless it is given
-USED_BY_RUNS = ("forerun.learner.worker", "forerun.engine.local.engine", "transformers.models.llama.modeling_llama")
 
 
 class Hand:
@@ -229,15 +229,15 @@ def live(request: dict[str, Any]) -> int:
     out = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)
-    if preforked := request.get("preforked", 0):
-        Preforked(preforked).arm()
+    forked = ForkServer(fresh=False).used() if request["forked"] else contextlib.nullcontext()
     faulthandler.dump_traceback_later(request.get("limit_s", LIMIT_S), exit=True)
     Hand(request["kills"], request["struck"], request.get("in_turn", False)).arm()
     if request.get("sabotage") == "truncate":
         RunFolder.truncate_after = lambda self, step: 0  # type: ignore[method-assign]
     sys.argv = ["forerun", *request["arguments"]]
     try:
-        forerun.cli.main()
+        with forked:
+            forerun.cli.main()
     except SystemExit as end:
         return int(end.code or 0)
     finally:
@@ -247,7 +247,7 @@ def live(request: dict[str, Any]) -> int:
 
 def main() -> None:
     """Until nothing more is asked."""
-    for name in USED_BY_RUNS:
+    for name in IMPORTS:
         importlib.import_module(name)
     for line in sys.stdin:
         child = os.fork()

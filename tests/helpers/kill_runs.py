@@ -49,12 +49,14 @@ def write_recipe(folder: Path, model: Path, **blocks: dict[str, Any]) -> Path:
 class Zygote:
     """`kill_driver.py`, waiting to be asked. All that comes of it carries its mark and keeps to its folder."""
 
-    def __init__(self, folder: Path, preforked: int = 0, prefix: Sequence[str] = (), limit_s: float = LIMIT_S) -> None:
-        """`preforked`: processes that each life has ready for its replicas and ranks. `prefix`: of its command.
+    def __init__(
+        self, folder: Path, forked: bool = False, prefix: Sequence[str] = (), limit_s: float = LIMIT_S
+    ) -> None:
+        """`forked`: replicas and ranks come from a fork server. `prefix`: of its command.
 
         `limit_s`: of a life.
         """
-        self.folder, self.preforked, self.limit_s = folder, preforked, limit_s
+        self.folder, self.forked, self.limit_s = folder, forked, limit_s
         (folder / "tmp").mkdir()
         own = {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder / "tmp"), "KILL_TESTS_IN": str(folder)}
         self.process = subprocess.Popen(
@@ -68,7 +70,7 @@ class Zygote:
         """One life of a driver; its exit code, or minus the signal."""
         request = {
             "arguments": arguments, "kills": kills or [], "in_turn": in_turn, "sabotage": sabotage,
-            "preforked": self.preforked,
+            "forked": self.forked,
             "out": str(self.folder / "out.txt"), "struck": str(self.folder / "struck.jsonl"),
             "limit_s": self.limit_s,
         }  # fmt: skip

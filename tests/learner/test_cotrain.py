@@ -164,6 +164,7 @@ def beside(policy: Policy, head: Eagle3Head, config: DraftConfig, rate: float) -
         trainer.update(step, rollouts, scored.entropies)
 
 
+@pytest.mark.slow
 def test_drafts_follow_a_policy_that_moves(tiny: Callable[..., Path]) -> None:
     """One drafter, trained twice as long: beside a policy that moves, and beside one that stands still (the control).
 

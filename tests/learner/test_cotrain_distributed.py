@@ -45,6 +45,7 @@ from forerun.types import Rollout
 from forerun.workers.local import LocalLauncher
 from forerun.workers.server import PROGRAM
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 PROMPTS = [[5, 6, 7], [9, 3, 1, 2, 4, 4], [20]]
 REWARDS = [[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0]]  # the second group has zero advantages
 CONFIG = DraftConfig(depth=3, online_learning_rate=1e-3)
@@ -372,6 +373,8 @@ def steps_of(folder: str) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows if "reward/mean" in row]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("real_workers")
 def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_one(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ from forerun.workers.group import RanksLost
 from forerun.workers.local import LocalLauncher
 from forerun.workers.server import PROGRAM
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 PROMPTS = [[5, 6, 7], [9, 3, 1, 2, 4, 4], [20, 21]]
 REWARDS = [[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0]]  # the second group has zero advantages
 AVERAGING = f"import forerun.learner.fsdp as shard; shard.DIVISOR = 2.0; {PROGRAM}"
@@ -207,6 +208,7 @@ def test_the_comparison_sees_gradients_that_are_averaged(fresh: Callable[[], Pol
     assert differences["logprobs"] < 1 < 500 < min(differences["weights"], differences["policy/grad_norm"])
 
 
+@pytest.mark.usefixtures("real_workers")
 def test_a_restored_group_goes_on_bit_for_bit(
     fresh: Callable[[], Policy], batches: list[Batch], tmp_path: Path
 ) -> None:
@@ -279,6 +281,7 @@ def test_a_rank_that_hangs_ends_the_group(fresh: Callable[[], Policy], batches: 
         assert time.monotonic() - started < 30 and alive(group.pids) == []
 
 
+@pytest.mark.usefixtures("real_workers")
 def test_a_rank_that_cannot_start_says_why(fresh: Callable[[], Policy]) -> None:
     with pytest.raises(RanksLost, match=r"Rank \d of the learner .*ModuleNotFoundError: No module named 'nowhere'"):
         LearnerGroup(fresh(), TrainConfig(ranks=2), 1.0, LocalLauncher(program="import nowhere"))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import forerun
+from command_line import run_here
 from forerun.algorithms.advantages import group_advantages
 from forerun.config import DraftConfig, LoraConfig, TrainConfig, load_recipe
 from forerun.drafters.eagle3 import Eagle3Drafter, new_head
@@ -36,6 +35,7 @@ from forerun.types import Rollout
 
 PROMPTS = [[5, 6, 7], [9, 3, 1, 2, 4, 4], [20, 21]]
 LORA = LoraConfig(rank=4)
+pytestmark = pytest.mark.usefixtures("forked_workers")
 Tiny = Callable[..., Path]
 
 
@@ -491,7 +491,7 @@ def test_a_layer_that_is_never_called_is_refused(tiny: Tiny) -> None:
 
 def test_the_command_line_reaches_into_the_block() -> None:
     words = ["train", "quickstart", "train.lora.rank=8", "train.lora.targets=[q_proj, v_proj]", "--dry-run", "--json"]
-    done = subprocess.run([sys.executable, "-m", "forerun.cli", *words], capture_output=True, text=True)
+    done = run_here(*words)
     lora = {"rank": 8, "alpha": None, "targets": ["q_proj", "v_proj"], "seed": 0}
     assert done.returncode == 0 and json.loads(done.stdout)["train"]["lora"] == lora
     assert load_recipe("quickstart").train.lora is None

@@ -23,6 +23,7 @@ from forerun.models import Policy, load_policy
 from forerun.workers.local import LocalLauncher
 from forerun.workers.server import PROGRAM
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 TWO = {"tensor_parallel": 2}
 CLIPPED = PLAIN.model_copy(update={"max_grad_norm": 2.0})
 # Every rank keeps the gradient that its own heads have for the norms of heads.

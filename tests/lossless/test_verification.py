@@ -67,6 +67,7 @@ def test_every_fault_is_found_and_its_claim_named(recipe: Recipe, fault: str) ->
     assert CAUGHT_BY.get(fault, LAW) in verdict.failed_claims, verdict.to_text()
 
 
+@pytest.mark.slow
 def test_the_verb_writes_its_page_and_exits_with_1_on_a_fault(recipe_file: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "forerun.cli", "verify", str(recipe_file), "--quick", "--json", "--out"]
     done = subprocess.run([*words, str(tmp_path), "--inject", "no_residual"], capture_output=True, text=True)

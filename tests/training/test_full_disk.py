@@ -25,7 +25,7 @@ RECIPE: dict[str, dict[str, Any]] = {"speculation": {"method": "none"}, "train":
 
 @pytest.fixture(scope="module")
 def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    made = Zygote(tmp_path_factory.mktemp("zygote"), preforked=2)
+    made = Zygote(tmp_path_factory.mktemp("zygote"), forked=True)
     yield made
     made.close()
 

@@ -17,6 +17,8 @@ from forerun.events import Counting, finish
 from forerun.learner.distributed import LearnerGroup
 from forerun.training.run import resumed_recipe, run
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 @pytest.fixture
 def recipe(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -28,6 +28,8 @@ from forerun.training.weights import publish
 from forerun.types import STAGES
 from tiny_models import save_tiny
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 
 @pytest.fixture(autouse=True)
 def rewards_importable(monkeypatch: pytest.MonkeyPatch) -> None:

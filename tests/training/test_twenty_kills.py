@@ -72,7 +72,7 @@ def drawn(seed: int) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def zygote(tmp_path: Path) -> Iterator[Zygote]:
-    made = Zygote(tmp_path, preforked=12)
+    made = Zygote(tmp_path, forked=True)
     yield made
     made.close()
 
@@ -121,7 +121,6 @@ def test_twenty_kills_of_actors_and_their_driver(
         wait_until_actors_are_gone(f"RAY_TESTS_IN={there}")
         check_that_all_room_is_free(address)
         check_that_nothing_is_missing(folder)
-        zygote.preforked = 4  # this run needs three
         check_that_it_is_the_undisturbed_run(folder, recipe, zygote)
     assert marked(f"RAY_TESTS_IN={there}") == set()
     check_that_folders_are_swept(there, monkeypatch)
@@ -141,7 +140,6 @@ def test_a_private_ray_ends_with_its_driver(tiny: Callable[..., Path], tmp_path:
         zygote.wait_until_alone(seconds=120)
         assert [s["point"] for s in zygote.struck] == ["training"]
         check_that_nothing_is_missing(folder := latest(recipe))
-        zygote.preforked = 4
         check_that_it_is_the_undisturbed_run(folder, recipe, zygote)
 
 

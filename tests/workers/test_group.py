@@ -18,6 +18,7 @@ from forerun.workers.group import RankGroup, RanksLost
 from forerun.workers.handle import NotPlaced, Spec, Timeouts, Worker
 from forerun.workers.local import LocalLauncher
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 SHORT = Timeouts(heartbeat_s=3.0, start_s=60.0)
 
 

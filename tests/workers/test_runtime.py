@@ -166,6 +166,7 @@ def test_silence_is_counted_until_it_is_too_long(start: Callable[..., list[Worke
     assert workers[0].silent_s > SHORT.heartbeat_s
 
 
+@pytest.mark.slow
 def test_a_worker_that_stops_in_mid_message_does_not_stop_the_driver(start: Callable[..., list[Worker]]) -> None:
     """Neither while it sends, nor while it should read."""
     workers = start(2)

@@ -31,6 +31,7 @@ from forerun.workers.handle import Timeouts
 from forerun.workers.local import LocalLauncher
 from forerun.workers.shared_memory import ALIGNMENT_BYTES, Segment, received
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 ROOT = Path(__file__).parent.parent.parent
 N = 4
 TIMEOUTS = Timeouts(heartbeat_s=20.0, start_s=120.0)
