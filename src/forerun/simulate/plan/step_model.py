@@ -185,7 +185,7 @@ def drafter_of(spec: PlanSpec, model: ModelShape, measured: bool) -> Drafter:
 
 
 def auto_layout(model: ModelShape, gpu: Hardware, spec: PlanSpec, sequence_tokens: float) -> Layout:
-    """The smallest power-of-two replica that caches 16 sequences; it may take all GPUs. Raises UserError if none fits."""
+    """The smallest power-of-two replica that caches 16 sequences, all GPUs at most. Raises UserError if none fits."""
     size = 1
     replica = Replica(model, gpu, Layout(), spec.precision)
     while size <= spec.gpus and model.heads % size == 0:
