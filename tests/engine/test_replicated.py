@@ -119,7 +119,13 @@ def test_texts_are_those_of_one_process(engine: ReplicatedEngine, small: Policy)
     assert replicas["slowest_ratio"] >= 1 and not engine.warnings
 
 
-@pytest.mark.parametrize(("how", "words"), [(signal.SIGKILL, "killed by signal 9"), (signal.SIGSTOP, "silent")])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (signal.SIGKILL, "killed by signal 9"),
+        pytest.param(signal.SIGSTOP, "silent", marks=pytest.mark.slow),
+    ],
+)
 def test_a_replica_lost_in_a_stream_is_replaced_and_every_sample_comes_once(
     engine: ReplicatedEngine, small: Policy, how: signal.Signals, words: str
 ) -> None:

@@ -208,6 +208,7 @@ def test_the_comparison_sees_gradients_that_are_averaged(fresh: Callable[[], Pol
     assert differences["logprobs"] < 1 < 500 < min(differences["weights"], differences["policy/grad_norm"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("real_workers")
 def test_a_restored_group_goes_on_bit_for_bit(
     fresh: Callable[[], Policy], batches: list[Batch], tmp_path: Path

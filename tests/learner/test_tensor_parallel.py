@@ -67,7 +67,8 @@ def compared(folder: Path, count: int, config: TrainConfig, program: str = PROGR
 @pytest.mark.parametrize(
     ("family", "tied", "count", "config"),
     [
-        ("llama", True, 4, RICH),  # split in two, and sharded in two; a reference, packed rows
+        # split in two, and sharded in two; a reference, packed rows
+        pytest.param("llama", True, 4, RICH, marks=pytest.mark.slow),
         ("qwen3", False, 2, CLIPPED),  # norms of heads
         pytest.param("qwen2", False, 2, PLAIN, marks=pytest.mark.slow),  # biases
         pytest.param("mistral", True, 2, CLIPPED, marks=pytest.mark.slow),
@@ -90,6 +91,7 @@ def test_the_comparison_sees_gradients_that_are_not_added_up(tiny: Callable[...,
     assert differences["weights"] > 10, differences
 
 
+@pytest.mark.slow
 def test_checkpoints_load_on_any_number_of_ranks(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Of AdamW with a reference: split in two, sharded in two, one process, and split again."""
     folder, config = tiny("llama", tie_word_embeddings=True), TrainConfig(kl=0.1, silence_s=30)
