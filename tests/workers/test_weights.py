@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -64,7 +65,9 @@ def start(
 
 @pytest.fixture(scope="module")
 def started(policy: Policy) -> Iterator[dict[str, ReplicatedEngine]]:
-    """Four replicas that share memory, and four that do not."""
+    """Four replicas that share memory, and four that do not; segments of tests before are gone."""
+    gc.collect()
+    assert not with_segments_of(os.getpid())
     engines = {way: start(policy, N, shared) for way, shared in WAYS.items()}
     yield engines
     for engine in engines.values():
