@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from forerun import registry
 from forerun.config import load_recipe
 from forerun.errors import UserError
 from forerun.events import finish
+from forerun.lossless.harness import Effort, verify_recipe
 from forerun.training.run import run
 
 EXTENSIONS = Path(__file__).parent / "extensions"
@@ -110,6 +112,34 @@ def test_a_typo_is_answered_before_anything_is_loaded(recipe: str, key: str, val
 def test_a_typo_in_a_task_names_the_nearest(recipe: str) -> None:
     with pytest.raises(UserError, match="did you mean 'jsonl'"):
         finish(run(load_recipe(recipe, {"task.name": "jsonll"})))
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"), [("speculation.method", "drafter"), ("rollout.engine", "engine"), ("train.algorithm", "algorithm")]
+)
+def test_a_path_to_something_else_is_a_sentence(recipe: str, key: str, kind: str) -> None:
+    with pytest.raises(UserError, match=f"'word_task:build' is no {kind}: it has no "):
+        finish(run(load_recipe(recipe, {"task.name": PARTS["task.name"], key: "word_task:build"})))
+
+
+def test_a_loss_that_is_not_per_token_is_refused(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import plain_algorithm
+
+    def mean(batch: Any, config: Any) -> Any:
+        loss, sums = plain_algorithm.reinforce(batch, config)
+        return loss.mean(), sums
+
+    monkeypatch.setattr(plain_algorithm, "REINFORCE", dataclasses.replace(plain_algorithm.REINFORCE, loss=mean))
+    with pytest.raises(UserError, match=r"has shape \[\] for \d+ tokens; it must return one number per token"):
+        finish(run(load_recipe(recipe, {key: PARTS[key] for key in ("task.name", "train.algorithm")})))
+
+
+def test_verification_accepts_a_drafter_without_weights(recipe: str) -> None:
+    """Also one that learns from the very texts that are tested."""
+    changes = {"speculation.method": "trie", "task.name": PARTS["task.name"], "rollout.max_new_tokens": 12}
+    effort = Effort(4, 2, 4, 400, 2, 8, 2, 2, 8)
+    verdict = finish(verify_recipe(load_recipe(recipe, changes), effort=effort))
+    assert verdict.passed, verdict.to_text()
 
 
 def test_unknown_settings_of_a_drafter_are_refused(recipe: str) -> None:

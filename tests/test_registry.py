@@ -20,6 +20,12 @@ def test_a_path_needs_no_entry() -> None:
     assert SHAPES.load("math:floor") is math.floor
 
 
+def test_what_is_no_such_part_is_refused() -> None:
+    shapes = Registry("shape", {"circle": "math:tau"}, members=("area", "edge"))
+    with pytest.raises(UserError, match="'circle' is no shape: it has no area, no edge"):
+        shapes.load("circle")
+
+
 def test_a_typo_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"No shape is called 'cirle'; did you mean 'circle'\?"):
         SHAPES.load("cirle")

@@ -237,6 +237,7 @@ def doctor(json: Json = False) -> None:
 def main() -> None:
     """Entry point: runs a verb and turns its errors into exit codes."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.path.append(os.getcwd())  # parts of the user's own, named by module:Name
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")

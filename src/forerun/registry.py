@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -24,10 +24,17 @@ def load_path(path: str) -> Any:
 class Registry:
     """The names of one kind of part."""
 
-    def __init__(self, kind: str, entries: Mapping[str, Any]) -> None:
-        """Args: kind: as an error names it, e.g. "drafter". entries: name -> "package.module:Name" or the part."""
+    def __init__(self, kind: str, entries: Mapping[str, Any], members: Sequence[str] = ()) -> None:
+        """See the module.
+
+        Args:
+            kind: as an error names it, e.g. "drafter".
+            entries: name -> "package.module:Name" or the part.
+            members: attributes that every part has.
+        """
         self.kind = kind
         self.entries = dict(entries)
+        self.members = tuple(members)
 
     def names(self) -> list[str]:
         """Names that ship with the package, then those of entry points."""
@@ -49,8 +56,15 @@ class Registry:
         """What a name stands for.
 
         Raises:
-            UserError: there is no such name, or its module cannot be imported.
+            UserError: there is no such name, its module cannot be imported, or it is no such part.
         """
+        part = self._find(name)
+        missing = [member for member in self.members if not hasattr(part, member)]
+        if missing:
+            raise UserError(f"'{name}' is no {self.kind}: it has no {', no '.join(missing)} (docs/extending.md)")
+        return part
+
+    def _find(self, name: str) -> Any:
         self.check(name)
         path = self.entries.get(name) or next((p.value for p in self._entry_points() if p.name == name), name)
         if not isinstance(path, str):
@@ -79,8 +93,10 @@ DRAFTERS = Registry(
         "graft": "forerun.drafters.graft:GraftDrafter",
         "vllm": "forerun.drafters.vllm_native:VllmNativeDrafter",
     },
+    members=("from_config", "propose", "trains", "samples"),
 )
 ENGINES = Registry(
     "engine",
     {"local": "forerun.engine.local.engine:LocalEngine", "vllm": "forerun.engine.vllm.adapter:VllmEngine"},
+    members=("from_live", "stream", "shares_weights"),
 )

@@ -26,6 +26,7 @@ ALGORITHMS = Registry(
         "dr_grpo": Algorithm(centred_advantages, clipped_loss, CONSTANT_LENGTH, CLIPPING),  # 2503.20783
         "gspo": Algorithm(grpo_advantages, sequence_clipped_loss, SEQUENCE_MEAN, CLIPPING),  # 2507.18071
     },
+    members=("advantages", "loss", "aggregation", "metrics"),
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forerun.algorithms.base import Aggregation, Algorithm, PolicyBatch
+from forerun.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,11 @@ def objective(
     """
     total = algorithm.aggregation.total
     losses, sums = algorithm.loss(batch, config)
+    if losses.shape != batch.logprobs.shape:
+        raise UserError(
+            f"The loss of train.algorithm={config.algorithm} has shape {list(losses.shape)} for "
+            f"{len(batch.logprobs)} tokens; it must return one number per token"
+        )
     loss = total(losses, batch.sequence) / size
     kl_sum = losses.new_zeros(())
     if batch.reference is not None:

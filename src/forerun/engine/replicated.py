@@ -217,6 +217,7 @@ class ReplicatedEngine(RolloutEngine):
         """End the processes."""
         kill_all([replica.worker for replica in self._replicas])
         self._replicas = []
+        self._weights = None  # shared memory stays mapped as long as somebody holds its tensors
         self._launcher.close()
         self._folder.close()
 

@@ -28,7 +28,8 @@ def weight_checks(
     right = weights(1)
     policy, draft = right.checksums["policy"], right.checksums["draft"]
     without = replace(right, version=2, checksums={"policy": policy}, draft=None)
-    stale = replace(right, version=3, checksums={"policy": policy, "draft": "0" * len(draft)})
+    wrong = ("f" if draft.startswith("0") else "0") * len(draft)  # without weights the right one is all zeros
+    stale = replace(right, version=3, checksums={"policy": policy, "draft": wrong})
     checks = [
         _accepted_load(engine, right),
         _refused(engine, without, "missing drafter"),

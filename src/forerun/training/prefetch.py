@@ -166,6 +166,7 @@ class Ahead:
         """Stop the thread."""
         if self._prefetcher is not None:
             self._prefetcher.close()
+            self._prefetcher = None
 
     def _generate(self, step: int, stop_requested: StopRequested, between: Callable[[], None]) -> RolloutBatch:
         run = self.run
