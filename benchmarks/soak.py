@@ -34,6 +34,7 @@ from forerun.engine.replicated import ReplicatedEngine
 from forerun.models import Policy
 from forerun.tracking.environment import describe_environment
 from forerun.training.prefetch import Prefetcher
+from forerun.training.prompts import Request
 from forerun.training.rollout import RolloutBatch
 from forerun.training.weights import publish
 from forerun.types import Rollout
@@ -172,8 +173,9 @@ def soak(steps: int, replicas: int, lag: int, failures: float) -> dict[str, Any]
     prompts = [[1 + p, 2, 3] for p in range(PROMPTS)]
 
     def make(step: int, stop: Callable[[], bool], between: Callable[[], None]) -> RolloutBatch:
-        rollouts = list(engine.stream(prompts, Sampling(LONGEST, 1.0, step), SAMPLES, between=between))
-        return RolloutBatch(rollouts, [], torch.zeros(PROMPTS, SAMPLES), 0.0, 0.0, Counters(), [])
+        request = Request([], prompts, Sampling(LONGEST, 1.0, step))
+        rollouts = list(engine.stream(prompts, request.sampling, SAMPLES, between=between))
+        return RolloutBatch(rollouts, [], torch.zeros(PROMPTS, SAMPLES), 0.0, 0.0, Counters(), [], request)
 
     ahead, warnings = Prefetcher(engine, make, range(steps), lag, in_flight=True), 0
     try:

@@ -41,6 +41,7 @@ from forerun.learner.learner import Learner
 from forerun.models import Policy, load_policy
 from forerun.models.logprobs import microbatches
 from forerun.training import run as runs
+from forerun.training import state
 from forerun.types import Rollout
 from forerun.workers.local import LocalLauncher
 from forerun.workers.server import PROGRAM
@@ -381,7 +382,7 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
     """Killed in the second step's draft training, it ends with policy and drafter of an undisturbed run."""
     trained: list[str] = []
     published: dict[int, dict[str, str]] = {}
-    compare, publish, study = LearnerGroup.check_drafters, runs.publish, LearnerGroup.train_drafter
+    compare, publish, study = LearnerGroup.check_drafters, state.publish, LearnerGroup.train_drafter
 
     def compared(self: LearnerGroup, held: Sequence[str], received: str) -> None:
         compare(self, held, received)
@@ -394,7 +395,8 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
         return weights
 
     monkeypatch.setattr(LearnerGroup, "check_drafters", compared)
-    monkeypatch.setattr(runs, "publish", recorded)
+    monkeypatch.setattr(state, "publish", recorded)
+    monkeypatch.setattr(runs, "publish", recorded)  # the last version, for the summary
     undisturbed = forerun.train(str(recipe))
     rows = steps_of(undisturbed["run"])
     assert len(rows) == len(trained) == 2 and all(row["draft/tokens"] > 0 for row in rows)
