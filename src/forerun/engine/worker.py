@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,10 +120,9 @@ class EngineWorker:
         """Send rollouts as they finish, then "done", also after an abort."""
         self._streaming = True
         try:
-            for rollout in self.engine.stream(prompts, sampling, n, only, self._between):
-                self._send("rollout", rollout)
-        except Aborted:
-            pass
+            with suppress(Aborted):  # raised between two rounds, by a request of the driver
+                for rollout in self.engine.stream(prompts, sampling, n, only, self._between):
+                    self._send("rollout", rollout)
         finally:
             self._streaming = self._paused = False
         self._send("done")
