@@ -33,7 +33,7 @@ from forerun.engine.replicated import ReplicatedEngine
 from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.tracking.environment import describe_environment, machine_line
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 from forerun.types import Rollout
 from forerun.workers.local import LocalLauncher
 
@@ -161,12 +161,12 @@ def measure(policy: Policy, replicas: int, way: str, loads: int) -> dict[str, An
     """Seconds, memory and bytes of `loads` versions, after one that makes room for them."""
     seconds = []
     with closing(holders(policy, replicas, WAYS[way])) as engine:
-        engine.load(publish(1, policy, None, shared=False))
+        engine.load(pack_weights(1, policy, None, shared=False))
         written = engine.written_bytes
         with Memory([os.getpid(), *engine.pids]) as memory:
             for number in range(2, 2 + loads):
                 next(policy.model.parameters()).data.add_(1.0)
-                weights = publish(number, policy, None, shared=False)
+                weights = pack_weights(number, policy, None, shared=False)
                 started = time.perf_counter()
                 engine.load(weights)
                 seconds.append(time.perf_counter() - started)

@@ -26,7 +26,7 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.engine.vllm.adapter import Limits, VllmEngine
 from forerun.models.auxiliary import decoder_layers
 from forerun.tracking.environment import describe_environment, machine_line
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 
 GREEDY, PROMPTS = Sampling(24, 0.0, 0), 2  # of the texts that are compared
 
@@ -50,7 +50,7 @@ def measure(
     for number in range(first, first + versions):
         for weight in layer:
             weight.data *= 1.002
-        weights = publish(number, setting.policy, drafter, shared=False)
+        weights = pack_weights(number, setting.policy, drafter, shared=False)
         started = time.perf_counter()
         held = engine.load(weights)
         seconds.append(time.perf_counter() - started)

@@ -33,10 +33,10 @@ from forerun.engine.base import Counters, Requests, Sampling, Weights, nothing, 
 from forerun.engine.replicated import ReplicatedEngine
 from forerun.models import Policy
 from forerun.tracking.environment import describe_environment
-from forerun.training.prefetch import Prefetcher
+from forerun.training.prefetch import RolloutThread
 from forerun.training.prompts import Request
 from forerun.training.rollout import RolloutBatch
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 from forerun.types import Rollout
 from forerun.workers.handle import Timeouts
 
@@ -177,14 +177,14 @@ def soak(steps: int, replicas: int, lag: int, failures: float) -> dict[str, Any]
         rollouts = list(engine.stream(prompts, request.sampling, SAMPLES, between=between))
         return RolloutBatch(rollouts, [], torch.zeros(PROMPTS, SAMPLES), 0.0, 0.0, Counters(), [], request)
 
-    ahead, warnings = Prefetcher(engine, make, range(steps), lag, in_flight=True), 0
+    ahead, warnings = RolloutThread(engine, make, range(steps), lag, in_flight=True), 0
     try:
-        ahead.publish(publish(0, policy, None, shared=False, frozen=True))
+        ahead.offer(pack_weights(0, policy, None, shared=False, frozen=True))
         for step in range(steps):
             watch.look(step, ahead.take(step, lambda: False))
             for parameter in policy.model.parameters():
                 parameter.data.add_(torch.randn_like(parameter), alpha=1e-3)
-            ahead.publish(publish(step + 1, policy, None, shared=False, frozen=True))
+            ahead.offer(pack_weights(step + 1, policy, None, shared=False, frozen=True))
             warnings += len(engine.warnings)
             engine.warnings.clear()
             watch.measure(step)

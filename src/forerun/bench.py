@@ -21,7 +21,7 @@ from forerun.config import Recipe, SpeculationConfig
 from forerun.drafters import DRAFTERS, Drafter, load_drafter
 from forerun.engine import Counters, Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.events import Note, Work, during
+from forerun.events import EventStream, Note, as_stage
 from forerun.models import Policy
 from forerun.report.format import times
 from forerun.tasks import load_task
@@ -126,14 +126,14 @@ def full_round_s(timeline: Sequence[tuple[float, int]]) -> float:
     return statistics.median(end - start for start, (end, live) in zip(starts, timeline, strict=True) if live == most)
 
 
-def bench_recipe(recipe: Recipe, grid: Grid) -> Work[dict[str, Any]]:
+def bench_recipe(recipe: Recipe, grid: Grid) -> EventStream[dict[str, Any]]:
     """Load the recipe's policy and measure. The result is what `bench.json` holds."""
     env = describe_environment()
     task = load_task(recipe.task, recipe.seed)
     with tempfile.TemporaryDirectory() as scratch:
         policy = yield from prepare_policy(recipe, task, Path(scratch))
     prompts = [encode(problem, recipe, policy) for problem in task.problems("eval")[: 2 * max(grid.batches)]]
-    rows = yield from during("bench", bench(recipe, policy, prompts, grid))
+    rows = yield from as_stage("bench", bench(recipe, policy, prompts, grid))
     return {
         "schema": SCHEMA,
         "recipe": recipe.name,
@@ -147,7 +147,7 @@ def bench_recipe(recipe: Recipe, grid: Grid) -> Work[dict[str, Any]]:
     }
 
 
-def bench(recipe: Recipe, policy: Policy, prompts: list[list[int]], grid: Grid) -> Work[list[dict[str, Any]]]:
+def bench(recipe: Recipe, policy: Policy, prompts: list[list[int]], grid: Grid) -> EventStream[list[dict[str, Any]]]:
     """Rows of the cost table: the plain step of every batch (k = 0), then every method and k.
 
     Args:

@@ -18,7 +18,7 @@ import yaml
 
 from forerun import __version__
 from forerun.config import Recipe, load_recipe, parse_overrides
-from forerun.errors import Interrupted, PartLost, UserError
+from forerun.errors import Interrupted, UserError, WorkersLost
 
 app = typer.Typer(
     help="Reinforcement-learning post-training with lossless speculative rollouts.",
@@ -247,7 +247,7 @@ def main() -> None:
     try:
         _quiet_libraries()
         app(standalone_mode=True)
-    except (UserError, PartLost) as error:
+    except (UserError, WorkersLost) as error:
         if debug:
             raise
         typer.echo(f"forerun: {error}", err=True)

@@ -11,5 +11,5 @@ class Interrupted(Exception):
     """The user asked to stop. Raised at a safe point: the policy is that of the last finished step."""
 
 
-class PartLost(Exception):
-    """A worker is gone and was not replaced; the message is a sentence."""
+class WorkersLost(Exception):
+    """Workers are gone and were not replaced: ranks or replicas; the message is a sentence."""

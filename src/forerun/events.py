@@ -69,8 +69,8 @@ class Finished:
 
 
 Event = Began | Ended | Progress | Note | Warned | StepDone | Finished
-Work = Generator[Event, None, T]
-Counting = Generator[int, None, T]  # work that yields how many sequences are done so far, and returns its result
+EventStream = Generator[Event, None, T]  # yields events and returns a T
+CountStream = Generator[int, None, T]  # yields how many sequences are done so far, and returns a T
 
 
 def finish(work: Generator[Any, None, T]) -> T:
@@ -82,7 +82,7 @@ def finish(work: Generator[Any, None, T]) -> T:
             return end.value  # type: ignore[no-any-return]
 
 
-def during(stage: str, work: Work[T]) -> Work[T]:
+def as_stage(stage: str, work: EventStream[T]) -> EventStream[T]:
     """`work` between `Began(stage)` and `Ended(stage)`."""
     yield Began(stage)
     result = yield from work
@@ -90,7 +90,7 @@ def during(stage: str, work: Work[T]) -> Work[T]:
     return result
 
 
-def counted(work: Counting[T], total: int, unit: str = "rollouts") -> Work[T]:
+def with_progress(work: CountStream[T], total: int, unit: str = "rollouts") -> EventStream[T]:
     """Work that yields how many `unit` are done, as `Progress`."""
     started = time.perf_counter()
     while True:

@@ -1,4 +1,4 @@
-"""The small frozen records that travel between rooms.
+"""The small frozen records that travel between packages.
 
 Axes in shape comments: B sequences of a batch, k draft tokens, V vocabulary, D draft vocabulary, H hidden size.
 Left out: anything that decides something. Records only carry.

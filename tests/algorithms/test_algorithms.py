@@ -14,7 +14,7 @@ from torch import Tensor
 
 from forerun.algorithms import ALGORITHMS, Algorithm, PolicyBatch
 from forerun.algorithms.advantages import group_advantages
-from forerun.algorithms.losses import clipped_loss, objective
+from forerun.algorithms.losses import batch_loss, clipped_loss
 from forerun.config import TrainConfig, load_recipe
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
@@ -40,7 +40,7 @@ def by_hand() -> PolicyBatch:
         behaviour=torch.zeros(3),
         reference=None,
         advantages=torch.tensor([1.0, 1.0, -1.0]),
-        weights=torch.tensor([1.0, 0.5, 1.0]),
+        importance_weights=torch.tensor([1.0, 0.5, 1.0]),
         sequence=torch.tensor([0, 0, 1]),
     )
 
@@ -64,12 +64,12 @@ def test_losses_by_hand(name: str, losses: list[float], ratio: float, size: int,
     assert (int(sums["policy/clip_low"]), int(sums["policy/clip_high"])) == (1, 2 if name == "gspo" else 1)
     assert sums.keys() == algorithm.metrics.keys()
     assert algorithm.aggregation.size([2, 1], LIMIT) == size
-    assert float(objective(algorithm, batch, config, size)[0]) == pytest.approx(loss)
-    penalised, sums = objective(algorithm, replace(batch, reference=torch.zeros(3)), TrainConfig(kl=0.1), size)
+    assert float(batch_loss(algorithm, batch, config, size)[0]) == pytest.approx(loss)
+    penalised, sums = batch_loss(algorithm, replace(batch, reference=torch.zeros(3)), TrainConfig(kl=0.1), size)
     kl = [1 / r - 1 + math.log(r) for r in (1.2, 1.5, 0.5)]
     assert float(sums["policy/kl"]) == pytest.approx(sum(kl))
     share = [1 / 2, 1 / 2, 1] if name == "gspo" else [1, 1, 1]
-    plain, _ = objective(algorithm, batch, TrainConfig(), size)
+    plain, _ = batch_loss(algorithm, batch, TrainConfig(), size)
     expected = 0.1 * sum(k * s for k, s in zip(kl, share, strict=True)) / size
     assert float(penalised - plain) == pytest.approx(expected, rel=1e-4)
 
@@ -82,7 +82,7 @@ def test_a_ratio_is_clipped_only_where_that_lowers_the_gain() -> None:
     losses, sums = clipped_loss(batch, config)
     torch.testing.assert_close(losses, torch.tensor([-1.3, 1.5, -0.5, 0.8]))
     assert (int(sums["policy/clip_high"]), int(sums["policy/clip_low"])) == (1, 1)
-    corrected, _ = clipped_loss(replace(batch, weights=torch.tensor([0.5, 0.0, 2.0, 1.0])), config)
+    corrected, _ = clipped_loss(replace(batch, importance_weights=torch.tensor([0.5, 0.0, 2.0, 1.0])), config)
     torch.testing.assert_close(corrected, torch.tensor([-0.65, 0.0, -1.0, 0.8]))
 
 
@@ -92,7 +92,7 @@ def test_a_micro_batch_without_tokens_adds_nothing(name: str) -> None:
     nothing = torch.zeros(0, requires_grad=True)
     none = torch.zeros(0)
     batch = PolicyBatch(nothing, none, none, none, none, none, torch.zeros(0, dtype=torch.int64))
-    loss, sums = objective(ALGORITHMS.load(name), batch, TrainConfig(kl=0.1), 5)
+    loss, sums = batch_loss(ALGORITHMS.load(name), batch, TrainConfig(kl=0.1), 5)
     loss.backward()
     assert float(loss.detach()) == 0 and all(float(value) == 0 for value in sums.values())
 

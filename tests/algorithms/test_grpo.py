@@ -60,7 +60,7 @@ def written_out(
             reference |= dict(zip(rows, logprobs(start, batch).split(lengths), strict=True))
     lengths = [len(r.tokens) for r in rollouts]
     behaviour = torch.tensor([x for r in rollouts for x in r.logprobs])
-    weights = correct(config, torch.cat([old[i] for i in range(len(rollouts))]), behaviour, lengths).weights
+    weights = correct(config, torch.cat([old[i] for i in range(len(rollouts))]), behaviour, lengths).importance_weights
     weight = weights.split(lengths)
     trained = [i for i in range(len(rollouts)) if config.kl > 0 or (advantages[i] != 0 and weight[i].any())]
     chunks = [trained[u :: config.updates_per_step] for u in range(config.updates_per_step)]

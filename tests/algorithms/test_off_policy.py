@@ -60,7 +60,7 @@ def test_weights_are_those_of_the_definitions(kind: str) -> None:
     old, behaviour = (torch.tensor([x for part in parts for x in part]) for parts in off_policy())
     found = correct(config, old, behaviour, LENGTHS)
     weights, truncated, masked = obvious(kind, 1.5, *config.band)
-    torch.testing.assert_close(found.weights, torch.tensor(weights), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.importance_weights, torch.tensor(weights), atol=1e-5, rtol=1e-5)
     assert found.truncated.tolist() == truncated and found.masked.tolist() == masked
     assert any(truncated) == (kind in ("token_tis", "sequence_mask"))
     assert any(masked) == (kind in ("icepop", "sequence_mask")) and not all(masked)
@@ -142,7 +142,7 @@ def gradient_of_samples(correction: str, size: int) -> tuple[torch.Tensor, torch
     log_p, log_b = torch.log_softmax(logits, 0), torch.log_softmax(older, 0)
     tokens = torch.multinomial(log_b.exp(), size, replacement=True, generator=source)
     config = TrainConfig(correction=correction, importance_cap=1e6)
-    weights = correct(config, log_p[tokens], log_b[tokens], [1] * size).weights
+    weights = correct(config, log_p[tokens], log_b[tokens], [1] * size).importance_weights
     at = log_p[tokens].clone().requires_grad_()
     batch = PolicyBatch(at, log_p[tokens], log_b[tokens], None, values[tokens], weights, torch.arange(size))
     clipped_loss(batch, config)[0].sum().backward()

@@ -27,7 +27,7 @@ from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import PolicyForward
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 from forerun.types import Draft, Rollout
 from tiny_models import ALPHABET, save_tiny, tiny_tokenizer
 
@@ -216,7 +216,7 @@ def test_saved_and_loaded_drafter_is_the_same(policy: Policy, tmp_path: Path) ->
 def test_weights_must_arrive_whole(policy: Policy) -> None:
     drafter = ModelDrafter(noisy(policy, 0.02), policy)
     engine = LocalEngine(policy, drafter, k=2, slots=2)
-    good = publish(3, policy, drafter)
+    good = pack_weights(3, policy, drafter)
     state = {k: v.clone() for k, v in drafter.state_dict().items()}
     assert engine.load(good).version == 3
     with pytest.raises(UserError, match=r"missing \['lm_head.weight'\]"):

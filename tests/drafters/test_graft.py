@@ -25,7 +25,7 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.models.auxiliary import AuxiliaryStates
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 from forerun.types import Draft
 from proofs.broken_tree import BROKEN_TREE
 from tiny_models import random_drafter, random_head
@@ -420,7 +420,7 @@ def test_saved_and_loaded_with_its_table(policy: Policy, tmp_path: Path) -> None
     drafter = load_drafter(policy, block)
     assert isinstance(drafter, GraftDrafter) and int(drafter.adjacency.table.max()) == -1
     engine = LocalEngine(policy, drafter, k=block.tokens, slots=4)
-    assert engine.load(publish(2, policy, drafter)).version == 2
+    assert engine.load(pack_weights(2, policy, drafter)).version == 2
     engine.generate(TEXTS, max_new_tokens=12)
     assert int((drafter.adjacency.table[:, 0] >= 0).sum()) > 10
     drafter.save(tmp_path / "both", {"steps": 1})

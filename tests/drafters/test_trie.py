@@ -18,7 +18,7 @@ from forerun.drafters.trie import Corpus, TrieDrafter
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 from forerun.types import Draft, VerifyResult
 from proofs.lookups import reference_continuation
 
@@ -244,10 +244,10 @@ def test_the_second_epoch_is_drafted_from_the_first(policy: Policy) -> None:
 def test_a_weight_version_leaves_the_corpus_alone(policy: Policy) -> None:
     drafter = make()
     engine = LocalEngine(policy, drafter, k=3, slots=4)
-    assert engine.load(publish(1, policy, drafter)).version == 1
+    assert engine.load(pack_weights(1, policy, drafter)).version == 1
     engine.generate(contract.PROMPTS, max_new_tokens=8)
     before = drafter.metrics()
-    assert engine.load(publish(2, policy, drafter)).checksums["draft"] == "0" * 16  # no weights, no bytes
+    assert engine.load(pack_weights(2, policy, drafter)).checksums["draft"] == "0" * 16  # no weights, no bytes
     assert drafter.metrics() == before and before["tokens"] > 0
 
 

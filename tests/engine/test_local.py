@@ -13,7 +13,7 @@ from forerun.engine.base import Weights
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 from tiny_models import random_drafter, random_head
 
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21], [30] * 40]
@@ -163,10 +163,10 @@ def test_bad_prompts_are_refused(policy: Policy, prompts: list[list[int]], sente
 def test_weights_must_arrive_whole(policy: Policy) -> None:
     drafter = random_drafter(policy)
     engine = LocalEngine(policy, drafter, k=2, slots=2)
-    good = publish(3, policy, drafter)
+    good = pack_weights(3, policy, drafter)
     assert engine.load(good).version == 3 and engine.generate([[1, 2]], max_new_tokens=3)[0].versions[0] == 3
     with pytest.raises(UserError, match="no drafter"):
-        engine.load(publish(4, policy, None))
+        engine.load(pack_weights(4, policy, None))
     with pytest.raises(UserError, match="partial or stale"):
         engine.load(Weights(4, {**good.checksums, "draft": "0" * 16}))
     state = {k: v.clone() for k, v in drafter.state_dict().items()}
@@ -187,10 +187,10 @@ def test_a_collapsed_drafter_is_an_alarm(policy: Policy) -> None:
     engine = LocalEngine(policy, drafter, k=2, slots=8)
     good = {k: v.clone() for k, v in drafter.state_dict().items()}
     engine._detector.known = 1.5  # what a trained drafter had reached before the load
-    engine.load(publish(1, policy, drafter))
+    engine.load(pack_weights(1, policy, drafter))
     engine.generate(PROMPTS, max_new_tokens=30, n=4)
     assert len(engine.warnings) == 1 and "collapsed" in engine.warnings[0]
-    engine.load(Weights(2, publish(2, policy, drafter).checksums, draft=good))
+    engine.load(Weights(2, pack_weights(2, policy, drafter).checksums, draft=good))
     engine.generate(PROMPTS, max_new_tokens=30, n=4)
     assert len(engine.warnings) == 1  # no worse than before: no second alarm
 

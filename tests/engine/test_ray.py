@@ -26,7 +26,7 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.engine.replicated import MAKE, ReplicatedEngine
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 from forerun.workers import ray as cluster
 from forerun.workers import wire
 from forerun.workers.handle import LOOPBACK, Launcher, Timeouts
@@ -152,7 +152,7 @@ def engine(ray: Any, small: Policy) -> Iterator[ReplicatedEngine]:
 
 @pytest.mark.slow
 def test_actors_sample_what_one_process_does(engine: ReplicatedEngine, small: Policy) -> None:
-    engine.load(publish(3, small, NgramDrafter(block().ngram), shared=False))
+    engine.load(pack_weights(3, small, NgramDrafter(block().ngram), shared=False))
     found = list(engine.stream(PROMPTS, GREEDY, N))
     assert by_place(found) == expected(small) and {v for r in found for v in r.versions} == {3}
     assert os.getpid() not in engine.pids and len(set(engine.pids)) == 2 and engine.metrics()["replicas"]["lost"] == 0
@@ -165,7 +165,7 @@ def test_an_actor_lost_in_a_stream_is_replaced(
 ) -> None:
     before, lost = set(engine.pids), engine.lost
     engine.warnings.clear()
-    engine.load(publish(7, small, NgramDrafter(block().ngram), shared=False))
+    engine.load(pack_weights(7, small, NgramDrafter(block().ngram), shared=False))
     stream = engine.stream(PROMPTS, GREEDY, N)
     found = [next(stream)]
     victim = engine.pids[1]

@@ -23,7 +23,7 @@ from forerun.engine.replicated import ReplicasLost, ReplicatedEngine
 from forerun.engine.stream import Stream
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 from forerun.types import Rollout
 from forerun.workers.handle import Timeouts
 
@@ -81,7 +81,7 @@ def shared(small: Policy) -> Iterator[ReplicatedEngine]:
 @pytest.fixture
 def engine(shared: ReplicatedEngine, small: Policy) -> ReplicatedEngine:
     """The same, with the first weights and no history, whatever a test before did to it."""
-    shared.load(publish(0, small, drafter(), shared=False))
+    shared.load(pack_weights(0, small, drafter(), shared=False))
     shared.warnings.clear()
     shared.lost = shared.rerun = 0
     return shared
@@ -131,7 +131,7 @@ def test_a_replica_lost_in_a_stream_is_replaced_and_every_sample_comes_once(
 ) -> None:
     """The successor has the current version, too."""
     other = changed(small)
-    engine.load(publish(7, other, drafter(), shared=False))
+    engine.load(pack_weights(7, other, drafter(), shared=False))
     stream = engine.stream(PROMPTS, GREEDY, N)
     found = [next(stream)]
     os.kill(engine.pids[1], how)
@@ -145,7 +145,7 @@ def test_a_replica_lost_in_a_stream_is_replaced_and_every_sample_comes_once(
 
 def test_one_lost_between_streams_is_replaced_at_the_next_load(engine: ReplicatedEngine, small: Policy) -> None:
     os.kill(engine.pids[0], signal.SIGKILL)
-    engine.load(publish(1, small, drafter(), shared=False))
+    engine.load(pack_weights(1, small, drafter(), shared=False))
     assert engine.metrics()["replicas"]["lost"] == 1
     assert {v for r in engine.stream(PROMPTS, LONG, N) for v in r.versions} == {1}
 
@@ -212,7 +212,7 @@ def test_weights_change_in_flight(engine: ReplicatedEngine, small: Policy) -> No
 
     def between() -> None:
         if not done and engine.counters.tokens - begun > 100:
-            done.append(engine.load(publish(5, changed(small), drafter(), shared=False)))
+            done.append(engine.load(pack_weights(5, changed(small), drafter(), shared=False)))
 
     found = list(engine.stream(PROMPTS, replace(LONG, max_new_tokens=120), N, between=between))
     assert len(by_place(found)) == len(PROMPTS) * N
@@ -235,8 +235,8 @@ def test_mistakes_are_told_once_and_kill_nobody(engine: ReplicatedEngine, small:
     with pytest.raises(UserError, match="Prompt 1 is empty"):
         list(engine.stream([[4], []], LONG, 1))
     with pytest.raises(UserError, match="carries no drafter"):
-        engine.load(publish(1, small, None, shared=False))
-    whole = publish(2, small, drafter(), shared=False)
+        engine.load(pack_weights(1, small, None, shared=False))
+    whole = pack_weights(2, small, drafter(), shared=False)
     with pytest.raises(UserError, match="checksum"):
         engine.load(replace(whole, checksums=dict(whole.checksums) | {"policy": "0"}))
     assert engine.metrics()["replicas"]["lost"] == 0 and engine.metrics()["version"] == 0

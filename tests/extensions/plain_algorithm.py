@@ -10,7 +10,7 @@ from forerun.config import TrainConfig
 
 def reinforce(batch: PolicyBatch, config: TrainConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """-A log π(y_t), times the off-policy correction."""
-    loss = -batch.logprobs * batch.advantages * batch.weights
+    loss = -batch.logprobs * batch.advantages * batch.importance_weights
     return loss, {"policy/surprise": -batch.logprobs.detach().sum()}
 
 

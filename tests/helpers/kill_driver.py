@@ -155,7 +155,7 @@ class Hand:
             return finish_run(run, *more)
 
         loop.evaluate, runs.finish_run = evaluation, finishing
-        for source in (rollout.OnDemand, prefetch.Ahead):
+        for source in (rollout.SynchronousSource, prefetch.AsynchronousSource):
             source.next = entered(source.next)  # type: ignore[attr-defined]
 
     def _enter(self, run: Any, step: int) -> None:

@@ -382,7 +382,7 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
     """Killed in the second step's draft training, it ends with policy and drafter of an undisturbed run."""
     trained: list[str] = []
     published: dict[int, dict[str, str]] = {}
-    compare, publish, study = LearnerGroup.check_drafters, state.publish, LearnerGroup.train_drafter
+    compare, pack_weights, study = LearnerGroup.check_drafters, state.publish, LearnerGroup.train_drafter
 
     def compared(self: LearnerGroup, held: Sequence[str], received: str) -> None:
         compare(self, held, received)
@@ -390,13 +390,13 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
         trained.append(received)
 
     def recorded(version: int, *arguments: Any, **keywords: Any) -> Any:
-        weights = publish(version, *arguments, **keywords)
+        weights = pack_weights(version, *arguments, **keywords)
         published[version] = dict(weights.checksums)
         return weights
 
     monkeypatch.setattr(LearnerGroup, "check_drafters", compared)
-    monkeypatch.setattr(state, "publish", recorded)
-    monkeypatch.setattr(runs, "publish", recorded)  # the last version, for the summary
+    monkeypatch.setattr(state, "pack_weights", recorded)
+    monkeypatch.setattr(runs, "pack_weights", recorded)  # the last version, for the summary
     undisturbed = forerun.train(str(recipe))
     rows = steps_of(undisturbed["run"])
     assert len(rows) == len(trained) == 2 and all(row["draft/tokens"] > 0 for row in rows)

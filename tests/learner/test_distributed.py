@@ -26,7 +26,7 @@ from forerun.algorithms.advantages import group_advantages
 from forerun.config import TrainConfig
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
-from forerun.events import Counting, finish
+from forerun.events import CountStream, finish
 from forerun.learner.distributed import LearnerGroup
 from forerun.learner.learner import Learner
 from forerun.models import Policy, load_policy
@@ -259,7 +259,7 @@ def test_a_killed_rank_ends_the_group(fresh: Callable[[], Policy], batches: list
         scored = finish(group.score(rollouts))
         killed: list[float] = []
 
-        work: Counting[Any] = (
+        work: CountStream[Any] = (
             group.score(rollouts) if stage == "score" else group.update(rollouts, advantages, scored, 1e-3)
         )
         os.kill(group.pids[1], signal.SIGSTOP)  # so that it cannot be done before it is killed

@@ -27,7 +27,7 @@ from test_distributed import PLAIN, Batch, alive, steps, weights
 import forerun
 from forerun.config import ClusterConfig, TrainConfig, load_recipe
 from forerun.errors import UserError
-from forerun.events import Counting, finish
+from forerun.events import CountStream, finish
 from forerun.learner import distributed
 from forerun.learner.distributed import LearnerGroup, open_store, rank_devices
 from forerun.learner.learner import Learner
@@ -269,7 +269,7 @@ def test_a_run_that_loses_an_actor_goes_back_by_itself(
     here = forerun.train(str(recipe))
     update, pids = LearnerGroup.update, []
 
-    def killing(self: LearnerGroup, *arguments: Any) -> Counting[dict[str, float]]:
+    def killing(self: LearnerGroup, *arguments: Any) -> CountStream[dict[str, float]]:
         pids.append(self.pids)
         if len(pids) == 2:
             os.kill(self.pids[1], signal.SIGKILL)

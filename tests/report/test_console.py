@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from forerun.events import Began, Ended, Finished, Note, Progress, StepDone, Warned, Work, during
+from forerun.events import Began, Ended, EventStream, Finished, Note, Progress, StepDone, Warned, as_stage
 from forerun.report.console import Console, follow
 from forerun.report.format import duration, number
 from forerun.report.lines import step_line
@@ -190,14 +190,14 @@ def test_durations_read_well(seconds: float | None, text: str) -> None:
 def test_the_events_of_long_work_are_shown_and_its_result_is_returned(summary: dict[str, Any]) -> None:
     out = io.StringIO()
 
-    def work() -> Work[str]:
-        yield from during("generation", inner())
+    def work() -> EventStream[str]:
+        yield from as_stage("generation", inner())
         yield StepDone(1, METRICS)
         yield Warned("acceptance fell")
         yield Finished(summary)
         return "done"
 
-    def inner() -> Work[None]:
+    def inner() -> EventStream[None]:
         yield Began("reward")
         yield Ended("reward")
         yield Progress(5, 10, "rollouts", 2.0)
@@ -212,7 +212,7 @@ def test_the_events_of_long_work_are_shown_and_its_result_is_returned(summary: d
 def test_work_that_is_interrupted_is_closed_and_the_terminal_restored() -> None:
     closed: list[bool] = []
 
-    def work() -> Work[None]:
+    def work() -> EventStream[None]:
         try:
             yield Note("first")
             raise KeyboardInterrupt

@@ -147,7 +147,7 @@ def keep_hands_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, names in (
         (loop, ("evaluate",)), (runs, ("finish_run",)), (rollout, ("generate",)), (prefetch, ("generate",)),
-        (rollout.OnDemand, ("next",)), (prefetch.Ahead, ("next",)), (Run, ("_checkpoint",)),
+        (rollout.SynchronousSource, ("next",)), (prefetch.AsynchronousSource, ("next",)), (Run, ("_checkpoint",)),
         (Console, ("show",)), (LearnerGroup, ("save", "restore")), (checkpoint, ("_flush", "_put_in_place")),
         (checkpoint.torch, ("save",)),
     ):  # fmt: skip

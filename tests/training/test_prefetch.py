@@ -12,7 +12,7 @@ import torch
 
 from forerun.engine import Counters, Sampling, Weights
 from forerun.errors import Interrupted, UserError
-from forerun.training.prefetch import Prefetcher, lag_metrics
+from forerun.training.prefetch import RolloutThread, lag_metrics
 from forerun.training.prompts import Request
 from forerun.training.rollout import RolloutBatch
 from forerun.types import Rollout
@@ -38,7 +38,7 @@ def generated(versions: list[int]) -> RolloutBatch:
 
 def ahead(
     engine: Recorder, lag: int, rounds: int = 4, in_flight: bool = False, gate: threading.Event | None = None
-) -> Prefetcher:
+) -> RolloutThread:
     """Every step has `rounds` tokens, each of the version that the engine then holds."""
 
     def make(step: int, stop: Callable[[], bool], between: Callable[[], None]) -> RolloutBatch:
@@ -52,14 +52,14 @@ def ahead(
                 gate.wait(10)
         return generated(versions)
 
-    return Prefetcher(engine, make, range(STEPS), lag, in_flight)  # type: ignore[arg-type]
+    return RolloutThread(engine, make, range(STEPS), lag, in_flight)  # type: ignore[arg-type]
 
 
 def version(number: int) -> Weights:
     return Weights(number, {})
 
 
-def settle(source: Prefetcher, waiting: int) -> None:
+def settle(source: RolloutThread, waiting: int) -> None:
     """Until that many steps wait; and a moment longer, so that one too many would show."""
     end = time.monotonic() + 10
     while source.waiting < waiting:
@@ -74,13 +74,13 @@ def test_no_more_is_generated_than_the_lag_allows_and_nothing_older_is_trained_o
     source = ahead(engine, lag)
     time.sleep(0.1)
     assert source.waiting == 0  # nothing was published
-    source.publish(version(0))
+    source.offer(version(0))
     for step in range(STEPS):
         settle(source, min(lag + 1, STEPS - step))
         assert source.waiting == min(lag + 1, STEPS - step)
         lags = lag_metrics(source.take(step, lambda: False), step)
         assert lags["async/lag_max"] == min(step, lag) and lags["async/mixed_rollouts"] == 0
-        source.publish(version(step + 1))
+        source.offer(version(step + 1))
     source.close()
     assert engine.versions == sorted(set(engine.versions))
 
@@ -89,9 +89,9 @@ def test_no_more_is_generated_than_the_lag_allows_and_nothing_older_is_trained_o
 def test_a_new_version_takes_over_in_flight_only_if_asked_to(in_flight: bool) -> None:
     gate = threading.Event()
     source = ahead(Recorder(), 1, in_flight=in_flight, gate=gate)
-    source.publish(version(0))
+    source.offer(version(0))
     time.sleep(0.1)  # step 0 waits in its third round
-    source.publish(version(1))
+    source.offer(version(1))
     gate.set()
     found = source.take(0, lambda: False).rollouts[0].versions
     assert found == ([0, 0, 0, 1] if in_flight else [0, 0, 0, 0])
@@ -104,8 +104,8 @@ def test_a_failure_reaches_the_learner() -> None:
             raise UserError("the engine is gone")
         return generated([0])
 
-    source = Prefetcher(Recorder(), make, range(STEPS), 2, False)  # type: ignore[arg-type]
-    source.publish(version(0))
+    source = RolloutThread(Recorder(), make, range(STEPS), 2, False)  # type: ignore[arg-type]
+    source.offer(version(0))
     assert source.take(0, lambda: False).rollouts
     with pytest.raises(UserError, match="the engine is gone"):
         source.take(1, lambda: False)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import forerun
-from forerun.events import Counting, finish
+from forerun.events import CountStream, finish
 from forerun.learner.distributed import LearnerGroup
 from forerun.training.run import resumed_recipe, run
 
@@ -75,7 +75,7 @@ def test_a_run_that_loses_a_rank_goes_back_by_itself(recipe: Path, monkeypatch: 
     undisturbed = forerun.train(str(recipe), words)
     update, calls = LearnerGroup.update, []
 
-    def killing(self: LearnerGroup, *arguments: Any) -> Counting[dict[str, float]]:
+    def killing(self: LearnerGroup, *arguments: Any) -> CountStream[dict[str, float]]:
         calls.append(len(self.pids))
         if len(calls) == 2:
             os.kill(self.pids[1], signal.SIGKILL)

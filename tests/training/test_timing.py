@@ -24,7 +24,7 @@ from forerun.models import load_policy
 from forerun.tracking.timeline import LEARNER, QUEUE, Event, Timeline, read_timeline
 from forerun.training.run import resumed_recipe, run
 from forerun.training.timing import EngineStates
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 from forerun.types import STAGES
 from tiny_models import save_tiny
 
@@ -173,7 +173,7 @@ def test_a_lost_replica_is_marked_and_starts_again(
     timeline = Timeline(tmp_path / "timeline.json")
     with closing(within):
         states = EngineStates(within, timeline)
-        within.load(publish(3, policy, None, shared=False))
+        within.load(pack_weights(3, policy, None, shared=False))
         states.begin("generate", 4)
         stream = within.stream([[5, 6, 7], [9, 3]], Sampling(40, ignore_eos=True), 4)
         found = [next(stream)]

@@ -27,7 +27,7 @@ from forerun.engine.replicated import ReplicatedEngine
 from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.checksum import checksum
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 from forerun.workers.handle import Timeouts
 from forerun.workers.local import LocalLauncher
 from forerun.workers.shared_memory import ALIGNMENT_BYTES, Segment, received
@@ -87,7 +87,7 @@ def shared(started: dict[str, ReplicatedEngine], policy: Policy) -> ReplicatedEn
 
 
 def as_new(engine: ReplicatedEngine, policy: Policy) -> ReplicatedEngine:
-    engine.load(publish(0, policy, None, shared=False))
+    engine.load(pack_weights(0, policy, None, shared=False))
     engine.warnings.clear()
     engine.lost = 0
     return engine
@@ -179,7 +179,7 @@ def test_all_hold_the_version_and_shared_memory_is_written_once(engine: Replicat
 def test_what_is_published_in_shared_memory_is_not_written_again(shared: ReplicatedEngine, policy: Policy) -> None:
     """And it is a copy: the learner goes on."""
     counted = shared.written_bytes
-    weights = publish(4, policy, None, shared=False, frozen=True)
+    weights = pack_weights(4, policy, None, shared=False, frozen=True)
     wanted = spelled(weights.groups)
     with torch.no_grad():
         next(policy.model.parameters()).add_(1.0)
@@ -192,7 +192,7 @@ def test_a_byte_that_changed_is_refused_by_all(engine: ReplicatedEngine, policy:
     """They go on with the version before."""
     before = version(5, policy)
     engine.load(before)
-    damaged = publish(6, policy, None, shared=False, frozen=True)
+    damaged = pack_weights(6, policy, None, shared=False, frozen=True)
     assert damaged.segment is not None
     damaged.segment.tensors["policy"]["model.norm.weight"].view(torch.uint8)[1] ^= 1
     with pytest.raises(UserError, match="checksum"):
@@ -211,7 +211,7 @@ def test_without_room_it_is_streamed_with_one_warning(shared: ReplicatedEngine, 
     try:
         for number in (8, 9):
             shared.load(version(number, policy))
-        frozen = publish(10, policy, None, shared=False, frozen=True)
+        frozen = pack_weights(10, policy, None, shared=False, frozen=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert held(shared) == [spelled(version(9, policy).groups)] * N
@@ -245,12 +245,12 @@ def test_one_that_is_killed_in_a_load_is_replaced_and_leaves_nothing(shared: Rep
 DRIVER = """
 import os, signal, sys
 from benchmarks.broadcast import holders, random_policy
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 policy = random_policy(0.5)
 engine = holders(policy, 2, True)
 os.kill(engine.pids[0], signal.SIGSTOP)
 print(*engine.pids, flush=True)
-engine.load(publish(1, policy, None, shared=False, frozen=True))
+engine.load(pack_weights(1, policy, None, shared=False, frozen=True))
 """
 
 

@@ -25,8 +25,13 @@ class PolicyBatch:
     behaviour: Tensor  # [M] by the engine that sampled
     reference: Tensor | None  # [M] by the reference policy, where there is a KL penalty
     advantages: Tensor  # [M]
-    weights: Tensor  # [M] off-policy correction, see `off_policy.py`
+    importance_weights: Tensor  # [M] off-policy correction, see `off_policy.py`
     sequence: Tensor  # [M] int64, 0 for the tokens of the first sequence, 1 for those of the second, ...
+
+    @property
+    def weights(self) -> Tensor:
+        """The earlier name of `importance_weights`. [M]"""
+        return self.importance_weights
 
 
 @dataclass(frozen=True, slots=True)

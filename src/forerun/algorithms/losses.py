@@ -21,7 +21,7 @@ OBJECTIVE = {
 }
 
 
-def objective(
+def batch_loss(
     algorithm: Algorithm, batch: PolicyBatch, config: TrainConfig, size: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of some of a batch's sequences, with the KL penalty, and sums of their statistics.
@@ -89,7 +89,7 @@ def _clipped(ratio: Tensor, batch: PolicyBatch, config: TrainConfig) -> tuple[Te
     least, most = 1 - config.clip_low, 1 + config.clip_high
     surrogate = (ratio * batch.advantages).minimum(ratio.clamp(least, most) * batch.advantages)
     ratio = ratio.detach()
-    return -surrogate * batch.weights, {
+    return -surrogate * batch.importance_weights, {
         "policy/ratio_mean": ratio.sum(),
         "policy/clip_low": ((ratio < least) & (batch.advantages < 0)).sum(),
         "policy/clip_high": ((ratio > most) & (batch.advantages > 0)).sum(),

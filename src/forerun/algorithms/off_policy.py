@@ -31,7 +31,7 @@ class Correction:
     The normaliser of the loss still counts them: masking lowers the gradient and does not scale up the rest.
     """
 
-    weights: Tensor  # [M] float32
+    importance_weights: Tensor  # [M] float32
     truncated: Tensor  # [M] bool, weight bounded by the cap
     masked: Tensor  # [M] bool
 
@@ -40,15 +40,15 @@ class Correction:
 
         The effective sample size is Kish's (Σw)²/Σw² over the number of tokens: 1 when all weights are equal.
         """
-        tokens = max(1, len(self.weights))
+        tokens = max(1, len(self.importance_weights))
         sequences = [part for part in self.masked.split(list(lengths)) if len(part)]
-        squares = float((self.weights**2).sum())
+        total, squares = float(self.importance_weights.sum()), float((self.importance_weights**2).sum())
         return {
-            "mismatch/is_weight_mean": float(self.weights.sum()) / tokens,
+            "mismatch/is_weight_mean": total / tokens,
             "mismatch/is_weight_capped": float(self.truncated.sum()) / tokens,
             "mismatch/masked_tokens": float(self.masked.sum()) / tokens,
             "mismatch/masked_sequences": sum(bool(part.all()) for part in sequences) / max(1, len(sequences)),
-            "mismatch/effective_samples": float(self.weights.sum()) ** 2 / squares / tokens if squares else 0.0,
+            "mismatch/effective_samples": total**2 / squares / tokens if squares else 0.0,
         }
 
 

@@ -30,7 +30,7 @@ from forerun.engine.base import (
 from forerun.engine.stragglers import Stragglers
 from forerun.engine.stream import Stream
 from forerun.engine.worker import FACTORY, EngineSpec, Status, save_models
-from forerun.errors import PartLost, UserError
+from forerun.errors import UserError, WorkersLost
 from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.types import Rollout
@@ -45,7 +45,7 @@ TICK_S = 0.2  # the longest wait between two looks at all replicas
 LOSSES = 3  # see `ReplicatedEngine`
 
 
-class ReplicasLost(PartLost):
+class ReplicasLost(WorkersLost):
     """One replica after another was lost in one place."""
 
 

@@ -26,18 +26,22 @@ class Targets:
     behaviour: Tensor  # [T]
     reference: Tensor | None  # [T]
     advantages: Tensor  # [T]
-    weights: Tensor  # [T]
+    importance_weights: Tensor  # [T]
 
     @property
     def has_gradient(self) -> bool:
         """Whether the loss of these tokens depends on the policy."""
-        return self.reference is not None or bool(self.advantages.any() and self.weights.any())
+        return self.reference is not None or bool(self.advantages.any() and self.importance_weights.any())
 
     def clone(self) -> Targets:
         """A copy that shares no storage with the other rollouts'."""
         reference = None if self.reference is None else self.reference.clone()
         return Targets(
-            self.old.clone(), self.behaviour.clone(), reference, self.advantages.clone(), self.weights.clone()
+            self.old.clone(),
+            self.behaviour.clone(),
+            reference,
+            self.advantages.clone(),
+            self.importance_weights.clone(),
         )
 
 
@@ -55,7 +59,7 @@ def policy_batch(logprobs: Tensor, targets: Sequence[Targets]) -> PolicyBatch:
         behaviour=joined([t.behaviour for t in targets]),
         reference=joined(references) if references else None,
         advantages=joined([t.advantages for t in targets]),
-        weights=joined([t.weights for t in targets]),
+        importance_weights=joined([t.importance_weights for t in targets]),
         sequence=torch.arange(len(targets)).repeat_interleave(lengths).to(logprobs.device),
     )
 

@@ -20,7 +20,7 @@ from forerun.config import DraftConfig, Recipe
 from forerun.drafters import Drafter
 from forerun.drafters.trainable import TrainableHead
 from forerun.drafters.training.heads import place_bytes
-from forerun.events import Counting
+from forerun.events import CountStream
 from forerun.learner.cotrain import CoTrainer, Schedule, draft_metrics, order_of_batches, trained_head
 from forerun.learner.distributed import LearnerGroup
 from forerun.learner.learner import Learner
@@ -30,7 +30,7 @@ from forerun.models.checksum import checksum
 from forerun.models.logprobs import microbatches
 from forerun.types import Rollout
 
-Score = Callable[[Sequence[Rollout]], Counting[Scored]]
+Score = Callable[[Sequence[Rollout]], CountStream[Scored]]
 Order = Callable[[int], list[int]]
 
 
@@ -92,7 +92,7 @@ class GroupCoTrainer:
         """A step (0-based) begins; this decides whether it ends with an update."""
         self._step = step if self.schedule.due(step) else None
 
-    def score(self, rollouts: Sequence[Rollout]) -> Counting[Scored]:
+    def score(self, rollouts: Sequence[Rollout]) -> CountStream[Scored]:
         """`LearnerGroup.score`; the ranks cache the teacher batches of an update that is due."""
         self.plan = BatchPlan([])
         if self._step is not None:

@@ -21,7 +21,7 @@ from torch.distributed import Store, TCPStore
 
 from forerun.config import DraftConfig, RolloutConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
-from forerun.events import Counting, finish
+from forerun.events import CountStream, finish
 from forerun.learner.learner import WEIGHTS, Learner
 from forerun.learner.lora import LoraAdapter
 from forerun.learner.objective import Objective, Scored, Update, UpdateResult
@@ -116,7 +116,7 @@ class LearnerGroup:
         self,
         rollouts: Sequence[Rollout],
         batches: Sequence[Sequence[int]] = (),
-    ) -> Counting[Scored]:
+    ) -> CountStream[Scored]:
         """See `Learner.score`. `batches`: of rollouts, from which the ranks keep what `train_drafter` learns from."""
         parts = self._split(rollouts, range(len(rollouts)))
         requests = [("score", [rollouts[i] for i in part], _within(batches, part)) for part in parts]
@@ -130,7 +130,7 @@ class LearnerGroup:
         scored: Scored,
         learning_rate: float,
         stop_requested: Callable[[], bool] = lambda: False,
-    ) -> Counting[dict[str, float]]:
+    ) -> CountStream[dict[str, float]]:
         """See `Learner.update`. A request to stop that comes after the first optimizer step is left to the caller."""
         update, result = self.objective.plan(rollouts, advantages, scored), UpdateResult()
         if update.chunks:
@@ -229,7 +229,7 @@ class LearnerGroup:
 
     def _update(
         self, update: Update, learning_rate: float, stop_requested: Callable[[], bool]
-    ) -> Counting[UpdateResult]:
+    ) -> CountStream[UpdateResult]:
         """Have the ranks carry out an update, and take their weights over."""
         stopping = False
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from forerun.config import TrainConfig
 from forerun.errors import Interrupted, UserError
-from forerun.events import Counting
+from forerun.events import CountStream
 from forerun.learner.batching import by_rollout, policy_batch, token_batches
 from forerun.learner.lora import LoraAdapter, save_settings
 from forerun.learner.objective import Objective, Scored, Update, UpdateResult
@@ -78,7 +78,7 @@ class Learner:
     @torch.no_grad()
     def score(
         self, rollouts: Sequence[Rollout], forward: Callable[[Any, TokenBatch], Tensor] = completion_logits
-    ) -> Counting[Scored]:
+    ) -> CountStream[Scored]:
         """Recompute every token's log-probability under the current policy (and the reference).
 
         Args:
@@ -116,7 +116,7 @@ class Learner:
         scored: Scored,
         learning_rate: float,
         stop_requested: Callable[[], bool] = lambda: False,
-    ) -> Counting[dict[str, float]]:
+    ) -> CountStream[dict[str, float]]:
         """Update the policy on one batch; returns metrics.
 
         Raises:
@@ -129,7 +129,7 @@ class Learner:
 
     def apply(
         self, update: Update, learning_rate: float, stop_requested: Callable[[], bool] = lambda: False
-    ) -> Counting[UpdateResult]:
+    ) -> CountStream[UpdateResult]:
         """Carry out an update, or this rank's part of one. Raises as `update` does, on all ranks or on none."""
         result, done = UpdateResult(), 0
         for number, chunk in enumerate(update.chunks):

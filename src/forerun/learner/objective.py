@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from forerun.algorithms import ALGORITHMS, Algorithm, PolicyBatch, definitions
-from forerun.algorithms.losses import objective
+from forerun.algorithms.losses import batch_loss
 from forerun.algorithms.off_policy import correct
 from forerun.config import TrainConfig
 from forerun.learner.batching import Targets, policy_batch
@@ -77,13 +77,13 @@ class Objective:
         references: Sequence[Tensor | None] = scored.reference or [None] * len(rollouts)
         correction = correct(config, torch.cat(scored.logprobs).cpu(), behaviour, lengths)
         targets = [
-            Targets(old, sampled, reference, advantage.expand(n), weights)
-            for old, sampled, reference, advantage, weights, n in zip(
+            Targets(old, sampled, reference, advantage.expand(n), importance)
+            for old, sampled, reference, advantage, importance, n in zip(
                 scored.logprobs,
                 behaviour.split(lengths),
                 references,
                 advantages.cpu(),
-                correction.weights.split(lengths),
+                correction.importance_weights.split(lengths),
                 lengths,
                 strict=True,
             )
@@ -94,8 +94,8 @@ class Objective:
         return Update(rollouts, targets, [c for c in chunks if c], size, correction.metrics(lengths))
 
     def loss(self, batch: PolicyBatch, size: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `algorithms.losses.objective`."""
-        return objective(self.algorithm, batch, self.config, size)
+        """See `algorithms.losses.batch_loss`."""
+        return batch_loss(self.algorithm, batch, self.config, size)
 
     def metrics(self, update: Update, result: UpdateResult, learning_rate: float, scored: Scored) -> dict[str, float]:
         """What `Learner.update` returns."""

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from forerun.config import DraftConfig, TrainConfig
 from forerun.errors import Interrupted, UserError
-from forerun.events import Counting, T
+from forerun.events import CountStream, T
 from forerun.learner.fsdp import Blueprint, build_sharded, load_shards, load_whole, save_shards, whole_parameters
 from forerun.learner.learner import SHARDS, WEIGHTS, Learner
 from forerun.learner.objective import Scored, Update
@@ -158,7 +158,7 @@ class Rank:
             self.server.answer()
         return self._stop
 
-    def _report(self, work: Counting[T]) -> T:
+    def _report(self, work: CountStream[T]) -> T:
         """Run work to its end; its result. Every yield is passed on."""
         while True:
             try:

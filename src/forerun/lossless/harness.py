@@ -21,7 +21,7 @@ from forerun.drafters import Drafter, load_drafter
 from forerun.engine import RolloutEngine, Sampling, build_engine
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
-from forerun.events import Began, Ended, Work, finish
+from forerun.events import Began, Ended, EventStream, finish
 from forerun.lossless.distribution import distribution_checks
 from forerun.lossless.exact import disputed_contexts, float32_copy
 from forerun.lossless.faults import break_engine, check_fault, tree_verifier_of, verifier_of
@@ -35,7 +35,7 @@ from forerun.tracking.environment import describe_environment, machine_line
 from forerun.training.drafter import prepare_drafter
 from forerun.training.prompts import Request, encode, prepare_policy
 from forerun.training.rollout import RolloutBatch, generate
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 
 SEED, SEED_STRIDE = 77, 1000  # of recipe.seed 0, and from one recipe.seed to the next
 MANY_SLOTS = 32  # for plain decoding and short texts: large batches are cheap, and change no distribution
@@ -96,7 +96,7 @@ class Subject:
 
 def verify_recipe(
     recipe: Recipe, *, effort: Effort = FULL, against: int | None = None, inject: str | None = None
-) -> Work[Verification]:
+) -> EventStream[Verification]:
     """Verify a recipe's policy, drafter, engine and speculation block.
 
     Args:
@@ -123,7 +123,7 @@ def verify_recipe(
             subject.engine.close()
 
 
-def _subject(recipe: Recipe, inject: str | None, scratch: Path) -> Work[Subject]:
+def _subject(recipe: Recipe, inject: str | None, scratch: Path) -> EventStream[Subject]:
     task = load_task(recipe.task, recipe.seed)
     policy = yield from prepare_policy(recipe, task, scratch)
     drafter = yield from prepare_drafter(recipe, policy, task, scratch / "drafter")
@@ -151,7 +151,7 @@ def _speculative(recipe: Recipe, policy: Policy, drafter: Drafter, inject: str |
     )
 
 
-def _claims(subject: Subject, effort: Effort, against: int | None, scratch: Path) -> Work[list[Claim]]:
+def _claims(subject: Subject, effort: Effort, against: int | None, scratch: Path) -> EventStream[list[Claim]]:
     claims: list[Claim] = []
     made: dict[str, RolloutBatch] = {}
     tests: list[tuple[str, Kind, Callable[[], list[Check]]]] = [
@@ -214,7 +214,7 @@ def _parity(subject: Subject, effort: Effort, speculative: RolloutBatch) -> list
 
 def _weights(subject: Subject) -> list[Check]:
     def weights(version: int) -> Any:
-        return publish(version, subject.policy, subject.drafter, shared=subject.engine.shares_weights)
+        return pack_weights(version, subject.policy, subject.drafter, shared=subject.engine.shares_weights)
 
     return weight_checks(subject.engine, subject.drafter, weights, subject.prompts(4))
 

@@ -21,7 +21,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from forerun.events import Began, Ended, Event, Finished, Note, StepDone, Warned, Work
+from forerun.events import Began, Ended, Event, EventStream, Finished, Note, StepDone, Warned
 from forerun.events import Progress as ProgressEvent
 from forerun.report.lines import eta, progress_text, step_line, summary_parts
 from forerun.report.tables import WIDTH
@@ -33,7 +33,7 @@ RECENT_STEPS = 10  # steps from which the time left is estimated
 T = TypeVar("T")
 
 
-def follow(work: Work[T], console: Console) -> T:
+def follow(work: EventStream[T], console: Console) -> T:
     """Run `work` to its end, show its events and return its result."""
     with console, closing(work):
         try:

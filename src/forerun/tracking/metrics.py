@@ -2,7 +2,7 @@
 
 Names follow `group/what`. Times are wall-clock seconds in the named stage of one step; shares are between 0 and 1.
 A name with a brace, such as `spec/acceptance_pos_{i}`, is a family: `{i}` is a position counted from 1, `{n}` a number
-counted from 0, `{name}` the name of a reward function. Other rooms and user code add theirs with `define`.
+counted from 0, `{name}` the name of a reward function. Other packages and user code add theirs with `define`.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from forerun.config import LoraConfig
 from forerun.drafters import Drafter
-from forerun.errors import PartLost, UserError
+from forerun.errors import UserError, WorkersLost
 from forerun.learner.lora import LoraAdapter, read_settings
 from forerun.models import Policy, save_policy
 from forerun.tracking.files import disk_errors
@@ -97,7 +97,7 @@ def save_checkpoint(
     except (UserError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(scratch, ignore_errors=True)
         raise UserError(f"Cannot write the checkpoint {target}: {error}") from error
-    except PartLost:
+    except WorkersLost:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     for old in complete_checkpoints(folder)[:-keep]:

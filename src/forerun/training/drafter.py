@@ -21,7 +21,7 @@ from forerun.drafters.training.trainer import EpochDone, StateFile, Training, Tr
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
-from forerun.events import Note, Progress, Warned, Work, during
+from forerun.events import EventStream, Note, Progress, Warned, as_stage
 from forerun.models import Policy, load_policy
 from forerun.models.checksum import checksum
 from forerun.tasks import Problem, Task, load_task
@@ -33,7 +33,7 @@ T = TypeVar("T")
 Pairs = list[tuple[list[int], list[int]]]  # (prompt ids, completion ids)
 
 
-def prepare_drafter(recipe: Recipe, policy: Policy, task: Task, folder: Path) -> Work[Drafter | None]:
+def prepare_drafter(recipe: Recipe, policy: Policy, task: Task, folder: Path) -> EventStream[Drafter | None]:
     """Load the recipe's drafter, or train one on the policy's own rollouts where it names none."""
     speculation = recipe.speculation
     if speculation.tokens == 0:
@@ -139,7 +139,7 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def make_drafter(recipe: Recipe, out: Path, resume: bool = False) -> Work[dict[str, object]]:
+def make_drafter(recipe: Recipe, out: Path, resume: bool = False) -> EventStream[dict[str, object]]:
     """Train the recipe's drafter and save it to `out`; one that was killed goes on with `resume`.
 
     Returns:
@@ -160,7 +160,7 @@ def make_drafter(recipe: Recipe, out: Path, resume: bool = False) -> Work[dict[s
     task = load_task(recipe.task, recipe.seed)
     if resume:
         unfinished.check_recipe(recipe)
-        policy = yield from during("loading the policy", _policy_again(recipe, out))
+        policy = yield from as_stage("loading the policy", _policy_again(recipe, out))
         unfinished.check_policy(policy)
     else:
         policy = yield from prepare_policy(recipe, task, out)
@@ -172,7 +172,7 @@ def make_drafter(recipe: Recipe, out: Path, resume: bool = False) -> Work[dict[s
         raise
 
 
-def _policy_again(recipe: Recipe, folder: Path) -> Work[Policy]:
+def _policy_again(recipe: Recipe, folder: Path) -> EventStream[Policy]:
     """The policy of a training that had begun: the adapter of its cold start, if it had one, is there."""
     settings = recipe.policy
     adapter = settings.adapter if recipe.cold_start is None else str(folder / "cold_start")
@@ -188,7 +188,7 @@ def _check_trained(recipe: Recipe) -> None:
 
 def train_drafter(
     recipe: Recipe, policy: Policy, task: Task, folder: Path, unfinished: UnfinishedTraining | None = None
-) -> Work[dict[str, object]]:
+) -> EventStream[dict[str, object]]:
     """Train a drafter on samples of the policy, or on `draft.texts`; save it to `folder`.
 
     Args:
@@ -203,7 +203,7 @@ def train_drafter(
     setup = TrainingSetup(pairs, recipe.draft, recipe.rollout.temperature, recipe.seed, file)
     torch.manual_seed(recipe.seed)  # what a new head begins with; a resumed training must make the same
     training = DRAFTERS.load(recipe.speculation.method).train(policy, setup)
-    drafter, best = yield from during("training the drafter", _shown(training, recipe.draft.epochs))
+    drafter, best = yield from as_stage("training the drafter", _shown(training, recipe.draft.epochs))
     about: dict[str, object] = {
         "policy": policy.name,
         "adapter": recipe.policy.adapter,
@@ -221,7 +221,7 @@ def train_drafter(
     return about
 
 
-def _shown(training: Training[T], epochs: int) -> Work[T]:
+def _shown(training: Training[T], epochs: int) -> EventStream[T]:
     """A training as events of the run."""
     while True:
         try:
@@ -236,7 +236,7 @@ def _shown(training: Training[T], epochs: int) -> Work[T]:
 
 def _training_pairs(
     recipe: Recipe, policy: Policy, task: Task, unfinished: UnfinishedTraining | None
-) -> Work[Pairs]:  # what is kept in `unfinished`, or else the recipe's texts, or else samples
+) -> EventStream[Pairs]:  # what is kept in `unfinished`, or else the recipe's texts, or else samples
     kept = None if unfinished is None else unfinished.pairs()
     if kept is not None:
         yield Note(f"drafter: going on with {len(kept)} texts of the training that was broken off")
@@ -249,7 +249,7 @@ def _training_pairs(
         unfinished.begin(recipe, policy)
     if not pairs:
         work = sample_policy(recipe, policy, task, recipe.draft.rollouts)
-        pairs = yield from during("sampling the policy", work)
+        pairs = yield from as_stage("sampling the policy", work)
     if unfinished is not None:
         unfinished.save_pairs(pairs)
     return pairs
@@ -307,7 +307,7 @@ def _end(ids: list[int], policy: Policy) -> list[int]:
     return [] if end is None or (ids and ids[-1] in policy.eos_ids) else [int(end)]
 
 
-def sample_policy(recipe: Recipe, policy: Policy, task: Task, count: int) -> Work[Pairs]:
+def sample_policy(recipe: Recipe, policy: Policy, task: Task, count: int) -> EventStream[Pairs]:
     """`count` plain samples on training prompts, at the recipe's temperature: (prompt ids, completion ids)."""
     n = recipe.train.samples_per_prompt
     problems = task.problems("train")

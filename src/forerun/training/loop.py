@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from forerun.errors import Interrupted
-from forerun.events import Note, StepDone, Warned, Work, counted, during
+from forerun.events import EventStream, Note, StepDone, Warned, as_stage, with_progress
 from forerun.learner.objective import Scored, mismatch
 from forerun.training.metrics import comparison, evaluation, rollout_metrics, rollout_samples, thinned
 from forerun.training.prompts import Request, encode, sampling_for
 from forerun.training.rollout import RolloutBatch, Source, generate
 from forerun.training.timing import StageClock
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 
 if TYPE_CHECKING:
     from forerun.training.state import Run
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 EVAL_STREAM = 1_000_003  # random stream of evaluations, apart from those of the steps
 
 
-def train(run: Run, source: Source) -> Work[None]:
+def train_steps(run: Run, source: Source) -> EventStream[None]:
     """All remaining steps of a run, with evaluations and checkpoints where the recipe wants them.
 
     Raises:
@@ -46,9 +46,9 @@ def train(run: Run, source: Source) -> Work[None]:
         clock = StageClock(run.timeline, step + 1)
         batch = yield from source.next(step, clock)
         yield from compare(run, step, batch)
-        scored = yield from clock.timed("logprob", score(run, step, batch))
+        scored = yield from clock.time_stage("logprob", score(run, step, batch))
         advantages = run.algorithm.advantages(batch.rewards, recipe.train).view(-1)
-        metrics = yield from clock.timed("train", update(run, step, batch, scored, advantages))
+        metrics = yield from clock.time_stage("train", update(run, step, batch, scored, advantages))
         yield from source.publish(step + 1, clock)
         metrics |= mismatch(batch.rollouts, scored) | clock.metrics() | source.metrics(step, batch, clock)
         yield from record(run, step, clock, batch, metrics, advantages)
@@ -62,19 +62,21 @@ def train(run: Run, source: Source) -> Work[None]:
         yield from evaluate(run, history.step)
 
 
-def score(run: Run, step: int, batch: RolloutBatch) -> Work[Scored]:
+def score(run: Run, step: int, batch: RolloutBatch) -> EventStream[Scored]:
     """Log-probabilities by the policy itself; a co-trained drafter reads the same forward."""
     if run.cotrainer is not None:
         run.cotrainer.begin(step)
-    return (yield from counted(run.score(batch.rollouts), len(batch.rollouts)))
+    return (yield from with_progress(run.score(batch.rollouts), len(batch.rollouts)))
 
 
-def update(run: Run, step: int, batch: RolloutBatch, scored: Scored, advantages: Tensor) -> Work[dict[str, float]]:
+def update(
+    run: Run, step: int, batch: RolloutBatch, scored: Scored, advantages: Tensor
+) -> EventStream[dict[str, float]]:
     """The policy's update, then the drafter's. `advantages` [P·n]. Returns metrics."""
     config = run.recipe.train
     rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
     work = run.learner.update(batch.rollouts, advantages, scored, rate, run.stop_requested)
-    metrics = yield from counted(work, len(batch.rollouts))
+    metrics = yield from with_progress(work, len(batch.rollouts))
     if run.cotrainer is not None:
         metrics |= run.cotrainer.update(step, batch.rollouts, scored.entropies)
     return metrics
@@ -82,7 +84,7 @@ def update(run: Run, step: int, batch: RolloutBatch, scored: Scored, advantages:
 
 def record(
     run: Run, step: int, clock: StageClock, batch: RolloutBatch, metrics: dict[str, float], advantages: Tensor
-) -> Work[None]:
+) -> EventStream[None]:
     """Write the step's metrics and samples down. From here on it counts as finished."""
     line = rollout_metrics(batch) | metrics
     line |= {f"replicas/{name}": float(n) for name, n in run.engine.metrics().get("replicas", {}).items()}
@@ -98,31 +100,31 @@ def record(
         yield Warned(text)
 
 
-def compare(run: Run, step: int, speculative: RolloutBatch) -> Work[None]:
+def compare(run: Run, step: int, speculative: RolloutBatch) -> EventStream[None]:
     """Generate the same prompts without speculation, in `compare.steps` steps of a run, outside of its stages."""
     if run.drafter is None or step not in spread(run.recipe.compare.steps, run.recipe.train.steps):
         return
     with run.timeline.learner_span("compare", step + 1):
-        run.plain.load(publish(step, run.policy, None, shared=run.engine.shares_weights))
+        run.plain.load(pack_weights(step, run.policy, None, shared=run.engine.shares_weights))
         work = generate(run.plain, run.policy, run.task, speculative.request, run.recipe.train.samples_per_prompt)
-        plain = yield from during("plain generation, to compare", work)
+        plain = yield from as_stage("plain generation, to compare", work)
     run.history.comparisons.append(comparison(step + 1, plain, speculative))
     run.history.timeline = {"speculative": thinned(speculative.timeline), "plain": thinned(plain.timeline)}
 
 
-def evaluate(run: Run, step: int) -> Work[None]:
+def evaluate(run: Run, step: int) -> EventStream[None]:
     """Reward on the held-out prompts by the policy after `step` steps."""
     if not run.held_out:
         return
     recipe = run.recipe
     drafter = run.drafter if run.evaluator is run.engine else None
-    run.evaluator.load(publish(step, run.policy, drafter, shared=run.engine.shares_weights))
+    run.evaluator.load(pack_weights(step, run.policy, drafter, shared=run.engine.shares_weights))
     prompts = [encode(problem, recipe, run.policy) for problem in run.held_out]
     request = Request(run.held_out, prompts, sampling_for(recipe, EVAL_STREAM, step, recipe.eval.temperature))
     run.engine_states.begin("evaluate", step)
     with run.timeline.learner_span("evaluation", step):
         work = generate(run.evaluator, run.policy, run.task, request, recipe.eval.samples, run.stop_requested)
-        batch = yield from during("evaluation", work)
+        batch = yield from as_stage("evaluation", work)
     run.engine_states.end(batch.timeline)
     result = evaluation(batch)
     run.log(step, dict(result))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from forerun.engine import RolloutEngine, Weights
 from forerun.errors import Interrupted
-from forerun.events import Work, finish
+from forerun.events import EventStream, finish
 from forerun.tracking.timeline import QUEUE
 from forerun.training.rollout import RolloutBatch, generate
 from forerun.training.timing import StageClock
@@ -28,8 +28,8 @@ Generate = Callable[[int, StopRequested, Callable[[], None]], RolloutBatch]  # s
 OnWaiting = Callable[[int, int], None]  # step that was generated or taken, steps that now wait
 
 
-class Prefetcher:
-    """The thread, and the steps that it has finished."""
+class RolloutThread:
+    """The thread that generates, and the steps that it has finished."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Prefetcher:
         in_flight: bool,
         on_waiting: OnWaiting = lambda step, waiting: None,
     ) -> None:
-        """Nothing is generated before the first `publish`.
+        """Nothing is generated before the first `offer`.
 
         Args:
             generate: a step's rollouts by `engine`; calls its last argument between rounds.
@@ -63,7 +63,7 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._run, name="rollouts", daemon=True)
         self._thread.start()
 
-    def publish(self, weights: Weights) -> None:
+    def offer(self, weights: Weights) -> None:
         """Offer a newer version. Its tensors must not change any more."""
         with self._changed:
             self._newest = weights
@@ -131,27 +131,27 @@ class Prefetcher:
             self._load(self._held)
 
 
-class Ahead:
-    """The source that the loop asks: a `Prefetcher` from the first step of the run on."""
+class AsynchronousSource:
+    """The source of an asynchronous run: a `RolloutThread` from its first step on."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._prefetcher: Prefetcher | None = None
+        self._thread: RolloutThread | None = None
 
     def start(self, step: int) -> None:
         """Begin to generate, by the weights of now."""
         run, loop = self.run, self.run.recipe.loop
         steps = range(step, run.recipe.train.steps)
-        self._prefetcher = Prefetcher(run.engine, self._generate, steps, loop.lag, loop.in_flight, self._count)
-        self._prefetcher.publish(run.frozen_weights(step))
+        self._thread = RolloutThread(run.engine, self._generate, steps, loop.lag, loop.in_flight, self._count)
+        self._thread.offer(run.frozen_weights(step))
 
-    def next(self, step: int, clock: StageClock) -> Work[RolloutBatch]:
+    def next(self, step: int, clock: StageClock) -> EventStream[RolloutBatch]:
         """A step's rollouts; stage generation is the time waited for them (exposed generation)."""
-        return (yield from clock.call("generation", lambda: self._running.take(step, self.run.stop_requested)))
+        return (yield from clock.time_call("generation", lambda: self._running.take(step, self.run.stop_requested)))
 
-    def publish(self, version: int, clock: StageClock) -> Work[None]:
+    def publish(self, version: int, clock: StageClock) -> EventStream[None]:
         """New weights exist: the thread may take them at once."""
-        yield from clock.call("prepare", lambda: self._running.publish(self.run.frozen_weights(version)))
+        yield from clock.time_call("prepare", lambda: self._running.offer(self.run.frozen_weights(version)))
 
     def metrics(self, step: int, batch: RolloutBatch, clock: StageClock) -> dict[str, float]:
         """How old the tokens are, and who waited for whom."""
@@ -164,9 +164,9 @@ class Ahead:
 
     def close(self) -> None:
         """Stop the thread."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
+        if self._thread is not None:
+            self._thread.close()
+            self._thread = None
 
     def _generate(self, step: int, stop_requested: StopRequested, between: Callable[[], None]) -> RolloutBatch:
         run = self.run
@@ -181,9 +181,9 @@ class Ahead:
         self.run.timeline.count(QUEUE, waiting, step + 1)
 
     @property
-    def _running(self) -> Prefetcher:
-        assert self._prefetcher is not None, "start comes first"
-        return self._prefetcher
+    def _running(self) -> RolloutThread:
+        assert self._thread is not None, "start comes first"
+        return self._thread
 
 
 def lag_metrics(batch: RolloutBatch, step: int) -> dict[str, float]:

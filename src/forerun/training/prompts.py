@@ -11,7 +11,7 @@ from forerun.config import Recipe
 from forerun.engine import Sampling
 from forerun.engine.local.scheduler import request_seed
 from forerun.errors import UserError
-from forerun.events import Note, Progress, Work, during
+from forerun.events import EventStream, Note, Progress, as_stage
 from forerun.learner.lora import find_targets
 from forerun.models import Policy, load_policy
 from forerun.tasks import Problem, Task
@@ -26,23 +26,23 @@ class Request:
     sampling: Sampling
 
 
-def prepare_policy(recipe: Recipe, task: Task, folder: Path) -> Work[Policy]:
+def prepare_policy(recipe: Recipe, task: Task, folder: Path) -> EventStream[Policy]:
     """Load the policy; run its cold start where the recipe has one, keeping the adapter in `folder/cold_start`."""
-    policy = yield from during("loading the policy", _load(recipe))
+    policy = yield from as_stage("loading the policy", _load(recipe))
     if recipe.train.lora is not None:
         find_targets(policy.model, recipe.train.lora.targets)  # a wrong name fails before anything is trained
     if recipe.cold_start is not None:
-        yield from during("cold start", _cold_start(policy, recipe, task, folder / "cold_start"))
+        yield from as_stage("cold start", _cold_start(policy, recipe, task, folder / "cold_start"))
     return policy
 
 
-def _load(recipe: Recipe) -> Work[Policy]:
+def _load(recipe: Recipe) -> EventStream[Policy]:
     settings = recipe.policy
     yield from ()
     return load_policy(settings.model, settings.dtype, settings.device, settings.adapter)
 
 
-def _cold_start(policy: Policy, recipe: Recipe, task: Task, folder: Path) -> Work[None]:
+def _cold_start(policy: Policy, recipe: Recipe, task: Task, folder: Path) -> EventStream[None]:
     from forerun.learner.sft import merge, solved_examples, train_adapter
 
     assert recipe.cold_start is not None

@@ -15,7 +15,7 @@ import torch
 from forerun.engine import Counters, RolloutEngine
 from forerun.engine.base import nothing
 from forerun.errors import Interrupted
-from forerun.events import Progress, Work
+from forerun.events import EventStream, Progress
 from forerun.models import Policy
 from forerun.tasks import Task
 from forerun.training.prompts import Request
@@ -53,7 +53,7 @@ def generate(
     n: int,
     stop_requested: Callable[[], bool] = lambda: False,
     between: Callable[[], None] = nothing,
-) -> Work[RolloutBatch]:
+) -> EventStream[RolloutBatch]:
     """Sample every prompt n times and score the texts; yields progress.
 
     Args:
@@ -94,10 +94,10 @@ class Source(Protocol):
     def start(self, step: int) -> None:
         """The first step (0-based) that will be asked for."""
 
-    def next(self, step: int, clock: StageClock) -> Work[RolloutBatch]:
+    def next(self, step: int, clock: StageClock) -> EventStream[RolloutBatch]:
         """A step's rollouts."""
 
-    def publish(self, version: int, clock: StageClock) -> Work[None]:
+    def publish(self, version: int, clock: StageClock) -> EventStream[None]:
         """New weights exist."""
 
     def metrics(self, step: int, batch: RolloutBatch, clock: StageClock) -> dict[str, float]:
@@ -107,8 +107,8 @@ class Source(Protocol):
         """Stop generating."""
 
 
-class OnDemand:
-    """Generates a step's rollouts when the step asks for them, by that step's weights."""
+class SynchronousSource:
+    """The source of a synchronous run: a step's rollouts when the step asks for them, by that step's weights."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -116,19 +116,19 @@ class OnDemand:
     def start(self, step: int) -> None:
         """Nothing is generated before it is asked for."""
 
-    def next(self, step: int, clock: StageClock) -> Work[RolloutBatch]:
+    def next(self, step: int, clock: StageClock) -> EventStream[RolloutBatch]:
         """A step's rollouts: stages data, prepare and generation."""
         run = self.run
-        request = yield from clock.call("data", lambda: run.request(step))
-        yield from clock.call("prepare", lambda: run.engine.load(run.weights(step)))
+        request = yield from clock.time_call("data", lambda: run.request(step))
+        yield from clock.time_call("prepare", lambda: run.engine.load(run.weights(step)))
         run.engine_states.begin("generate", step + 1)
         n = run.recipe.train.samples_per_prompt
         work = generate(run.engine, run.policy, run.task, request, n, run.stop_requested)
-        batch = yield from clock.timed("generation", work)
+        batch = yield from clock.time_stage("generation", work)
         run.engine_states.end(batch.timeline)
         return batch
 
-    def publish(self, version: int, clock: StageClock) -> Work[None]:
+    def publish(self, version: int, clock: StageClock) -> EventStream[None]:
         """New weights exist. The next step takes them when it asks for rollouts."""
         yield from ()
 

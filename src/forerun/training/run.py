@@ -15,8 +15,8 @@ import torch
 
 from forerun.config import Recipe, load_recipe
 from forerun.drafters import load_drafter
-from forerun.errors import Interrupted, PartLost, UserError
-from forerun.events import Finished, Note, Warned, Work, during
+from forerun.errors import Interrupted, UserError, WorkersLost
+from forerun.events import EventStream, Finished, Note, Warned, as_stage
 from forerun.models import load_policy
 from forerun.report.run_page import write_report
 from forerun.simulate.plan.predict import Prediction, compare, predict_recipe
@@ -37,18 +37,18 @@ from forerun.training.drafter import prepare_drafter
 from forerun.training.export import export
 from forerun.training.history import History
 from forerun.training.interrupt import stop_flag
-from forerun.training.loop import train
-from forerun.training.prefetch import Ahead
+from forerun.training.loop import train_steps
+from forerun.training.prefetch import AsynchronousSource
 from forerun.training.prompts import prepare_policy
 from forerun.training.restart import Restarts
-from forerun.training.rollout import OnDemand
+from forerun.training.rollout import SynchronousSource
 from forerun.training.state import Run
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 
 PATHS = ("metrics", "rollouts", "timeline", "config", "env", "summary", "report")  # of a run folder, for the summary
 
 
-def run(recipe: Recipe, resume: Path | None = None) -> Work[dict[str, Any]]:
+def run(recipe: Recipe, resume: Path | None = None) -> EventStream[dict[str, Any]]:
     """Train; returns the summary that is also written to the run folder.
 
     A run that loses a worker goes on from its newest checkpoint, `checkpoint.restarts` times at most.
@@ -60,25 +60,25 @@ def run(recipe: Recipe, resume: Path | None = None) -> Work[dict[str, Any]]:
         UserError: something of the user's is wrong. Interrupted: Ctrl-C; a checkpoint was written.
     """
     restarts = Restarts(recipe.checkpoint.restarts)
-    begin: Callable[[], Work[Run]] = partial(resume_run, resume, recipe) if resume else partial(new_run, recipe)
+    begin: Callable[[], EventStream[Run]] = partial(resume_run, resume, recipe) if resume else partial(new_run, recipe)
     warnings: list[str] = []
     with stop_flag() as stop_requested:
         while True:
             current: Run | None = None
-            source: OnDemand | Ahead | None = None
+            source: SynchronousSource | AsynchronousSource | None = None
             try:
                 current = yield from begin()
                 current.warnings[:0] = warnings
                 current.stop_requested = stop_requested
-                source = Ahead(current) if recipe.loop.lag else OnDemand(current)
+                source = AsynchronousSource(current) if recipe.loop.lag else SynchronousSource(current)
                 yield from announce(current)
-                yield from train(current, source)
+                yield from train_steps(current, source)
                 return (yield from finish_run(current))
             except Interrupted:
                 if current is not None:
                     yield from stop_run(current)
                 raise
-            except PartLost as lost:
+            except WorkersLost as lost:
                 folder, warning = restarts.grant(lost, current.folder.path if current else resume)
                 warnings = [*(current.warnings if current else warnings), warning]
                 yield Warned(warning)
@@ -100,7 +100,7 @@ def resumed_recipe(folder: Path, overrides: dict[str, Any]) -> Recipe:
 # ---- beginning ----
 
 
-def new_run(recipe: Recipe, folder: RunFolder | None = None) -> Work[Run]:
+def new_run(recipe: Recipe, folder: RunFolder | None = None) -> EventStream[Run]:
     """A new run (in a folder of its own, unless one is given): policy after its cold start, drafter made."""
     torch.manual_seed(recipe.seed)
     task = load_task(recipe.task, recipe.seed)
@@ -112,7 +112,7 @@ def new_run(recipe: Recipe, folder: RunFolder | None = None) -> Work[Run]:
     return Run(recipe, folder, policy, drafter, History())
 
 
-def resume_run(run_folder: Path, recipe: Recipe) -> Work[Run]:
+def resume_run(run_folder: Path, recipe: Recipe) -> EventStream[Run]:
     """A run as its newest usable checkpoint left it. Raises UserError when none can be used."""
     folder = RunFolder.open(run_folder)
     (current, note), passed_over = from_newest(folder.path, lambda found: load_checkpoint(found, folder, recipe))
@@ -123,7 +123,7 @@ def resume_run(run_folder: Path, recipe: Recipe) -> Work[Run]:
     return current
 
 
-def restart_run(run_folder: Path, recipe: Recipe) -> Work[Run]:
+def restart_run(run_folder: Path, recipe: Recipe) -> EventStream[Run]:
     """The same, or the run from its beginning where it had no checkpoint yet."""
     if complete_checkpoints(run_folder / "checkpoints"):
         return (yield from resume_run(run_folder, recipe))
@@ -155,7 +155,7 @@ def load_checkpoint(checkpoint: Path, folder: RunFolder, recipe: Recipe) -> tupl
 # ---- to the end ----
 
 
-def announce(current: Run) -> Work[None]:
+def announce(current: Run) -> EventStream[None]:
     """Start the trackers; the adapter and the predicted step as notes."""
     recipe = current.recipe
     current.env = current.folder.write_env()
@@ -171,7 +171,7 @@ def announce(current: Run) -> Work[None]:
         yield Note(f"no prediction of this run: {error}")
 
 
-def stop_run(current: Run) -> Work[None]:
+def stop_run(current: Run) -> EventStream[None]:
     """A stop was requested: write a checkpoint of the last finished step."""
     yield from current.checkpoint()
     current.timeline.close()
@@ -189,10 +189,10 @@ def predict(current: Run) -> Prediction:
     return predict_recipe(recipe, device=name, shape=current.policy.model.config.to_dict())
 
 
-def finish_run(current: Run) -> Work[dict[str, Any]]:
+def finish_run(current: Run) -> EventStream[dict[str, Any]]:
     """Save policy and drafter in Hugging Face format, write summary and report."""
     folder = current.folder
-    exported = yield from during("saving", _export(current))
+    exported = yield from as_stage("saving", _export(current))
     current.history.wall_s = current.wall_s
     for text in current.take_warnings():
         yield Warned(text)
@@ -218,7 +218,7 @@ def run_facts(current: Run) -> dict[str, Any]:
     """The facts of a summary that are not in the history."""
     recipe = current.recipe
     step = current.history.step
-    sums = publish(step, current.policy, current.drafter).checksums
+    sums = pack_weights(step, current.policy, current.drafter).checksums
     return {
         "run": str(current.folder.path),
         "recipe": recipe.name,
@@ -231,6 +231,6 @@ def run_facts(current: Run) -> dict[str, Any]:
     }
 
 
-def _export(current: Run) -> Work[dict[str, str]]:
+def _export(current: Run) -> EventStream[dict[str, str]]:
     yield from ()
     return export(current.folder, current.recipe, current.policy, current.drafter, current.learner.adapter)

@@ -12,7 +12,7 @@ from forerun.config import Recipe
 from forerun.drafters import Drafter
 from forerun.engine import RolloutEngine, build_engine
 from forerun.engine.local.engine import LocalEngine
-from forerun.events import Work, during
+from forerun.events import EventStream, as_stage
 from forerun.learner.cotrain_distributed import build_cotrainer
 from forerun.learner.distributed import make_learner
 from forerun.models import Policy
@@ -27,7 +27,7 @@ from forerun.training.checkpoint import (
 from forerun.training.history import History
 from forerun.training.prompts import Request, request_of_step
 from forerun.training.timing import EngineStates
-from forerun.training.weights import publish
+from forerun.training.weights import pack_weights
 from forerun.types import Weights
 from forerun.workers.ray import ray_launcher
 
@@ -74,17 +74,17 @@ class Run:
 
     def weights(self, version: int) -> Weights:
         """Policy and drafter as they are, for the run's engine."""
-        return publish(version, self.policy, self.drafter, shared=self.engine.shares_weights)
+        return pack_weights(version, self.policy, self.drafter, shared=self.engine.shares_weights)
 
     def frozen_weights(self, version: int) -> Weights:
         """A copy of them, for an engine that reads it during the next update."""
-        return publish(version, self.policy, self.drafter, shared=False, frozen=True)
+        return pack_weights(version, self.policy, self.drafter, shared=False, frozen=True)
 
-    def checkpoint(self) -> Work[None]:
+    def checkpoint(self) -> EventStream[None]:
         """Write one of this moment. Raises UserError when the disk is full."""
-        yield from during("checkpoint", self._checkpoint())
+        yield from as_stage("checkpoint", self._checkpoint())
 
-    def _checkpoint(self) -> Work[None]:
+    def _checkpoint(self) -> EventStream[None]:
         with self.timeline.learner_span("checkpoint", self.history.step):
             yield from ()
             self.history.wall_s = self.wall_s

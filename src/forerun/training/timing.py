@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from forerun.engine import RolloutEngine
-from forerun.events import Began, Ended, Work
+from forerun.events import Began, Ended, EventStream
 from forerun.tracking.timeline import IN_FLIGHT, LEARNER, Timeline, Window
 from forerun.types import STAGES
 
@@ -27,7 +27,7 @@ class StageClock:
         self._timeline = timeline
         self._step = step
 
-    def timed(self, stage: str, work: Work[T]) -> Work[T]:
+    def time_stage(self, stage: str, work: EventStream[T]) -> EventStream[T]:
         """Run `work` as a stage; its events go on to the caller."""
         yield Began(stage)
         with self._stage(stage):
@@ -35,7 +35,7 @@ class StageClock:
         yield Ended(stage)
         return result
 
-    def call(self, stage: str, function: Callable[[], T]) -> Work[T]:
+    def time_call(self, stage: str, function: Callable[[], T]) -> EventStream[T]:
         """Call a function as a stage."""
         yield Began(stage)
         with self._stage(stage):

@@ -13,7 +13,7 @@ from forerun.models.checksum import checksum
 from forerun.workers.shared_memory import Segment
 
 
-def publish(
+def pack_weights(
     version: int, policy: Policy, drafter: Drafter | None, shared: bool = True, frozen: bool = False
 ) -> Weights:
     """The current weights under `version`: checksums, with the tensors for an engine that keeps copies.

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from forerun.errors import PartLost, UserError
-from forerun.events import Counting, finish
+from forerun.errors import UserError, WorkersLost
+from forerun.events import CountStream, finish
 from forerun.workers.handle import UNREACHABLE, Launcher, NotPlaced, Spec, Worker, WorkerLost, kill_all, poll
 from forerun.workers.weights import Staging
 from forerun.workers.wire import Message
@@ -23,7 +23,7 @@ TICK_S = 0.1  # the longest wait between two looks at all ranks
 LOSS_S = 5.0  # until it is known which rank was lost first, when one is gone
 
 
-class RanksLost(PartLost):
+class RanksLost(WorkersLost):
     """The ranks are gone, all of them: which one was lost first, and how it ended."""
 
 
@@ -61,7 +61,7 @@ class RankGroup:
 
     def run(
         self, requests: Sequence[Message], idle: Callable[[], None] = lambda: None, limit_s: float | None = None
-    ) -> Counting[list[Message]]:
+    ) -> CountStream[list[Message]]:
         """Send each rank its request; yields the sequences that are done, returns the ranks' answers.
 
         Args:
@@ -115,7 +115,7 @@ class RankGroup:
         except WorkerLost as reason:
             self._lose(rank, reason)
 
-    def _collect(self, limit_s: float, idle: Callable[[], None] = lambda: None) -> Counting[list[Message]]:
+    def _collect(self, limit_s: float, idle: Callable[[], None] = lambda: None) -> CountStream[list[Message]]:
         """One answer of every rank."""
         answers: dict[int, Message] = {}
         done = 0
