@@ -25,9 +25,7 @@ from forerun.acceptance.chain import (
     block_threshold,
     clipped_products,
     drafted,
-    next_token,
     residual_mass,
-    run,
     token_acceptance,
     verify,
 )
@@ -61,7 +59,7 @@ class Expected:
     block: list[float] = field(default_factory=list)
 
     def __call__(self, rule: str, inputs: VerifyInput) -> VerifyResult:
-        run(self._note, next_token, inputs)
+        verify(self._note, inputs)
         return verify(rule, inputs)
 
     def _note(self, target: Target, draft: Draft, log_ratio: Tensor, uniforms: Tensor) -> Acceptance:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from chi_square import LEVEL, p_value, sigmas_of_detection
 from forerun.acceptance.broken import BROKEN
-from forerun.acceptance.chain import RULES, RuleFunction, verify, verify_token
+from forerun.acceptance.chain import RuleFunction, verify
 from forerun.acceptance.random import Purpose, inverse_cdf, inverse_cdf_log, uniforms
 from forerun.types import Draft, VerifyInput, VerifyResult
-from proofs.oracle import Model, random_model, target_law
+from proofs.oracle import CHAIN_RULES, Model, random_model, target_law
 from proofs.references import reference_block, reference_token
 from verify_inputs import ALMOST_ONE, on_device, rand, randn, rows_of
 
@@ -49,7 +49,7 @@ def assert_same(one: VerifyResult, other: VerifyResult) -> None:
 
 @pytest.mark.parametrize("one_hot", [False, True])
 @pytest.mark.parametrize("k", [0, 1, 2, 3, 5])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_a_rule_equals_its_reference(rule: str, k: int, one_hot: bool) -> None:
     inputs = case(300, k, 11, seed=100 * k, one_hot=one_hot)
     verdict = verify(rule, inputs)
@@ -59,13 +59,13 @@ def test_a_rule_equals_its_reference(rule: str, k: int, one_hot: bool) -> None:
         assert {0, 1, 2} <= set(verdict.accepted.tolist())
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_a_smaller_draft_vocabulary_equals_its_reference(rule: str) -> None:
     inputs = case(300, 3, 600, seed=7, vocabulary=torch.arange(0, 600, 7))
     assert_same(verify(rule, inputs), REFERENCES[rule](inputs))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_masked_logits_equal_the_reference_and_are_never_emitted(rule: str) -> None:
     inputs = case(300, 3, 11, seed=9)
     masked = rand(*inputs.target_logits.shape, seed=10) < 0.4
@@ -76,7 +76,7 @@ def test_masked_logits_equal_the_reference_and_are_never_emitted(rule: str) -> N
     assert bool(verdict.logprobs.isfinite().all())
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_bfloat16_and_strided_logits_equal_the_reference(rule: str) -> None:
     inputs = case(200, 3, 300, seed=11)
     rough = replace(inputs, target_logits=inputs.target_logits.bfloat16())
@@ -86,7 +86,7 @@ def test_bfloat16_and_strided_logits_equal_the_reference(rule: str) -> None:
     assert_same(verify(rule, replace(inputs, target_logits=strided)), verify(rule, inputs))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_a_verdict_does_not_depend_on_the_batch(rule: str) -> None:
     inputs = case(60, 3, 200, seed=12)
     whole = verify(rule, inputs)
@@ -97,7 +97,7 @@ def test_a_verdict_does_not_depend_on_the_batch(rule: str) -> None:
         torch.testing.assert_close(verdict.logprobs, whole.logprobs[part], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_what_lies_beyond_the_length_is_not_read(rule: str) -> None:
     inputs = case(100, 3, 11, seed=13)
     draft = inputs.draft
@@ -122,7 +122,7 @@ def test_one_slot_makes_block_and_token_equal() -> None:
     assert_same(verify("block", short), verify("token", short))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_greedy_rows_follow_the_argmax_and_the_first_of_equals(rule: str) -> None:
     logits = torch.zeros(3, 3, 4)
     logits[:, 0, 2] = logits[:, 1, 1] = logits[:, 2, 3] = 1.0
@@ -136,7 +136,7 @@ def test_greedy_rows_follow_the_argmax_and_the_first_of_equals(rule: str) -> Non
     assert verdict.logprobs[1].tolist() == pytest.approx([unscaled[1, 0, 2].item(), unscaled[1, 1, 1].item(), 0.0])
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_logprobs_are_the_targets_at_the_sampling_temperature(rule: str) -> None:
     inputs = replace(case(200, 3, 11, seed=15), temperature=torch.full((200,), 0.6))
     verdict = verify(rule, inputs)
@@ -146,7 +146,7 @@ def test_logprobs_are_the_targets_at_the_sampling_temperature(rule: str) -> None
     assert bool((verdict.tokens[~emitted] == 0).all())
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_a_token_the_target_forbids_is_rejected_by_any_uniform(rule: str) -> None:
     logits = torch.zeros(1, 3, 4)
     logits[0, 0, 1] = -torch.inf
@@ -156,7 +156,7 @@ def test_a_token_the_target_forbids_is_rejected_by_any_uniform(rule: str) -> Non
     assert verdict.accepted.item() == 0 and verdict.tokens[0, 0].item() != 1
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_a_residual_that_rounds_to_nothing_falls_back_to_the_target(rule: str) -> None:
     p = torch.tensor([0.5, 0.0, 0.3, 0.2])
     log_q = (p.log() + 3e-7).expand(1, 2, 4)  # above p everywhere by rounding, so nothing is left of p - q
@@ -214,7 +214,7 @@ def test_a_broken_rule_can_replace_any_rule(name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_cuda_and_cpu_agree(rule: str) -> None:
     for vocabulary in (None, torch.arange(0, 600, 7)):
         inputs = case(200, 3, 600, seed=17, vocabulary=vocabulary)
@@ -292,9 +292,9 @@ def test_the_power_of_the_sampled_test() -> None:
 
 @pytest.mark.parametrize("lengths", [whole, stopping])
 @pytest.mark.parametrize("one_hot", [False, True])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_sampled_rounds_follow_the_target(rule: str, one_hot: bool, lengths: Lengths) -> None:
-    assert p_value(counts(RULES[rule], one_hot, lengths), law()) > LEVEL
+    assert p_value(counts(CHAIN_RULES[rule], one_hot, lengths), law()) > LEVEL
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -306,11 +306,11 @@ def test_the_sampled_test_catches_a_length_that_peeks() -> None:
     def peeking(tokens: Tensor) -> Tensor:
         return torch.where(tokens[:, 0] == 0, 0, K)
 
-    assert p_value(counts(verify_token, False, peeking), law()) < LEVEL
-    assert p_value(counts(RULES["block"], False, peeking), law()) < LEVEL
+    assert p_value(counts(CHAIN_RULES["token"], False, peeking), law()) < LEVEL
+    assert p_value(counts(CHAIN_RULES["block"], False, peeking), law()) < LEVEL
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_a_wide_vocabulary_follows_the_target(rule: str) -> None:
     """First two tokens of a round over V = 64 with D = 40: 4096 cells pooled to 8 x 8, and the 64 first tokens."""
     rounds, size, vocabulary = 200_000, 64, torch.arange(0, 64)[torch.arange(64) % 8 < 5]

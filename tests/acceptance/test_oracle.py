@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from forerun.acceptance.broken import BROKEN, SHOW_WITH_ONE_HOT
-from forerun.acceptance.chain import RULES, RuleFunction, verify_block, verify_token
+from forerun.acceptance.chain import RuleFunction
 from forerun.types import Draft, VerifyInput, VerifyResult
 from proofs.oracle import (
+    CHAIN_RULES,
     Admission,
     ChainRule,
     Model,
@@ -103,23 +104,25 @@ def test_one_hot_drafts_are_accepted_equally_by_both_rules() -> None:
 
 @pytest.mark.parametrize("admission", ADMISSIONS)
 @pytest.mark.parametrize("proposal", [sampled_proposals, one_hot_proposals])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_the_torch_rules_emit_the_target_law(rule: str, proposal, admission: str) -> None:
     for size, k, zeros, temperature in ((2, 1, False, 1.0), (2, 3, False, 0.7), (3, 2, True, 1.0), (3, 3, False, 1.0)):
         target, proposals = random_model(k, size, zeros), proposal(random_model(k + 50, size), k)
-        assert torch_distance(RULES[rule], target, proposals, ADMISSIONS[admission], temperature) < TORCH_TOLERANCE
+        assert (
+            torch_distance(CHAIN_RULES[rule], target, proposals, ADMISSIONS[admission], temperature) < TORCH_TOLERANCE
+        )
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_the_torch_rules_are_lossless_at_temperature_zero(rule: str) -> None:
     for proposal in (sampled_proposals, one_hot_proposals):
         model, proposals = random_model(3, 3), proposal(random_model(53, 3), 3)
         given = torch_round(model, proposals, fixed_length(3), temperature=0.0)
-        law = torch_law(RULES[rule], given, proposals, greedy_model(model), 4)
+        law = torch_law(CHAIN_RULES[rule], given, proposals, greedy_model(model), 4)
         assert law == target_law(greedy_model(model), 4)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_the_torch_rules_are_lossless_with_a_smaller_draft_vocabulary(rule: str) -> None:
     target, narrow = random_model(8, 4), random_model(58, 2)
 
@@ -129,26 +132,26 @@ def test_the_torch_rules_are_lossless_with_a_smaller_draft_vocabulary(rule: str)
 
     proposals = sampled_proposals(draft, 2)
     given = torch_round(target, proposals, ADMISSIONS["fixed"], vocabulary=(1, 3))
-    law = torch_law(RULES[rule], given, proposals, target, 3)
+    law = torch_law(CHAIN_RULES[rule], given, proposals, target, 3)
     assert total_variation(law, target_law(target, 3)) < TORCH_TOLERANCE
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", CHAIN_RULES)
 def test_a_draft_equal_to_the_target_is_accepted_whole(rule: str) -> None:
     target = random_model(4, 3)
     proposals = sampled_proposals(target, 3)
     given = torch_round(target, proposals, fixed_length(3))
     u = torch.full((len(proposals), 3), 1 - 1e-5, dtype=torch.float64)
-    verdict = RULES[rule](given.inputs(u, u[:, 0]))
+    verdict = CHAIN_RULES[rule](given.inputs(u, u[:, 0]))
     assert bool((verdict.accepted == 3).all())
-    assert torch_distance(RULES[rule], target, proposals, fixed_length(3)) < TORCH_TOLERANCE
+    assert torch_distance(CHAIN_RULES[rule], target, proposals, fixed_length(3)) < TORCH_TOLERANCE
 
 
 def test_a_sampled_draft_may_be_verified_as_one_hot() -> None:
     """Forgetting q costs acceptance and nothing else: given the token, the rule is exact."""
 
     def forgetful(inputs: VerifyInput) -> VerifyResult:
-        return verify_token(replace(inputs, draft=Draft(inputs.draft.tokens, inputs.draft.lengths)))
+        return CHAIN_RULES["token"](replace(inputs, draft=Draft(inputs.draft.tokens, inputs.draft.lengths)))
 
     assert torch_distance(forgetful, random_model(1, 3), sampled_proposals(random_model(51, 3), 2), fixed_length(2)) < (
         TORCH_TOLERANCE
@@ -161,7 +164,7 @@ def test_torch_and_rational_rules_accept_equally() -> None:
         for seed in range(2):
             target, proposals = random_model(seed, 3), sampled_proposals(random_model(seed + 50, 3), 3)
             for admit in (ADMISSIONS["fixed"], ADMISSIONS["stopping"]):
-                cells = cells_of(RULES[name], torch_round(target, proposals, admit))
+                cells = cells_of(CHAIN_RULES[name], torch_round(target, proposals, admit))
                 weights = torch.tensor([float(one.probability) for one in proposals], dtype=torch.float64)
                 accepted = ((cells.volumes() * cells.accepted).sum(1) * weights).sum()
                 assert float(accepted) == pytest.approx(
@@ -188,14 +191,14 @@ def test_the_faults_marked_so_show_with_one_hot_drafts_and_no_others(name: str) 
 
 
 def test_peeking_is_caught_in_the_torch_rules() -> None:
-    for rule in (verify_token, verify_block):
+    for rule in CHAIN_RULES.values():
         assert torch_distance(rule, FAULT_TARGET, sampled_proposals(FAULT_DRAFT, 2), PEEK) > 0.02
 
 
-@pytest.mark.parametrize("name", [*RULES, *BROKEN])
+@pytest.mark.parametrize("name", [*CHAIN_RULES, *BROKEN])
 def test_the_recovered_table_is_the_rule(name: str) -> None:
     """The oracle's table over uniforms predicts the code at random uniforms; so its integral is the code's."""
-    rule = {**RULES, **BROKEN}[name]
+    rule = {**CHAIN_RULES, **BROKEN}[name]
     for proposals in (sampled_proposals(FAULT_DRAFT, 2), one_hot_proposals(FAULT_DRAFT, 3)):
         given = torch_round(FAULT_TARGET, proposals, ADMISSIONS["fixed"])
         cells = cells_of(rule, given)

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from chi_square import LEVEL, p_value, sigmas_of_detection
-from forerun.acceptance.chain import verify_token
 from forerun.acceptance.random import Purpose, inverse_cdf, inverse_cdf_log, uniforms
 from forerun.acceptance.tree import TREE_RULES, TreeRuleFunction, verify_tree
 from forerun.types import Draft, VerifyInput
 from proofs.broken_tree import BROKEN_TREE
-from proofs.oracle import Model, Text, random_model, target_law
+from proofs.oracle import CHAIN_RULES, Model, Text, random_model, target_law
 from verify_inputs import DRAWN, drawn_columns, rand, randn
 
 Case = tuple[Model, Model, int, Text, int]  # target, drafter, V, parents, rounds
@@ -164,7 +163,7 @@ def test_a_tree_accepts_more_than_its_first_path_and_traversal_most() -> None:
     path = Draft(tokens[:, [0, 2]], torch.full((rounds,), 2), log_q[:, [0, 2]])
     accept, residual = draws(Purpose.ACCEPT, rounds, 4), draws(Purpose.RESIDUAL, rounds, 1)[:, 0]
     inputs = VerifyInput(logits[:, [0, 1, 3]], path, torch.ones(rounds), accept[:, [0, 2]], residual)
-    chain = verify_token(inputs).accepted.double().mean()
+    chain = CHAIN_RULES["token"](inputs).accepted.double().mean()
     draft = Draft(tokens, torch.full((rounds,), 4), log_q, parents=torch.tensor(FAULTY[3]).expand(rounds, -1))
     inputs = VerifyInput(logits, draft, torch.ones(rounds), accept, residual)
     accepted = {rule: verify_tree(rule, inputs).accepted.double().mean() for rule in ("walk", "rrs", "traversal")}

@@ -24,12 +24,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from forerun.acceptance.chain import RuleFunction
+from forerun.acceptance.chain import RULES, RuleFunction, verify
 from forerun.types import Draft, VerifyInput
+
+CHAIN_RULES: dict[str, RuleFunction] = {name: partial(verify, name) for name in RULES}
 
 Text = tuple[int, ...]
 Row = tuple[Fraction, ...]

@@ -28,9 +28,8 @@ from forerun.acceptance.chain import (
     log_q_of_tokens,
     longest_prefix,
     next_token,
-    run,
     token_acceptance,
-    verify_token,
+    verify,
 )
 from forerun.acceptance.tree import (
     Endpoint,
@@ -136,18 +135,18 @@ def _one_uniform(inputs: VerifyInput) -> VerifyInput:
 
 
 def _token_rule_on(change: Callable[[VerifyInput], VerifyInput], inputs: VerifyInput) -> VerifyResult:
-    return verify_token(change(inputs))
+    return verify("token", change(inputs))
 
 
 BROKEN: dict[str, RuleFunction] = {
-    "no_residual": partial(run, token_acceptance, _from_target),
-    "block_no_residual": partial(run, block_acceptance, _from_target),
-    "residual_masks_token": partial(run, token_acceptance, _without_token),
-    "block_residual_unweighted": partial(run, block_acceptance, _unweighted),
-    "block_threshold_is_prefix": partial(run, _by_prefix, next_token),
-    "block_without_clip": partial(run, _unclipped, next_token),
-    "lenient_ratio": partial(run, _lenient, next_token),  # 2509.23232
-    "typical_acceptance": partial(run, _typical, _from_target),  # 2401.10774, section 3.3
+    "no_residual": partial(verify, token_acceptance, choose=_from_target),
+    "block_no_residual": partial(verify, block_acceptance, choose=_from_target),
+    "residual_masks_token": partial(verify, token_acceptance, choose=_without_token),
+    "block_residual_unweighted": partial(verify, block_acceptance, choose=_unweighted),
+    "block_threshold_is_prefix": partial(verify, _by_prefix),
+    "block_without_clip": partial(verify, _unclipped),
+    "lenient_ratio": partial(verify, _lenient),  # 2509.23232
+    "typical_acceptance": partial(verify, _typical, choose=_from_target),  # 2401.10774, section 3.3
     "misaligned_row": partial(_token_rule_on, _row_before),
     "peeking_admission": partial(_token_rule_on, _without_unlikely),
     "q_at_other_temperature": partial(_token_rule_on, _other_q),

@@ -27,7 +27,7 @@ from forerun.types import Draft, VerifyInput, VerifyResult
 _CHUNK_ELEMENTS = {"cpu": 1 << 21}  # float32 logits in flight: 8 MB is near the caches, and worth waking threads for
 _CHUNK_ELEMENTS_DEVICE = 1 << 24  # 64 MB hides the launch time on an accelerator
 
-RuleFunction = Callable[[VerifyInput], VerifyResult]
+RuleFunction = Callable[[VerifyInput], VerifyResult]  # a rule by itself: `partial(verify, name)`
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,53 +55,6 @@ class Acceptance:
 
 AcceptanceRule = Callable[[Target, Draft, Tensor, Tensor], Acceptance]  # the tensors: log p/q and uniforms, [B, k] each
 NextToken = Callable[[Target, Draft, Acceptance, Tensor, Tensor], Tensor]
-
-
-def verify(rule: str, inputs: VerifyInput) -> VerifyResult:
-    """Verify one round of drafts by the rule "token" or "block". k = 0 is plain sampling.
-
-    Raises:
-        ValueError: shapes disagree, a row that is read has no finite log-sum-exp, or a draft token has probability zero
-            under the q it claims to be sampled from.
-
-    Sources: Leviathan et al. 2211.17192 (token); Sun et al. 2403.10444, algorithm 2 (block).
-    """
-    if rule not in RULES:
-        raise ValueError(f"there is no verification rule {rule!r}; the rules are {', '.join(RULES)}")
-    return RULES[rule](inputs)
-
-
-def verify_token(inputs: VerifyInput) -> VerifyResult:
-    """Token rejection sampling. A token of a one-hot draft is accepted with probability p(x)."""
-    return run(token_acceptance, next_token, inputs)
-
-
-def verify_block(inputs: VerifyInput) -> VerifyResult:
-    """Block verification. Accepts at least as many tokens as the token rule on average."""
-    return run(block_acceptance, next_token, inputs)
-
-
-RULES: dict[str, RuleFunction] = {"token": verify_token, "block": verify_block}
-
-
-@torch.no_grad()
-def run(accept: AcceptanceRule, choose: NextToken, inputs: VerifyInput) -> VerifyResult:
-    """Run the rule that accepts drafts by `accept` and draws the next token by `choose`. Errors as `verify`."""
-    check_shapes(inputs)
-    check_draft(inputs)
-    draft = inputs.draft
-    draft = replace(draft, tokens=draft.tokens.where(drafted(draft), 0))  # padding may hold anything
-    greedy = inputs.temperature == 0
-    scale = inverse_temperature(inputs.temperature)
-    target = Target(inputs.target_logits, scale, _log_sum_exp(inputs.target_logits, scale, draft.lengths))
-    log_q = log_q_of_tokens(draft)
-    check_probabilities(target, log_q, greedy)
-    acceptance = accept(target, draft, target.log_p(draft.tokens) - log_q, inputs.accept_uniforms)
-    following = choose(target, draft, acceptance, ~greedy, inputs.residual_uniforms)
-    accepted = acceptance.accepted
-    if bool(greedy.any()):
-        accepted, following = _decide_greedily(target, draft, greedy, accepted, following)
-    return _result(target, draft, accepted, following)
 
 
 def token_acceptance(target: Target, draft: Draft, log_ratio: Tensor, uniforms: Tensor) -> Acceptance:
@@ -207,6 +160,43 @@ def _residual(p: Tensor, draft: Draft, acceptance: Acceptance, members: Tensor) 
     # event of chance ~1e-7: any distribution is right to that accuracy, and p emits no token that p forbids.
     empty = (residual.sum(1) == 0).nonzero()[:, 0]
     return residual.index_copy_(0, empty, p[empty])
+
+
+RULES: dict[str, AcceptanceRule] = {"token": token_acceptance, "block": block_acceptance}
+
+
+@torch.no_grad()
+def verify(rule: str | AcceptanceRule, inputs: VerifyInput, choose: NextToken = next_token) -> VerifyResult:
+    """Verify one round of drafts. k = 0 is plain sampling.
+
+    Args:
+        rule: a name in `RULES`, or a function that decides what is accepted.
+        choose: draws the token after the accepted ones; another one for a broken rule of `broken.py`.
+
+    Raises:
+        ValueError: shapes disagree, a row that is read has no finite log-sum-exp, or a draft token has probability zero
+            under the q it claims to be sampled from.
+
+    Sources: Leviathan et al. 2211.17192 (token); Sun et al. 2403.10444, algorithm 2 (block).
+    """
+    if isinstance(rule, str) and rule not in RULES:
+        raise ValueError(f"there is no verification rule {rule!r}; the rules are {', '.join(RULES)}")
+    accept = RULES[rule] if isinstance(rule, str) else rule
+    check_shapes(inputs)
+    check_draft(inputs)
+    draft = inputs.draft
+    draft = replace(draft, tokens=draft.tokens.where(drafted(draft), 0))  # padding may hold anything
+    greedy = inputs.temperature == 0
+    scale = inverse_temperature(inputs.temperature)
+    target = Target(inputs.target_logits, scale, _log_sum_exp(inputs.target_logits, scale, draft.lengths))
+    log_q = log_q_of_tokens(draft)
+    check_probabilities(target, log_q, greedy)
+    acceptance = accept(target, draft, target.log_p(draft.tokens) - log_q, inputs.accept_uniforms)
+    following = choose(target, draft, acceptance, ~greedy, inputs.residual_uniforms)
+    accepted = acceptance.accepted
+    if bool(greedy.any()):
+        accepted, following = _decide_greedily(target, draft, greedy, accepted, following)
+    return _result(target, draft, accepted, following)
 
 
 def _decide_greedily(

@@ -215,7 +215,16 @@ class LocalEngine(RolloutEngine):
         logits, features = self._forward(tokens, SlotPass(self._cache, 0, rows.lengths, n, end, tree=tree))
         assert logits is not None
         logits = truncate(logits, rows.temperature, sampling.truncation)
-        verdict, features = self._verified(rows, draft, logits, features)
+        keys = round_keys(rows.lengths, n)
+        accept = uniforms(rows.seeds, keys[:, :-1], Purpose.ACCEPT)
+        residual = uniforms(rows.seeds, keys[:, :1], Purpose.RESIDUAL)[:, 0]
+        inputs = VerifyInput(logits, draft, rows.temperature, accept, residual)
+        if tree is None:
+            verdict = self._verify(self._chain_rule if n > 1 else "token", inputs)  # without drafts all rules are one
+        else:  # keeps the accepted path, and the features in the order of the text
+            verdict = self._verify_tree(self._tree_rule, inputs)
+            keep_path(self._cache, rows.lengths, verdict.path)
+            features = None if features is None else along_path(features, verdict.path)
         if self.drafter is not None:
             self.drafter.learn(rows, draft, logits, verdict)
         before = [len(s.tokens) for s in live]
@@ -224,21 +233,6 @@ class LocalEngine(RolloutEngine):
             kept = torch.tensor([len(s.tokens) - b - 1 for s, b in zip(live, before, strict=True)])
             self.drafter.observe(rows, replace(verdict, accepted=kept.to(verdict.accepted)), features)
         return finished
-
-    def _verified(
-        self, rows: Rows, draft: Draft, logits: Tensor, features: Tensor | None
-    ) -> tuple[VerifyResult, Tensor | None]:
-        """The verdict, and the features in the order of the text; keeps a tree's accepted path."""
-        keys = round_keys(rows.lengths, logits.shape[1])
-        accept = uniforms(rows.seeds, keys[:, :-1], Purpose.ACCEPT)
-        residual = uniforms(rows.seeds, keys[:, :1], Purpose.RESIDUAL)[:, 0]
-        inputs = VerifyInput(logits, draft, rows.temperature, accept, residual)
-        if draft.parents is None:
-            rule = self._chain_rule if draft.tokens.shape[1] > 0 else "token"  # without drafts all rules are one
-            return self._verify(rule, inputs), features
-        result = self._verify_tree(self._tree_rule, inputs)
-        keep_path(self._cache, rows.lengths, result.path)
-        return result, None if features is None else along_path(features, result.path)
 
     def _rows(self, live: list[LiveSequence], temperature: float) -> Rows:
         device = self.policy.device
