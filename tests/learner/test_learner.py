@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from forerun.algorithms.advantages import group_advantages
-from forerun.algorithms.losses import kl_k3
+from forerun.algorithms import Algorithm
+from forerun.algorithms.advantages import group_advantages, grpo_advantages
+from forerun.algorithms.losses import TOKEN_MEAN, kl_k3
 from forerun.config import TrainConfig
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
@@ -144,6 +146,48 @@ def test_nothing_is_updated_from_a_gradient_that_is_not_finite(fresh: Policy) ->
     with pytest.raises(Interrupted):
         finish(learner.update(rollouts, advantages, scored, 1e-3, stop_requested=lambda: True))
     assert all(torch.equal(v, fresh.model.state_dict()[k]) for k, v in before.items())
+
+
+def broken_input(name: str) -> dict[str, Any]:
+    """Settings and inputs of an update in which this is not finite, and nothing before it."""
+    loss = Algorithm(grpo_advantages, lambda batch, config: (batch.logprobs.sqrt(), {}), TOKEN_MEAN, {})
+    return {
+        "advantages": {"advantage": math.nan},
+        "old": {"old": math.nan},
+        "behaviour": {"behaviour": math.nan},
+        "loss itself": {"algorithm": loss},
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("advantages", "not finite are the advantages"),
+        ("old", "not finite are the policy's log-probabilities before the update"),
+        ("behaviour", "not finite are the log-probabilities that the engine returned"),
+        ("loss itself", "all that it reads is finite, so look into the algorithm's loss"),
+    ],
+)
+def test_a_loss_that_is_not_finite_says_what_made_it_so(fresh: Policy, name: str, sentence: str) -> None:
+    broken = broken_input(name)
+    rollouts, advantages = sampled(fresh)
+    learner = Learner(fresh, TrainConfig(), 1.0)
+    learner.objective.algorithm = broken.get("algorithm", learner.objective.algorithm)
+    scored = finish(learner.score(rollouts))
+    scored.logprobs[0][0] += broken.get("old", 0.0)
+    rollouts[0].logprobs[0] += broken.get("behaviour", 0.0)
+    with pytest.raises(UserError, match=f"loss of train.algorithm=grpo is not finite: {sentence}"):
+        finish(learner.update(rollouts, advantages + broken.get("advantage", 0.0), scored, 1e-3))
+
+
+def test_a_finite_loss_with_another_gradient_blames_the_gradient(fresh: Policy) -> None:
+    """sqrt(0) is finite, its slope is not."""
+    rollouts, advantages = sampled(fresh)
+    learner = Learner(fresh, TrainConfig(), 1.0)
+    steep = Algorithm(grpo_advantages, lambda batch, _: ((batch.logprobs * 0).abs().sqrt(), {}), TOKEN_MEAN, {})
+    learner.objective.algorithm = steep
+    with pytest.raises(UserError, match="The loss is finite, but the policy's gradient is not"):
+        finish(learner.update(rollouts, advantages, finish(learner.score(rollouts)), 1e-3))
 
 
 def test_microbatches_hold_every_row_once_within_the_bound() -> None:

@@ -50,6 +50,35 @@ def batch_loss(
     return loss, sums | {"policy/loss": loss.detach(), "policy/kl": kl_sum}
 
 
+# What a loss reads, in the order in which one that is not finite makes later ones so, reversed.
+LOSS_INPUTS = {
+    "importance_weights": "the off-policy importance weights",
+    "advantages": "the advantages, which the algorithm makes from the rewards",
+    "reference": "the reference policy's log-probabilities; check the reference's weights",
+    "logprobs": "the policy's log-probabilities in this pass; check its weights, lower train.learning_rate, or use "
+    "policy.dtype=float32",
+    "old": "the policy's log-probabilities before the update; check its weights, or use policy.dtype=float32",
+    "behaviour": "the log-probabilities that the engine returned with the tokens",
+}
+
+
+def loss_fault(loss: Tensor, batch: PolicyBatch) -> int:
+    """0 when the loss is finite. Else 1, or 2 and more by which of `LOSS_INPUTS` was not: the highest is the cause."""
+    if bool(loss.isfinite()):
+        return 0
+    values = [getattr(batch, name) for name in LOSS_INPUTS]
+    return max([1, *(2 + i for i, x in enumerate(values) if x is not None and not bool(x.isfinite().all()))])
+
+
+def loss_fault_text(algorithm: str, fault: int) -> str:
+    """A sentence on `loss_fault`, without its end."""
+    if fault == 1:
+        cause = "all that it reads is finite, so look into the algorithm's loss itself"
+    else:
+        cause = f"not finite are {list(LOSS_INPUTS.values())[fault - 2]}"
+    return f"The loss of train.algorithm={algorithm} is not finite: {cause}"
+
+
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """KL(policy || reference) per token on the policy's samples: r - 1 - log r with r = π_ref/π (k3, unbiased)."""
     log_ratio = reference - logprobs

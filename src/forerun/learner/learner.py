@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forerun.algorithms.losses import batch_loss, loss_fault, loss_fault_text
 from forerun.config import TrainConfig
 from forerun.errors import Interrupted, UserError
 from forerun.events import CountStream
@@ -131,16 +132,24 @@ class Learner:
         self, update: Update, learning_rate: float, stop_requested: Callable[[], bool] = lambda: False
     ) -> CountStream[UpdateResult]:
         """Carry out an update, or this rank's part of one. Raises as `update` does, on all ranks or on none."""
-        result, done = UpdateResult(), 0
+        result, done, fault = UpdateResult(), 0, 0
         for number, chunk in enumerate(update.chunks):
             for rows, batch in self._batches(update.rollouts, chunk, self.config.packing):
                 if number == 0 and self.all_reduce_max(int(stop_requested())):
                     self.optimizer.clear()
                     raise Interrupted
-                self._accumulate(batch, rows, update, result)
+                logprobs = token_logprobs(completion_logits(self.policy.model, batch), batch.targets, self.temperature)
+                tokens = policy_batch(logprobs, [update.targets[i] for i in rows])
+                loss, sums = batch_loss(self.objective.algorithm, tokens, self.config, update.size)
+                fault = max(fault, loss_fault(loss, tokens))
+                loss.backward()
+                result.add(sums, len(logprobs))
                 done += len(rows)
                 yield done
-            result.norms.append(self._step(learning_rate))
+            self._check_finite(fault)
+            result.norms.append(self.optimizer.step(learning_rate))
+            if self.adapter is not None:
+                self.adapter.merge(self.optimizer.updates)
         return result
 
     def save(self, folder: Path) -> None:
@@ -176,28 +185,22 @@ class Learner:
         with self.adapter.left_out():
             return completion_logits(self.policy.model, batch)
 
-    def _accumulate(self, batch: TokenBatch, rows: list[int], update: Update, result: UpdateResult) -> None:
-        """Forward and backward of one micro-batch."""
-        logprobs = token_logprobs(completion_logits(self.policy.model, batch), batch.targets, self.temperature)
-        tokens = policy_batch(logprobs, [update.targets[i] for i in rows])
-        loss, sums = self.objective.loss(tokens, update.size)
-        loss.backward()
-        result.add(sums, len(logprobs))
-
-    def _step(self, learning_rate: float) -> float:
+    def _check_finite(self, fault: int) -> None:
+        """Before an optimizer step, on all ranks: what an algorithm made, see `loss_fault`, and its gradient."""
         if self.adapter is not None:
             self.adapter.require_gradients()
         gradients = [local_part(m.grad) for m in self.optimizer.masters if m.grad is not None]
-        if self.all_reduce_max(int(not all(bool(torch.isfinite(g).all()) for g in gradients))):
-            self.optimizer.clear()
-            raise UserError(
-                "The policy's gradient is not finite; nothing was updated. Lower train.learning_rate, "
-                "or use policy.dtype=float32"
-            )
-        norm = self.optimizer.step(learning_rate)
-        if self.adapter is not None:
-            self.adapter.merge(self.optimizer.updates)
-        return norm
+        broken = not all(bool(torch.isfinite(g).all()) for g in gradients)
+        found = self.all_reduce_max(2 * fault + broken)
+        if not found:
+            return
+        self.optimizer.clear()
+        if found >= 2:
+            raise UserError(f"{loss_fault_text(self.config.algorithm, found // 2)}; nothing was updated")
+        raise UserError(
+            "The loss is finite, but the policy's gradient is not; nothing was updated. Lower train.learning_rate, "
+            "or use policy.dtype=float32"
+        )
 
     def _batches(
         self, rollouts: Sequence[Rollout], chosen: Sequence[int], packed: bool

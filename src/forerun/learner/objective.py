@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from forerun.algorithms import ALGORITHMS, Algorithm, PolicyBatch, definitions
+from forerun.algorithms import ALGORITHMS, Algorithm, definitions
 from forerun.algorithms.losses import batch_loss
 from forerun.algorithms.off_policy import correct
 from forerun.config import TrainConfig
@@ -93,10 +93,6 @@ class Objective:
         size = self.algorithm.aggregation.size(lengths, self.max_new_tokens) / len(chunks)
         return Update(rollouts, targets, [c for c in chunks if c], size, correction.metrics(lengths))
 
-    def loss(self, batch: PolicyBatch, size: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `algorithms.losses.batch_loss`."""
-        return batch_loss(self.algorithm, batch, self.config, size)
-
     def metrics(self, update: Update, result: UpdateResult, learning_rate: float, scored: Scored) -> dict[str, float]:
         """What `Learner.update` returns."""
         if not update.chunks:
@@ -114,7 +110,7 @@ class Objective:
         """The statistics of a policy that does not move."""
         result = UpdateResult()
         batch = policy_batch(torch.cat([t.old for t in update.targets]), update.targets)
-        result.add(self.loss(batch, update.size)[1], len(batch.old))
+        result.add(batch_loss(self.algorithm, batch, self.config, update.size)[1], len(batch.old))
         return result
 
 
