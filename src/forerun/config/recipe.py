@@ -48,6 +48,9 @@ class PolicyConfig(Block):
     device: str = Field("auto", description="auto: cuda where there is one, else cpu")
     system: str | None = Field(None, description="system message before every question; null: the chat template's own")
     chat: bool = Field(True, description="false: questions are given as they are, without the model's chat template")
+    template: dict[str, Any] = Field(
+        default_factory=dict, description="variables of the chat template, e.g. {enable_thinking: false}"
+    )
 
 
 class TaskConfig(Block):

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from forerun.acceptance.truncate import EVERYTHING, Truncation
+from forerun.chat import Prompt
 from forerun.engine.counters import Counters
 from forerun.engine.staleness import StaleDrafterDetector
 from forerun.errors import UserError
 from forerun.models import Policy
+from forerun.models.prompts import PromptEncoder, require_tokenizer
 from forerun.types import Rollout, Weights
 
 if TYPE_CHECKING:
@@ -100,7 +102,7 @@ class RolloutEngine(ABC):
 
     def generate(
         self,
-        prompts: Sequence[list[int] | str],
+        prompts: Sequence[Sequence[int] | Prompt],
         *,
         max_new_tokens: int = 256,
         temperature: float = 1.0,
@@ -108,9 +110,19 @@ class RolloutEngine(ABC):
         seed: int = 0,
         stop: Sequence[str] = (),
     ) -> list[Rollout]:
-        """Samples in the order of the prompts, n each. Prompts are token ids or texts (taken as they are)."""
-        tokenizer = self.policy.tokenizer
-        ids = [tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
+        """Samples in the order of the prompts, n each.
+
+        Args:
+            prompts: each one token ids; or a text, read as it is (after the tokenizer's start token, without an end
+                token); or a list of messages {"role", "content"}, which goes through the model's chat template.
+
+        Raises UserError when a prompt cannot be read; or texts, messages or `stop` are given to a model without a
+        tokenizer.
+        """
+        encoder = PromptEncoder(self.policy.tokenizer, self.policy.name)
+        if stop:
+            require_tokenizer(self.policy.tokenizer, self.policy.name)
+        ids = [encoder.ids(prompt, index) for index, prompt in enumerate(prompts)]
         sampling = Sampling(max_new_tokens, temperature, seed, tuple(stop))
         return sorted(self.stream(ids, sampling, n), key=lambda r: (r.prompt_index, r.sample_index))
 

@@ -13,9 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from forerun.errors import UserError
-from forerun.models import smollm2
-
-ALIASES = {"smollm2-135m": smollm2.folder}
+from forerun.models.prompts import ALIASES, PromptEncoder, load_tokenizer, model_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +45,8 @@ class Policy:
         return frozenset(int(i) for i in [*(ids if isinstance(ids, list) else [ids]), own] if i is not None)
 
     def encode(self, question: str, chat: bool = True, system: str | None = None) -> list[int]:
-        """Token ids of a question, through the chat template unless `chat` is false.
-
-        Raises UserError when the tokenizer has no chat template.
-        """
-        if not chat:
-            return self.tokenizer(question)["input_ids"]
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                f"The model '{self.name}' has no chat template; set policy.chat=false to give it questions as they "
-                "are, or use an instruction-tuned model"
-            )
-        head = [{"role": "system", "content": system}] if system is not None else []
-        messages = [*head, {"role": "user", "content": question}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Token ids of a question, through the chat template unless `chat` is false; see `PromptEncoder`."""
+        return PromptEncoder(self.tokenizer, self.name, chat, system).encode(question)
 
 
 def load_policy(model: str, dtype: str = "auto", device: str = "auto", adapter: str | None = None) -> Policy:
@@ -75,18 +60,15 @@ def load_policy(model: str, dtype: str = "auto", device: str = "auto", adapter: 
 
     Raises UserError when the model, its tokenizer or the adapter cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    source = str(ALIASES[model]()) if model in ALIASES else model
+    source = model_source(model)
     place = resolve_device(device)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, place))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"The model '{model}' cannot be loaded: {_first_line(error)}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"The model '{model}' has no usable tokenizer: {_first_line(error)}") from error
+    tokenizer = load_tokenizer(model)
     if adapter is not None:
         merge_adapter(loaded, artifact(adapter))
     loaded.to(place)  # type: ignore[arg-type]
@@ -98,13 +80,13 @@ def describe_policy(folder: Path) -> Policy:
 
     Raises UserError when the folder holds no model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
         config = AutoConfig.from_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"The model '{folder}' cannot be loaded: {_first_line(error)}") from error
+    tokenizer = load_tokenizer(str(folder))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if (folder / "generation_config.json").exists():
@@ -146,7 +128,8 @@ def save_policy(policy: Policy, folder: Path, state: dict[str, Tensor] | None = 
     """
     try:
         policy.model.save_pretrained(folder, state_dict=state)
-        policy.tokenizer.save_pretrained(folder)
+        if policy.tokenizer is not None:
+            policy.tokenizer.save_pretrained(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"Cannot save the policy to {folder}: {_first_line(error)}; free space or choose another 'runs'"
