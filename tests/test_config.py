@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import forerun
 from forerun.config import load_recipe, parse_overrides, recipe_names
 from forerun.errors import UserError
 
@@ -68,6 +70,37 @@ def test_wrong_use_exits_with_2() -> None:
     ):
         done = run(*arguments)
         assert done.returncode == 2 and "Traceback" not in done.stderr, arguments
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("policy.model", "./nowhere", "there is no such folder"),
+        ("policy.model", "models/of/mine", "there is no such folder"),
+        ("policy.adapter", "nowhere", "no artifact that ships (quickstart-cold-start"),
+        ("speculation.draft", "runs/nowhere", "no artifact that ships"),
+        ("task.path", "nowhere.jsonl", "there is no such file"),
+        ("task.eval_path", "nowhere.jsonl", "there is no such file"),
+        ("draft.texts", "nowhere.jsonl", "there is no such file"),
+    ],
+)
+def test_a_path_that_is_not_there_is_found_before_anything_is_made(
+    tmp_path: Path, key: str, value: str, sentence: str
+) -> None:
+    code = "import sys, forerun.cli\nsys.exit((forerun.cli.main(), 0)[1])"
+    settings = [f"{key}={value}", f"runs={tmp_path / 'runs'}"]
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", code, "train", "quickstart", *settings],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and f"forerun: {key}={value}: " in done.stderr and sentence in done.stderr
+    assert not (tmp_path / "runs").exists()
+    assert not re.search(r"\|\s+torch$", done.stderr, re.M)
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        forerun.train("quickstart", {"policy.model": str(tmp_path / "model"), "runs": str(tmp_path / "runs")})
+    assert not (tmp_path / "runs").exists()
 
 
 def test_doctor_speaks_json() -> None:

@@ -25,10 +25,12 @@ def train(recipe: str, overrides: dict[str, Any] | None = None) -> dict[str, Any
         forerun.errors.UserError: one sentence on what is wrong with the recipe, the model or the data.
     """
     from forerun.config import load_recipe
+    from forerun.config.paths import check_paths
     from forerun.report.console import Console, follow
     from forerun.training.run import run
 
     settings = load_recipe(recipe, overrides or {})
+    check_paths(settings)
     return follow(run(settings), Console(settings.train.steps))
 
 

@@ -18,6 +18,7 @@ import yaml
 
 from forerun import __version__
 from forerun.config import Recipe, load_recipe, parse_overrides
+from forerun.config.paths import check_paths
 from forerun.errors import Interrupted, UserError, WorkersLost
 
 app = typer.Typer(
@@ -53,6 +54,7 @@ def train(
     if dry_run:
         _print_recipe(settings, json)
         return
+    check_paths(settings, resume is not None)
     from forerun.report.console import Console, follow
     from forerun.training.run import run
 
@@ -69,6 +71,7 @@ def draft(
 ) -> None:
     """Train a drafter on the policy's own rollouts and save it in the layout that vLLM reads."""
     settings = load_recipe(recipe, parse_overrides(overrides or []))
+    check_paths(settings)
     from forerun.report.console import Console, follow
     from forerun.training.drafter import make_drafter
 
@@ -93,6 +96,7 @@ def bench(
 ) -> None:
     """Measure plain decoding against each drafter, k and batch on this machine; writes the cost table."""
     settings = load_recipe(recipe, parse_overrides(overrides or []))
+    check_paths(settings)
     from forerun.bench import Grid, bench_recipe
     from forerun.report.bench_page import write_bench
     from forerun.report.console import Console, follow
@@ -122,6 +126,7 @@ def verify(
     """Test that speculative rollouts are the policy's own; exit code 1 when a claim fails."""
     chosen = [] if engine is None else [f"rollout.engine={engine}"]
     settings = load_recipe(recipe, parse_overrides([*(overrides or []), *chosen]))
+    check_paths(settings)
     from forerun.lossless.harness import FULL, QUICK, verify_recipe
     from forerun.report.console import Console, follow
     from forerun.report.verify_page import write_verification

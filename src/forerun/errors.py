@@ -13,3 +13,13 @@ class Interrupted(Exception):
 
 class WorkersLost(Exception):
     """Workers are gone and were not replaced: ranks or replicas; the message is a sentence."""
+
+    def __init__(self, reason: str, failure: str = "", repeated: bool = False) -> None:
+        """See the class.
+
+        Args:
+            failure: the exception that ended one, with its file and line; "" where it was killed or fell silent.
+            repeated: its successor ended by the same one: another would, too.
+        """
+        super().__init__(reason)
+        self.failure, self.repeated = failure, repeated

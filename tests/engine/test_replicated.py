@@ -23,6 +23,7 @@ from forerun.engine.replicated import ReplicasLost, ReplicatedEngine
 from forerun.engine.stream import Stream
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
+from forerun.training.restart import Restarts
 from forerun.training.weights import pack_weights
 from forerun.types import Rollout
 from forerun.workers.handle import Timeouts
@@ -185,9 +186,20 @@ def test_one_that_returns_invalid_output_is_replaced(
         assert "returned invalid output" in engine.warnings[0] and "token id outside" in engine.warnings[0]
 
 
-def test_replicas_that_fail_again_and_again_stop_the_run(small: Policy) -> None:
-    with closing(start(small, 1, "faulty_engines:crashing", losses=1)) as engine:
-        with pytest.raises(ReplicasLost, match="it was made to die; 2 were lost"):
+def test_a_fault_of_the_users_code_is_not_tried_again_and_again(small: Policy) -> None:
+    """The successor ends by the same exception: one sentence with its file and line, and no third worker."""
+    words = r"RuntimeError: it was made to die \(/.*faulty_engines.py:\d+\); so did the one before it"
+    with closing(start(small, 1, "faulty_engines:crashing")) as engine:
+        with pytest.raises(ReplicasLost, match=words) as lost:
+            list(engine.stream(PROMPTS, LONG, N))
+        assert engine.metrics()["replicas"]["lost"] == 2
+    with pytest.raises(ReplicasLost):
+        Restarts(3).grant(lost.value, Path())
+
+
+def test_replicas_that_are_lost_again_and_again_stop_the_run(small: Policy) -> None:
+    with closing(start(small, 1, "faulty_engines:dying", losses=1)) as engine:
+        with pytest.raises(ReplicasLost, match=r"ended with code 7.*; 2 were lost in a row"):
             list(engine.stream(PROMPTS, LONG, N))
         assert engine.metrics()["replicas"]["lost"] == 2
 

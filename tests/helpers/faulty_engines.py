@@ -52,11 +52,22 @@ def invalid(engine: str, **settings: Any) -> RolloutEngine:
 
 
 def crashing(engine: str, **settings: Any) -> RolloutEngine:
-    """Dies whenever it shall generate."""
+    """Fails whenever it shall generate."""
     made = load(engine, **settings)
 
     def stream(*arguments: Any) -> Iterator[Rollout]:
         raise RuntimeError("it was made to die")
+
+    made.stream = stream  # type: ignore[method-assign, assignment]
+    return made
+
+
+def dying(engine: str, **settings: Any) -> RolloutEngine:
+    """Its process ends without an exception whenever it shall generate."""
+    made = load(engine, **settings)
+
+    def stream(*arguments: Any) -> Iterator[Rollout]:
+        os._exit(7)
 
     made.stream = stream  # type: ignore[method-assign, assignment]
     return made

@@ -109,9 +109,12 @@ def test_drafters_without_weights_and_trees_are_taken_for_what_costs_alike() -> 
 def test_a_drafter_from_outside_is_planned_from_measurements_or_refused(tmp_path: Path) -> None:
     strange = recipe(speculation__method="my_package:Drafter", speculation__draft=None, speculation__k=3)
     for changes in ({}, {"hardware": "H100", "model": "Qwen3-8B"}):
-        with pytest.raises(UserError, match="There is no drafter called 'my_package:Drafter'; there are eagle3"):
+        with pytest.raises(
+            UserError,
+            match="The simulator has no cost model for the drafter 'my_package:Drafter'; it has one for eagle3",
+        ):
             plan_recipe(strange, {"hardware": "cpu"} | changes)
-    with pytest.raises(UserError, match="There is no drafter called"):
+    with pytest.raises(UserError, match="no cost model for the drafter"):
         predict_recipe(strange)
     rows = [
         row | {"method": "my_package:Drafter"} if row["k"] else row

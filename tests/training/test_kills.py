@@ -29,6 +29,7 @@ from forerun.training.checkpoint import check_sizes, complete_checkpoints, newes
 from forerun.training.restart import Restarts
 from forerun.training.run import resumed_recipe, run
 from forerun.training.state import Run
+from forerun.workers.group import RanksLost
 from kill_driver import LIMIT_S, POINTS, Hand
 from kill_runs import PROMPTS, Zygote, faults, lines, write_recipe
 
@@ -233,6 +234,16 @@ def test_restarts_are_counted_between_checkpoints(tmp_path: Path) -> None:
     assert "step 0 (restart 2 of 2" in warnings[1] and "step-000001 (restart 1 of 2" in warnings[2]
     with pytest.raises(replicas.ReplicasLost):
         Restarts(2).grant(lost, None)  # there is no run yet
+
+
+def test_the_same_exception_without_a_step_in_between_ends_the_run(tmp_path: Path) -> None:
+    restarts, bug = Restarts(9), RanksLost("Rank 0 ended", "TypeError: no tensor (loss.py:3)")
+    restarts.grant(bug, tmp_path, 0)
+    restarts.grant(bug, tmp_path, 1)  # a step was made
+    restarts.grant(RanksLost("Rank 0 was killed by signal 9"), tmp_path, 1)  # something else
+    restarts.grant(bug, tmp_path, 2)
+    with pytest.raises(RanksLost):
+        restarts.grant(bug, tmp_path, 2)
 
 
 # ---- broken checkpoints ----

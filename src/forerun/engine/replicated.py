@@ -57,6 +57,7 @@ class Replica:
     worker: Worker
     busy: bool = False  # in a stream
     losses: int = 0  # in a row: since its last sample, in this stream or load
+    failure: str = ""  # the exception that ended the worker before, where no sample has come since
     counted: Counters | None = None  # in the worker's last status
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -303,7 +304,7 @@ class ReplicatedEngine(RolloutEngine):
             if fault := stream.fault_of(rollout, replica.index, self._vocabulary):
                 raise WorkerLost(f"returned invalid output: {fault}")
             pending.discard((rollout.prompt_index, rollout.sample_index))
-            replica.losses = 0
+            replica.losses, replica.failure = 0, ""
             self._stragglers.delivered(replica.index, len(rollout.tokens), time.perf_counter())
             return [rollout]
         if kind == "done":
@@ -345,7 +346,7 @@ class ReplicatedEngine(RolloutEngine):
         """Another worker in its place, with the current version and the samples that it had not delivered.
 
         Raises:
-            ReplicasLost: too many in a row. UserError: the successor refuses to start.
+            ReplicasLost: too many in a row, or two by the same exception. UserError: the successor refuses to start.
         """
         name, stream = f"Replica {replica.index}", self._stream
         wanted = len(stream.pending[replica.index]) if stream is not None else 0
@@ -356,6 +357,10 @@ class ReplicatedEngine(RolloutEngine):
             replica.busy = False
             replica.worker.kill()
             self._report(replica, "lost")
+            if reason.failure and reason.failure == replica.failure:
+                text = f"{name} of the rollout engine {reason}; so did the one before it"
+                raise ReplicasLost(text, reason.failure, repeated=True)
+            replica.failure = reason.failure
             if replica.losses > self._max_losses:
                 raise ReplicasLost(f"{name} of the rollout engine {reason}; {replica.losses} were lost in a row")
             self.warnings.append(f"{name} {reason}. Another one takes its place; {wanted} samples run again")

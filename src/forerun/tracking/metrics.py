@@ -162,11 +162,14 @@ def checked_metrics(step: int, metrics: Mapping[str, float | None]) -> dict[str,
     checked: dict[str, float | None] = {}
     for name, value in metrics.items():
         if definition_of(name) is None:
-            raise UserError(f'Metric "{name}" has no definition; did you mean "{nearest_name(name)}"?')
+            raise UserError(
+                f'Metric "{name}" has no definition; did you mean "{nearest_name(name)}"? An algorithm defines what '
+                "its loss logs in `metrics` (docs/extending.md), other code calls tracking.metrics.define"
+            )
         if value is not None and not math.isfinite(value):
             raise UserError(
-                f"Metric {name} is {float(value)} at step {step}: the run stops before it spreads; resume from the "
-                "last checkpoint with a lower learning rate or in float32."
+                f"Metric {name} is {float(value)} at step {step}: the run stops before it spreads. It is: "
+                f"{definition_of(name)} Look for what makes it so; the last checkpoint is from before."
             )
         checked[name] = None if value is None else float(value)
     return checked

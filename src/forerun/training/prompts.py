@@ -28,12 +28,23 @@ class Request:
 
 def prepare_policy(recipe: Recipe, task: Task, folder: Path) -> EventStream[Policy]:
     """Load the policy; run its cold start where the recipe has one, keeping the adapter in `folder/cold_start`."""
+    policy = yield from open_policy(recipe)
+    yield from warm_up(policy, recipe, task, folder)
+    return policy
+
+
+def open_policy(recipe: Recipe) -> EventStream[Policy]:
+    """The policy as the recipe names it, before its cold start."""
     policy = yield from as_stage("loading the policy", _load(recipe))
     if recipe.train.lora is not None:
         find_targets(policy.model, recipe.train.lora.targets)  # a wrong name fails before anything is trained
+    return policy
+
+
+def warm_up(policy: Policy, recipe: Recipe, task: Task, folder: Path) -> EventStream[None]:
+    """The policy's cold start, where the recipe has one; its adapter is kept in `folder/cold_start`."""
     if recipe.cold_start is not None:
         yield from as_stage("cold start", _cold_start(policy, recipe, task, folder / "cold_start"))
-    return policy
 
 
 def _load(recipe: Recipe) -> EventStream[Policy]:

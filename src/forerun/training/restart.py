@@ -1,5 +1,7 @@
 """Automatic restarts: a run that loses a worker goes on from its newest complete checkpoint, a limited number of times.
 
+One that loses workers twice by the same exception, without a step in between, has a fault of its own: it ends.
+
 The steps since that checkpoint are run again, as `--resume` does it; before the first checkpoint the run begins again
 in the same folder. A loss of the driver itself is for `--resume`.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from forerun.errors import WorkersLost
 from forerun.training.checkpoint import complete_checkpoints
 
 
@@ -19,16 +22,22 @@ class Restarts:
         self.made = 0
         self._folder: Path | None = None
         self._used = ""  # name of the checkpoint that the last restart used
+        self._failure = ("", 0)  # the exception of the last loss, and the steps that were done then
 
-    def grant(self, lost: Exception, folder: Path | None) -> tuple[Path, str]:
+    def grant(self, lost: WorkersLost, folder: Path | None, step: int = 0) -> tuple[Path, str]:
         """The folder of the run that may restart, and a warning.
 
         Args:
             folder: of the run that lost something; None when it did not get as far as having one.
+            step: steps that were done.
 
         Raises:
-            The exception itself: nothing was begun, or the allowance is used up.
+            The exception itself: nothing was begun, the allowance is used up, or the run would end so again.
         """
+        failure = (lost.failure, step)
+        if lost.repeated or (lost.failure and failure == self._failure):
+            raise lost
+        self._failure = failure
         self._folder = folder or self._folder
         if self._folder is None:
             raise lost

@@ -39,7 +39,7 @@ from forerun.training.history import History
 from forerun.training.interrupt import stop_flag
 from forerun.training.loop import train_steps
 from forerun.training.prefetch import AsynchronousSource
-from forerun.training.prompts import prepare_policy
+from forerun.training.prompts import open_policy, warm_up
 from forerun.training.restart import Restarts
 from forerun.training.rollout import SynchronousSource
 from forerun.training.state import Run
@@ -79,7 +79,8 @@ def run(recipe: Recipe, resume: Path | None = None) -> EventStream[dict[str, Any
                     yield from stop_run(current)
                 raise
             except WorkersLost as lost:
-                folder, warning = restarts.grant(lost, current.folder.path if current else resume)
+                began, step = (current.folder.path, current.history.step) if current else (resume, 0)
+                folder, warning = restarts.grant(lost, began, step)
                 warnings = [*(current.warnings if current else warnings), warning]
                 yield Warned(warning)
             finally:
@@ -104,10 +105,11 @@ def new_run(recipe: Recipe, folder: RunFolder | None = None) -> EventStream[Run]
     """A new run (in a folder of its own, unless one is given): policy after its cold start, drafter made."""
     torch.manual_seed(recipe.seed)
     task = load_task(recipe.task, recipe.seed)
-    task.problems("train")  # bad data is found before the model is loaded
+    task.problems("train")  # bad data is found before the model is loaded, and both before there is a folder
+    policy = yield from open_policy(recipe)
     folder = folder or RunFolder.create(recipe.runs, recipe.name)
     folder.write_config(recipe.to_yaml())
-    policy = yield from prepare_policy(recipe, task, folder.path)
+    yield from warm_up(policy, recipe, task, folder.path)
     drafter = yield from prepare_drafter(recipe, policy, task, folder.path / "drafter")
     return Run(recipe, folder, policy, drafter, History())
 
@@ -168,7 +170,7 @@ def announce(current: Run) -> EventStream[None]:
         current.prediction = predict(current)
         yield Note(current.prediction.text())
     except UserError as error:
-        yield Note(f"no prediction of this run: {error}")
+        yield Note(f"This run is not predicted. {error}")
 
 
 def stop_run(current: Run) -> EventStream[None]:

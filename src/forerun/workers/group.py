@@ -54,7 +54,7 @@ class RankGroup:
             self.close()
             raise UserError(f"{self._name(reason.number)} {reason}") from None
         except WorkerLost as reason:
-            self.end(f"{self._name(reason.number)} {reason}")
+            self.end(f"{self._name(reason.number)} {reason}", reason.failure)
         except BaseException:
             self.close()
             raise
@@ -95,10 +95,10 @@ class RankGroup:
         if incomplete:
             self.end(f"{self._name(0)} sent {len(incomplete)} parameters only in part: {', '.join(incomplete)}")
 
-    def end(self, reason: str) -> NoReturn:
-        """End all ranks for a reason."""
+    def end(self, reason: str, failure: str = "") -> NoReturn:
+        """End all ranks for a reason; `failure`: the exception of a rank, if that is one."""
         self.close()
-        raise RanksLost(f"{reason}; all {self.count} were ended")
+        raise RanksLost(f"{reason}; all {self.count} were ended", failure)
 
     def close(self) -> None:
         """End all ranks at once."""
@@ -178,7 +178,9 @@ class RankGroup:
             time.sleep(0.02)
         failed = sorted((worker.failure[0], i) for i, worker in enumerate(workers) if worker.failure is not None)
         first = killed[0] if killed else failed[0][1] if failed else rank
-        self.end(f"{self._name(first)} {workers[first].ending(0.0) or UNREACHABLE}")
+        failure = workers[first].failure
+        ending = workers[first].ending(0.0) or UNREACHABLE
+        self.end(f"{self._name(first)} {ending}", "" if failure is None else failure[1])
 
 
 def check_refusals(answers: Sequence[Message]) -> None:

@@ -49,10 +49,15 @@ class Spec:
 class WorkerLost(Exception):
     """A worker cannot be used any more. The text continues a sentence that begins with the worker's name."""
 
-    def __init__(self, reason: str, number: int = 0) -> None:
-        """`number`: of the worker among those that were started together."""
+    def __init__(self, reason: str, number: int = 0, failure: str = "") -> None:
+        """See the class.
+
+        Args:
+            number: of the worker among those that were started together.
+            failure: the exception that ended it, if one did.
+        """
         super().__init__(reason)
-        self.number = number
+        self.number, self.failure = number, failure
 
 
 class NotPlaced(WorkerLost):
@@ -170,7 +175,8 @@ class Worker:
         """Its connection has ended: why."""
         self.gone = True
         reason = "" if error is None else f": {type(error).__name__} {error}".rstrip()
-        return WorkerLost(self.ending(END_S) or f"{UNREACHABLE}{reason}")
+        failure = "" if self.failure is None else self.failure[1]
+        return WorkerLost(self.ending(END_S) or f"{UNREACHABLE}{reason}", failure=failure)
 
     def ending(self, timeout_s: float) -> str:
         """How the process ended, with what it reported or wrote last; "" when it is not known to have ended."""

@@ -72,8 +72,8 @@ def make_drafter(method: str, model: ModelShape, draft: ModelShape | None = None
     """
     if method not in METHODS:
         raise UserError(
-            f"There is no drafter called {method!r}; there are {', '.join(METHODS)}. Another one can be planned from "
-            "measurements: --costs FILE, or a finished run."
+            f"The simulator has no cost model for the drafter {method!r}; it has one for {', '.join(METHODS)}. Another "
+            "drafter can be planned from measurements: --costs FILE, or a finished run."
         )
     if method == "ngram":
         return Drafter(method)
