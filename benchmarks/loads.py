@@ -1,11 +1,11 @@
 """Versions of policy and drafter, one after the other, into vLLM: seconds per load, and whether memory grows.
 
-    python -m benchmarks.loads [--versions 50] [--pieces 1,1024] [--out FILE]
+    python -m benchmarks.loads [--versions 50] [--out FILE]
 
-The recipe's drafter and its policy, whose first layer changes from version to version; `--pieces` are megabytes per
-message. The engine answers with the checksums of what it took, which have to be those that were sent; after the last
-version of each kind it samples greedily, and the local engine on the same weights has to give the same texts. Seconds
-hold the transfer and vLLM's taking over, not the checksums of the sender. Memory is what the process holds (resident).
+The recipe's drafter and its policy, whose first layer changes from version to version. The engine answers with the
+checksums of what it took, which have to be those that were sent; after the last version it samples greedily, and the
+local engine on the same weights has to give the same texts. Seconds hold the check and vLLM's taking over, not the
+checksums of the sender. Memory is what the process holds (resident).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,12 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
 
 
-def measure(
-    engine: VllmEngine, setting: Setting, drafter: Drafter, first: int, versions: int, megabytes: int
-) -> dict[str, Any]:
+def measure(engine: VllmEngine, setting: Setting, drafter: Drafter, first: int, versions: int) -> dict[str, Any]:
     """Load `versions` versions, the first of them number `first`.
 
     Raises:
         SystemExit: the engine holds other bytes than were sent, or generates another policy's texts.
     """
-    engine.limits = replace(engine.limits, chunk_bytes=megabytes * 2**20)
     layer = list(decoder_layers(setting.policy.model)[0].parameters())
     seconds, memory = [], []
     for number in range(first, first + versions):
@@ -65,7 +61,7 @@ def measure(
     if texts[0] != texts[1]:
         sys.exit(f"after version {number} the engine's greedy texts are not those of the policy that was sent")
     return {
-        "megabytes": megabytes, "versions": versions, "seconds_median": statistics.median(seconds),
+        "versions": versions, "seconds_median": statistics.median(seconds),
         "seconds_range": [min(seconds), max(seconds)], "memory_mib": memory,
     }  # fmt: skip
 
@@ -75,7 +71,7 @@ def line(row: dict[str, Any]) -> str:
     memory, (least, most) = row["memory_mib"], row["seconds_range"]
     early, late = statistics.median(memory[:5]), statistics.median(memory[-5:])
     return (
-        f"pieces of {row['megabytes']} MB: {row['versions']} versions, {row['seconds_median']:.2f} s a load "
+        f"{row['versions']} versions, {row['seconds_median']:.2f} s a load "
         f"({least:.2f} to {most:.2f}), all checksums match; memory {early:.0f} MiB in the first five, "
         f"{late:.0f} MiB in the last five"
     )
@@ -85,7 +81,6 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = options(__doc__)
     parser.add_argument("--versions", type=int, default=50)
-    parser.add_argument("--pieces", default="1,1024", help="megabytes per message")
     return parser.parse_args()
 
 
@@ -101,13 +96,10 @@ def main() -> None:
     print(
         f"{setting.recipe.name}: {size / 2**20:.0f} MiB a version; {machine_line(describe_environment())}", flush=True
     )
-    rows = []
-    for place, megabytes in enumerate(int(m) for m in arguments.pieces.split(",")):
-        first = 1 + place * arguments.versions
-        rows.append(measure(engine, setting, drafter, first, arguments.versions, megabytes))
-        print(line(rows[-1]), flush=True)
+    row = measure(engine, setting, drafter, 1, arguments.versions)
+    print(line(row), flush=True)
     engine.close()
-    result = {"arguments": plain_data(arguments), "bytes": size, "rows": rows}
+    result = {"arguments": plain_data(arguments), "bytes": size, "rows": [row]}
     write_result(arguments.out, "loads", setting.recipe, result)
 
 

@@ -90,6 +90,7 @@ class Weights:
     policy: Mapping[str, Tensor] | None = None
     draft: Mapping[str, Tensor] | None = None
     segment: Segment | None = None  # where these tensors are in shared memory already
+    checked: bool = False  # the tensors were compared with `checksums` when they arrived in this process
 
     @property
     def groups(self) -> dict[str, Mapping[str, Tensor]]:

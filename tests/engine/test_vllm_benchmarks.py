@@ -60,14 +60,12 @@ def test_what_the_time_leaves_out_is_said(setting: Setting, tmp_path: Path) -> N
 def test_versions_are_loaded_and_compared(small: Policy, setting: Setting, fresh: Any, drafter: Eagle3Drafter) -> None:
     """A policy that differs from what was sent is noticed."""
     own = replace(setting, policy=load_policy(small.name, "float32", "cpu"))
-    row = loads.measure(fresh, own, drafter, first=1, versions=3, megabytes=1)
+    row = loads.measure(fresh, own, drafter, first=1, versions=3)
     assert fresh.metrics()["version"] == 3 and len(row["memory_mib"]) == 3 and "all checksums match" in loads.line(row)
 
     class Stale:
-        limits = fresh.limits
-
         def load(self, weights: Weights) -> Weights:
             return Weights(weights.version, {"policy": "0", "draft": "0"})
 
     with pytest.raises(SystemExit, match="was sent"):
-        loads.measure(Stale(), own, drafter, first=4, versions=1, megabytes=1)  # type: ignore[arg-type]
+        loads.measure(Stale(), own, drafter, first=4, versions=1)  # type: ignore[arg-type]

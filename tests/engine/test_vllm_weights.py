@@ -40,13 +40,18 @@ def test_pushed_weights_speak(fresh: Any, small: Policy, drafter: Eagle3Drafter)
     first = texts(fresh.generate(PROMPTS, max_new_tokens=16, temperature=0.0))
     other = changed(small, 0.3, seed=5)
     head = head_for(other, frequent(other), seed=9)
-    held = fresh.load(version(4, other, head))
+    sent = version(4, other, head)
+    held = fresh.load(sent)
     assert (held.version, fresh.metrics()["version"]) == (4, 4)
     local = LocalEngine(other, head, k=3, slots=8)
     ours = fresh.generate(PROMPTS, max_new_tokens=16, temperature=0.0)
     assert texts(ours) == texts(local.generate(PROMPTS, max_new_tokens=16, temperature=0.0)) != first
     assert all(r.versions == [4] * len(r.tokens) for r in ours)
     assert drafted_at(fresh, PROMPTS) == drafted_at(local, PROMPTS)  # the drafter's weights arrived too
+    for state in sent.groups.values():
+        for tensor in state.values():
+            tensor.zero_()  # the sender goes on: vLLM keeps none of its tensors
+    assert texts(fresh.generate(PROMPTS, max_new_tokens=16, temperature=0.0)) == texts(ours)
 
 
 def test_a_wrong_version_is_refused_and_changes_nothing(fresh: Any, small: Policy, drafter: Eagle3Drafter) -> None:
@@ -114,17 +119,13 @@ def test_weights_pushed_in_mid_stream_take_over(fresh: Any, small: Policy, draft
         )
 
 
-@pytest.mark.parametrize("chunk_bytes", [2**20, 2**30])
 def test_fifty_versions_leave_no_copy_behind(
     fresh: Any,
     small: Policy,
     drafter: Eagle3Drafter,
-    chunk_bytes: int,
-    monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
 ) -> None:
     """A copy that stayed behind at every load would be 45 versions; what the allocator keeps is a few at most."""
-    monkeypatch.setattr(fresh, "limits", dataclasses.replace(fresh.limits, chunk_bytes=chunk_bytes))
     first, seconds, marks = version(0, small, drafter), [], []
     assert first.policy is not None and first.draft is not None
     for number in range(1, 51):

@@ -78,7 +78,7 @@ def make(policy: Policy, drafter: Any, block: dict[str, Any] | None, **limits: A
     from forerun.engine.vllm.adapter import Limits, VllmEngine
 
     settings = None if block is None else SpeculationConfig.model_validate(block)
-    sizes = {"slots": 8, "cache_gib": 0.02, "chunk_bytes": 2**20, **limits}
+    sizes = {"slots": 8, "cache_gib": 0.02, **limits}
     return VllmEngine.from_live(policy, drafter, settings, limits=Limits(**sizes))
 
 

@@ -61,7 +61,7 @@ def grown(policy: Policy, size: float = 0.05, **changes: Any) -> Learner:
     with torch.no_grad():
         for layer in adapter_of(learner).layers.values():
             layer.b.normal_(0, size, generator=source)
-    adapter_of(learner).merge(1)
+    adapter_of(learner).merge()
     return learner
 
 
@@ -191,8 +191,9 @@ def test_bfloat16_weights_are_neighbours_of_the_exact_merge_and_right_in_the_mea
     base = torch.cat([layer.base.double().flatten() for layer in adapter.layers.values()])
     change = torch.cat([w.flatten() for w in exact.values()]) - base
     total = torch.zeros_like(change)
-    for updates in range(64):
-        adapter.merge(updates)
+    for draw in range(64):
+        for number, layer in enumerate(adapter.layers.values()):
+            layer.merge(1000 * draw + number)
         total += torch.cat([policy.model.state_dict()[n].double().flatten() for n in exact]) - base
     assert 0.9 < float(total / 64 @ change / (change @ change)) < 1.1
     nearest = torch.cat([w.bfloat16().double().flatten() for w in exact.values()]) - base  # the control
@@ -205,7 +206,7 @@ def test_the_first_update_starts_from_the_policy_as_it_was(tiny: Tiny) -> None:
     plain = finish(Learner(policy, TrainConfig(), 1.0).score(rollouts))
     start = {name: w.clone() for name, w in policy.model.state_dict().items()}
     learner = Learner(policy, TrainConfig(lora=LoraConfig(rank=2, targets=["q_proj", "layers.0.mlp.up_proj"])), 1.0)
-    adapter_of(learner).merge(0)
+    adapter_of(learner).merge()
     assert all(torch.equal(w, start[name]) for name, w in policy.model.state_dict().items())
     scored = finish(learner.score(rollouts))
     assert all(torch.equal(a, b) for a, b in zip(plain.logprobs, scored.logprobs, strict=True))

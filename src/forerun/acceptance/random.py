@@ -14,7 +14,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-_INCREMENT = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: splitmix64's counter step
+INCREMENT = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over the golden ratio, as int64: splitmix64's counter step
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # its two multipliers
 _MANTISSA_BITS = 52
 _SLOTS = 128  # draws that one round may key under its starting position
@@ -43,9 +43,9 @@ def uniforms(seeds: Tensor, positions: Tensor, purpose: Purpose, lane: int = 0) 
         raise ValueError(f"positions must be [B, n] for seeds [B]; shapes are {positions.shape} and {seeds.shape}")
     # The key hashes the seed before the stream number enters, so neighbouring seeds cannot be neighbouring streams;
     # the counter is then hashed twice because adjacent positions differ in few bits.
-    stream = _signed(int(purpose) * _INCREMENT + lane * _FIRST)
-    key = _mix(_mix(seeds + _signed(_INCREMENT)) ^ stream)  # [B]
-    bits = _mix(_mix(key[:, None] + positions * _signed(_INCREMENT)))  # [B, n]
+    stream = _signed(int(purpose) * INCREMENT + lane * _FIRST)
+    key = mix_bits(mix_bits(seeds + INCREMENT) ^ stream)  # [B]
+    bits = mix_bits(mix_bits(key[:, None] + positions * INCREMENT))  # [B, n]
     high = _shift_right(bits, 64 - _MANTISSA_BITS)
     return (high.to(torch.float64) + 0.5) * 2.0**-_MANTISSA_BITS  # exact: never 0, never 1
 
@@ -86,6 +86,19 @@ def inverse_cdf_log(log_weights: Tensor, u: Tensor) -> Tensor:
     return inverse_cdf(torch.exp(log_weights - log_weights.amax(-1, keepdim=True)), u)
 
 
+def mix_bits(bits: Tensor) -> Tensor:
+    """The 64-bit finaliser of splitmix64 (Stafford's thirteenth variant), a bijection."""
+    bits = (bits ^ _shift_right(bits, 30)) * _signed(_FIRST)
+    bits = (bits ^ _shift_right(bits, 27)) * _signed(_SECOND)
+    return bits ^ _shift_right(bits, 31)
+
+
+def _signed(value: int) -> int:
+    """The int64 that has the lowest 64 bits of a Python integer."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
 def _first_above(cumulative: Tensor, goal: Tensor) -> Tensor:
     """First column of [B, n] whose running sum is above the goal [B], at most the last one that added anything."""
     # Rounding can put the goal at or above the total; the column where the total is first reached has positive weight.
@@ -94,19 +107,6 @@ def _first_above(cumulative: Tensor, goal: Tensor) -> Tensor:
     return torch.minimum(above, last)
 
 
-def _mix(bits: Tensor) -> Tensor:
-    """The 64-bit finaliser of splitmix64 (Stafford's thirteenth variant), a bijection."""
-    bits = (bits ^ _shift_right(bits, 30)) * _signed(_FIRST)
-    bits = (bits ^ _shift_right(bits, 27)) * _signed(_SECOND)
-    return bits ^ _shift_right(bits, 31)
-
-
 def _shift_right(bits: Tensor, places: int) -> Tensor:
     """Logical shift: int64 `>>` copies the sign bit downward, the mask takes the copies away."""
     return (bits >> places) & ((1 << (64 - places)) - 1)
-
-
-def _signed(value: int) -> int:
-    """The int64 that has the lowest 64 bits of a Python integer."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value

@@ -113,7 +113,7 @@ class EngineWorker:
     def load(self, version: int, checksums: Mapping[str, str], layout: Layout) -> None:
         """Put a version in use, and send "held"."""
         groups = receive_groups(self.server, checksums, layout)
-        held = self.engine.load(Weights(version, checksums, groups.get("policy"), groups.get("draft")))
+        held = self.engine.load(Weights(version, checksums, groups.get("policy"), groups.get("draft"), checked=True))
         self._send("held", held.version, dict(held.checksums))
 
     def stream(self, prompts: list[list[int]], sampling: Sampling, n: int, only: Requests) -> None:

@@ -149,7 +149,7 @@ class Learner:
             self._check_finite(fault)
             result.norms.append(self.optimizer.step(learning_rate))
             if self.adapter is not None:
-                self.adapter.merge(self.optimizer.updates)
+                self.adapter.merge()
         return result
 
     def save(self, folder: Path) -> None:
@@ -170,7 +170,7 @@ class Learner:
             return
         self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
         if self.adapter is not None:
-            self.adapter.merge(self.optimizer.updates)
+            self.adapter.merge()
         if self.reference is not None and (folder / "reference.pt").exists():
             self.reference.load_state_dict(torch.load(folder / "reference.pt", weights_only=True))
 

@@ -76,11 +76,15 @@ class AdaptedLinear:
         return result
 
     @torch.no_grad()
-    def merge(self, source: torch.Generator) -> None:
-        """Write W0 + s·B·A into the live weight, in place: other views of it see the change."""
+    def merge(self, number: int) -> None:
+        """Write W0 + s·B·A into the live weight, in place: other views of it see the change.
+
+        Args:
+            number: of the layer, see `stochastic_bfloat16`.
+        """
         merged = self.base.float() + (self.b @ self.a) * self.scale
         live = self.module.weight
-        live.copy_(stochastic_bfloat16(merged, source) if live.dtype == torch.bfloat16 else merged)
+        live.copy_(stochastic_bfloat16(merged, number) if live.dtype == torch.bfloat16 else merged)
 
 
 class LoraAdapter:
@@ -123,11 +127,10 @@ class LoraAdapter:
                 "directly, or not at all): nothing would be learnt there; name the other layers in train.lora.targets"
             )
 
-    def merge(self, updates: int) -> None:
-        """Make the live weights anew. The same number of updates rounds in the same way."""
-        source = torch.Generator().manual_seed(updates)
-        for layer in self.layers.values():
-            layer.merge(source)
+    def merge(self) -> None:
+        """Make the live weights anew."""
+        for number, layer in enumerate(self.layers.values()):
+            layer.merge(number)
 
     @contextmanager
     def left_out(self) -> Iterator[None]:

@@ -4,7 +4,8 @@ Gradients of all micro-batches are summed in float32. A float32 parameter is its
 
 Masters are rounded to bfloat16 stochastically, up or down with the chances that make the mean right. An update of 1e-6
 is a hundredth of the distance between two bfloat16 numbers around 0.02: rounded to the nearest, it would never reach
-the policy that generates. The draws are keyed by the number of updates, so that a resumed run rounds alike.
+the policy that generates. Every weight has one draw for all updates, a hash of its place that its own device computes:
+a weight that does not move stays as it is, and two versions differ by what was learnt.
 
 Parameters that are sharded over ranks (float32 DTensors, see `fsdp.py`) are their own masters too: every rank clips by
 the norm of the whole gradient and updates its part.
@@ -18,8 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forerun.acceptance.random import INCREMENT, mix_bits
 from forerun.config import TrainConfig
 from forerun.learner.parallel import by_mesh, clip_gradients
+
+AT_ONCE = {"cpu": 2**17, "cuda": 2**24}  # numbers rounded; on a CPU their random bits stay in a core's cache
 
 
 class MasterOptimizer:
@@ -52,10 +56,9 @@ class MasterOptimizer:
     @torch.no_grad()
     def round(self) -> None:
         """Write the masters into the live parameters."""
-        source = torch.Generator().manual_seed(self.updates)
-        for live, master in zip(self.live, self.masters, strict=True):
+        for number, (live, master) in enumerate(zip(self.live, self.masters, strict=True)):
             if live is not master:
-                live.copy_(stochastic_bfloat16(master, source) if live.dtype == torch.bfloat16 else master)
+                live.copy_(stochastic_bfloat16(master, number) if live.dtype == torch.bfloat16 else master)
 
     def state_dict(self) -> dict[str, Any]:
         """Masters, the optimizer's moments and how often it has stepped."""
@@ -83,14 +86,29 @@ def _inner(masters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Opti
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay)
 
 
-def stochastic_bfloat16(values: Tensor, source: torch.Generator) -> Tensor:
+def stochastic_bfloat16(values: Tensor, number: int) -> Tensor:
     """Round float32 to one of the two neighbouring bfloat16 numbers, unbiased; numbers that are one stay as they are.
 
     The sixteen bits that bfloat16 cuts off say how far a number is on its way to the next: a random sixteen-bit number
     is added, and the carry decides.
+
+    Args:
+        number: of the tensor among those that are rounded; with the place in it, it decides the random number.
     """
-    noise = torch.randint(0, 1 << 16, values.shape, generator=source, dtype=torch.int32).to(values.device)
-    return ((values.contiguous().view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    bits = values.contiguous().view(-1).view(torch.int32)
+    rounded = torch.empty(values.shape, dtype=torch.bfloat16, device=values.device)
+    upper = rounded.view(-1).view(torch.int16)
+    size = AT_ONCE.get(values.device.type, 2**17)
+    for i, (part, out) in enumerate(zip(bits.split(size), upper.split(size), strict=True)):
+        noise = _sixteen_bits(number, i * size, len(part), values.device).int().bitwise_and_(0xFFFF)
+        out.copy_(noise.add_(part).bitwise_right_shift_(16))
+    return rounded
+
+
+def _sixteen_bits(number: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Random bits of places `start` (a multiple of 4) and on of a tensor, four of each hash. [count] int16"""
+    counter = torch.arange(start // 4, (start + count + 3) // 4, device=device)
+    return mix_bits((counter + (number << 40)) * INCREMENT).view(torch.int16)[:count]
 
 
 def _into(master: nn.Parameter) -> Any:

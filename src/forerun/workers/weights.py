@@ -132,7 +132,7 @@ class Staging:
         check_groups(self.tensors, expected)
 
 
-def check_groups(groups: Groups, expected: Mapping[str, str]) -> None:
+def check_groups(groups: Mapping[str, Mapping[str, Tensor]], expected: Mapping[str, str]) -> None:
     """Compare tensors with the checksums of their groups.
 
     Raises:

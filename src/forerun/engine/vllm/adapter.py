@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.models.load import describe_policy, policy_folder, resolve_dtype, save_policy
 from forerun.types import Rollout
-from forerun.workers.weights import chunks, shapes
+from forerun.workers.weights import check_groups, shapes
 
 BROKEN = "The engine's weights are neither the old nor the new ones"
 COOLEST = 0.01  # vLLM raises lower temperatures to this one
@@ -57,7 +57,6 @@ class Limits:
     slots: int = 32  # sequences decoded side by side
     context: int | None = None  # positions per sequence; None: as many as the policy was made for
     cache_gib: float | None = None  # of KV cache; None: 2 on a CPU, vLLM's own choice on a GPU
-    chunk_bytes: int = 64 * 2**20  # of weights per message
     sleep: bool = False  # whether it may sleep; on a GPU vLLM then allocates in another way, for one engine a process
 
 
@@ -181,7 +180,9 @@ class VllmEngine(RolloutEngine):
         with self._loading(weights.version):
             given = self._state.check(weights)
             if given:
-                self._send(given, weights.checksums)
+                if not weights.checked:
+                    check_groups(given, weights.checksums)
+                self._send(given)
             self._detector.restart(self.counters)
             return self._state.take(weights)
 
@@ -368,13 +369,11 @@ class VllmEngine(RolloutEngine):
                 return "stop"
         return ""
 
-    def _send(self, given: Given, expected: Mapping[str, str]) -> None:
-        call = self._vllm.collective_rpc
-        call("forerun_begin", args=({g: shapes(s) for g, s in given.items()},))
-        for pieces in chunks(given, self.limits.chunk_bytes):
-            call("forerun_receive", args=(pieces,))
+    def _send(self, given: Given) -> None:
+        """vLLM's worker is in this process: it reads these very tensors."""
         try:
-            agreed = call("forerun_commit", args=(dict(expected), self.speculation.fixed_draft_temperature))[0]
+            arguments = (given, self.speculation.fixed_draft_temperature)
+            agreed = self._vllm.collective_rpc("forerun_load", args=arguments)[0]
         except UserError:  # the old weights stay
             raise
         except Exception as error:

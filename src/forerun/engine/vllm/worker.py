@@ -1,8 +1,8 @@
 """The extension class of vLLM's worker, called by `collective_rpc`.
 
-A version arrives in pieces and is loaded by vLLM's own layer-wise reload, first the policy, then the drafter. vLLM
-fuses and packs most matrices, so they cannot be read back; parameters that it keeps under the checkpoint's name and
-shape are compared after the load.
+A version is loaded by vLLM's own layer-wise reload, first the policy, then the drafter. vLLM fuses and packs most
+matrices, so they cannot be read back; parameters that it keeps under the checkpoint's name and shape are compared after
+the load.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 from forerun.drafters.temperature import tempered_head
 from forerun.engine.vllm.sleep import Freed, fingerprints, free
 from forerun.errors import UserError
-from forerun.workers.weights import Piece, Shapes, Staging
 
 DRAFT_NAMES = (("midlayer.", "model.layers.0."), ("fc.", "model.fc."), ("norm.", "model.norm."))
 
@@ -27,7 +26,6 @@ class WeightReceiver:
     model_runner: Any
     vllm_config: Any
     reload_weights: Any
-    forerun_staging: Staging | None = None
     forerun_freed: Freed | None = None
 
     # ---- a proposer class of ours ----
@@ -58,39 +56,27 @@ class WeightReceiver:
 
     # ---- weights ----
 
-    def forerun_begin(self, groups: dict[str, Shapes]) -> None:
-        """Allocate room for a version. An unfinished one is dropped."""
-        self.forerun_staging = Staging.of(groups)
-
-    def forerun_receive(self, pieces: list[Piece]) -> None:
-        assert self.forerun_staging is not None
-        self.forerun_staging.add(pieces)
-
-    def forerun_commit(self, expected: dict[str, str], draft_temperature: float) -> dict[str, int]:
-        """Check the version and load it; per group, how many parameters were read back and agreed.
+    def forerun_load(self, groups: Mapping[str, Mapping[str, Tensor]], draft_temperature: float) -> dict[str, int]:
+        """Load a version that was checked; per group, how many parameters were read back and agreed.
 
         Args:
-            expected: checksums per group. draft_temperature: relative to that of the rollouts.
+            draft_temperature: relative to that of the rollouts.
 
         Raises:
-            UserError: it is partial or damaged, or may not be loaded; the old weights stay.
-            RuntimeError: vLLM does not hold what it was given.
+            UserError: it may not be loaded; the old weights stay. RuntimeError: vLLM does not hold what it was given.
         """
-        staging, self.forerun_staging = self.forerun_staging, None
-        assert staging is not None
-        staging.check(expected)
-        agreed = {group: 0 for group, tensors in staging.tensors.items() if tensors}
+        agreed = {group: 0 for group, tensors in groups.items() if tensors}
         if "draft" in agreed:
-            _check_own_head(self.model_runner, staging.tensors["draft"])
-        if "policy" in staging.tensors:
-            policy = staging.tensors["policy"]
+            _check_own_head(self.model_runner, groups["draft"])
+        if "policy" in groups:
+            policy = groups["policy"]
             self.reload_weights(weights_iterator=iter(policy.items()))
             agreed["policy"] = _read_back(self.model_runner.get_model(), policy, "policy")
         if "draft" in agreed:
-            agreed["draft"] = self._forerun_drafter(staging.tensors["draft"], draft_temperature)
+            agreed["draft"] = self._forerun_drafter(groups["draft"], draft_temperature)
         return agreed
 
-    def _forerun_drafter(self, state: dict[str, Tensor], draft_temperature: float) -> int:
+    def _forerun_drafter(self, state: Mapping[str, Tensor], draft_temperature: float) -> int:
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload.layerwise import (
             finalize_layerwise_reload,
