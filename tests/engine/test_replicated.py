@@ -144,6 +144,78 @@ def test_a_replica_lost_in_a_stream_is_replaced_and_every_sample_comes_once(
     assert len(engine.warnings) == 1 and "Replica 1" in engine.warnings[0] and words in engine.warnings[0]
 
 
+@pytest.mark.parametrize("replicas", [4, 16, 24, 32, 64])
+@pytest.mark.parametrize("slots", [4, 32])
+def test_every_replica_has_work_and_few_prompts_are_split(replicas: int, slots: int) -> None:
+    """8 prompts of 8 samples: by prompt number, 8 replicas would work and the others wait."""
+    stream = Stream.opened([[1]] * 8, LONG, 8, None, replicas, 0)
+    given = stream.hand_out(slots)
+    loads = [len(pending) for pending in stream.pending]
+    assert min(loads) >= 1 and {place for requests in given.values() for place in requests} == set().union(
+        *stream.pending
+    )
+    assert max(loads) - min(loads) <= (1 if slots == 32 else slots)
+    prefills = sum(len({prompt for prompt, _ in pending}) for pending in stream.pending)
+    assert prefills <= max(8, replicas)
+    assert stream.unfinished == 64 and stream.waiting == 64 - sum(loads)
+
+
+def test_samples_go_to_the_replica_that_is_free_and_stay_with_their_prompt() -> None:
+    """Replica 1 is three times as fast; neither waits while samples are left, and hardly a prompt is split."""
+    stream = Stream.opened([[1]] * 40, LONG, 8, None, 2, 0)
+    prompts: list[set[int]] = [set(), set()]
+    for tick in range(400):
+        for replica, requests in stream.hand_out(8).items():
+            prompts[replica] |= {prompt for prompt, _ in requests}
+        for replica in [1] if tick % 3 else [0, 1]:
+            assert stream.pending[replica] or not stream.waiting
+            if stream.pending[replica]:
+                stream.pending[replica].pop()
+    assert stream.unfinished == 0
+    assert stream.asked[0] + stream.asked[1] == 320 and 2.4 < stream.asked[1] / stream.asked[0] < 3.2
+    assert len(prompts[0] & prompts[1]) <= 4
+
+
+def test_what_a_lost_replica_has_not_delivered_is_handed_out_again() -> None:
+    stream = Stream.opened(PROMPTS, LONG, N, None, 2, 0)
+    stream.hand_out(32)
+    kept = stream.pending[0].copy()
+    lost = stream.pending[1].copy()
+    assert stream.take_back(1) == len(lost) and stream.unfinished == len(PROMPTS) * N
+    again = stream.hand_out(32)
+    assert {place for requests in again.values() for place in requests} == lost
+    assert stream.pending[0] >= kept and stream.pending[0] | stream.pending[1] == kept | lost
+
+
+def test_samples_are_handed_out_as_slots_become_free(engine: ReplicatedEngine, small: Policy) -> None:
+    """20 samples for 2 x 4 slots. One replica sleeps at first: the other one takes what it would have done."""
+    stream = engine.stream(PROMPTS, GREEDY, N)
+    found = [next(stream)]
+    os.kill(engine.pids[0], signal.SIGSTOP)
+    while len(found) < len(PROMPTS) * N - 8:
+        found.append(next(stream))
+    os.kill(engine.pids[0], signal.SIGCONT)
+    assert by_place([*found, *stream]) == expected(small, GREEDY)
+    assert engine.metrics()["replicas"]["lost"] == 0 and engine.metrics()["replicas"]["idle"] == 0
+
+
+def test_an_engine_that_cannot_extend_its_stream_starts_another_one(small: Policy) -> None:
+    with closing(start(small, 2, "faulty_engines:without_extend")) as engine:
+        assert by_place(engine.stream(PROMPTS, GREEDY, N)) == expected(small, GREEDY)
+        assert not engine.warnings
+
+
+def test_idle_replicas_are_reported_once_with_numbers(engine: ReplicatedEngine) -> None:
+    for _ in range(2):
+        list(engine.stream([[5, 6]], LONG, 2, [(0, 1)]))
+    assert engine.metrics()["replicas"]["idle"] == 1
+    assert engine.warnings == [
+        "1 of 2 replicas have nothing to do: 1 samples were asked for. Set rollout.replicas=1, or raise "
+        "train.prompts_per_step or train.samples_per_prompt"
+    ]
+    engine._warned_of_idle = False
+
+
 def test_one_lost_between_streams_is_replaced_at_the_next_load(engine: ReplicatedEngine, small: Policy) -> None:
     os.kill(engine.pids[0], signal.SIGKILL)
     engine.load(pack_weights(1, small, drafter(), shared=False))

@@ -20,11 +20,12 @@ from forerun.workers.handle import Timeouts
 
 def stream(stragglers: Stragglers, *seconds: float, tokens: int = 100) -> list[str]:
     """One stream in which replica i takes so many seconds for its two samples."""
-    for replica in range(len(seconds)):
-        stragglers.begin(replica, 10.0)
     for replica, busy in enumerate(seconds):
-        stragglers.delivered(replica, tokens // 4, 10.0 + busy / 2)
-        stragglers.delivered(replica, tokens - tokens // 4, 10.0 + busy)
+        stragglers.decodes(replica, 1, 10.0)
+        stragglers.decodes(replica, 1, 10.0 + busy / 2)
+        stragglers.delivered(replica, tokens // 4)
+        stragglers.decodes(replica, 0, 10.0 + busy)
+        stragglers.delivered(replica, tokens - tokens // 4)
     return stragglers.report()
 
 
@@ -49,14 +50,26 @@ def test_it_takes_a_streak_to_be_reported_and_is_reported_once() -> None:
 
 def test_a_successor_is_timed_from_its_own_beginning() -> None:
     stragglers = Stragglers()
-    stragglers.begin(0, 0.0)
-    stragglers.begin(1, 0.0)
-    stragglers.delivered(0, 10, 1.0)
-    stragglers.delivered(1, 10, 50.0)
-    stragglers.begin(1, 100.0)  # the first one was lost
-    stragglers.delivered(1, 10, 101.0)
+    for replica, samples, at_s in [(0, 1, 0.0), (1, 1, 0.0), (0, 0, 1.0), (1, 1, 50.0)]:
+        stragglers.decodes(replica, samples, at_s)
+    stragglers.delivered(0, 10)
+    stragglers.delivered(1, 10)
+    stragglers.forget(1)
+    stragglers.decodes(1, 1, 100.0)
+    stragglers.decodes(1, 0, 101.0)
+    stragglers.delivered(1, 10)
     stragglers.report()
     assert stragglers.slowest_ratio == 1.0
+
+
+def test_one_that_has_fewer_samples_or_nothing_for_a_while_is_not_slow() -> None:
+    """Eight samples of 100 tokens in 1 s against one of them in the same second, then a pause and another one."""
+    stragglers = Stragglers()
+    for replica, samples, at_s in [(0, 8, 0.0), (1, 1, 0.0), (0, 0, 1.0), (1, 0, 1.0), (1, 1, 9.0), (1, 0, 10.0)]:
+        stragglers.decodes(replica, samples, at_s)
+    stragglers.delivered(0, 800)
+    stragglers.delivered(1, 200)
+    assert stragglers.report() == [] and stragglers.slowest_ratio == 1.0
 
 
 @pytest.mark.slow

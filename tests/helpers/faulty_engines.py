@@ -51,6 +51,13 @@ def invalid(engine: str, **settings: Any) -> RolloutEngine:
     return made
 
 
+def without_extend(engine: str, **settings: Any) -> RolloutEngine:
+    """The real engine, as one from outside that knows nothing of `extend`."""
+    made = load(engine, **settings)
+    made.extend = lambda requests: False  # type: ignore[method-assign]
+    return made
+
+
 def crashing(engine: str, **settings: Any) -> RolloutEngine:
     """Fails whenever it shall generate."""
     made = load(engine, **settings)

@@ -100,6 +100,10 @@ class RolloutEngine(ABC):
         Raises UserError when a prompt is empty, holds an id outside the vocabulary, or fills the model's context.
         """
 
+    def extend(self, requests: Requests) -> bool:
+        """Take more samples of the prompts of the stream under way, in `between`; False: this engine cannot."""
+        return False
+
     def generate(
         self,
         prompts: Sequence[Sequence[int] | Prompt],

@@ -1,9 +1,9 @@
 """Engines in worker processes: one that crashes, hangs or returns invalid output is replaced, its samples run again.
 
-A `RolloutEngine` over N replicas. Prompt i belongs to replica i mod N: its samples share a prefill and a trie.
-Every sample keeps the seed that it has in one process, and is taken once: what a lost replica had delivered stays, the
-rest is asked of its successor, which first gets the current version of policy and drafter. What replicas hold are
-copies; what they return is checked against what was asked. Not supported: moving work between replicas.
+A `RolloutEngine` over N replicas, which get samples as their slots become free (`stream.py`). Every sample keeps the
+seed that it has in one process, and is taken once: what a lost replica had delivered stays, the rest is handed out
+again; its successor first gets the current version of policy and drafter. What replicas hold are copies; what they
+return is checked against what was asked. Not supported: moving a sample that a replica was asked for.
 """
 
 from __future__ import annotations
@@ -94,6 +94,9 @@ class ReplicatedEngine(RolloutEngine):
         super().__init__(policy, speculation.tokens if drafter is not None else 0)
         self.lost = 0  # replicas replaced
         self.rerun = 0  # samples asked for again
+        self._slots = slots
+        self._idle = 0  # replicas that the latest stream had no sample for
+        self._warned_of_idle = False
         self._max_losses = LOSSES if losses is None else losses
         self._stragglers = Stragglers()
         self._vocabulary = policy.model.config.get_text_config().vocab_size
@@ -140,19 +143,21 @@ class ReplicatedEngine(RolloutEngine):
         if self._stream is not None:
             raise UserError("This engine is already generating; finish or close its stream first")
         check_request(prompts, sampling, n, self._vocabulary, self.policy.context)
-        self._stream = stream = Stream.routed(prompts, sampling, n, only, len(self._replicas), self._held.version)
+        self._stream = stream = Stream.opened(prompts, sampling, n, only, len(self._replicas), self._held.version)
         self._forget_losses()
         self.timeline = []
         started = time.perf_counter()
         try:
-            for replica in self._replicas:
-                self._try(replica, self._request_samples)
-            while any(replica.busy for replica in self._replicas):
+            self._hand_out(stream)
+            self._find_idle(stream)
+            while stream.waiting or any(replica.busy for replica in self._replicas):
                 between()
                 if self._paused:
                     raise UserError("The engine is paused; call resume() before the next round")
+                self._hand_out(stream)
                 rollouts = self._receive(stream)
-                self.timeline.append((time.perf_counter() - started, sum(map(len, stream.pending))))
+                self._hand_out(stream)  # before the caller takes its time over them
+                self.timeline.append((time.perf_counter() - started, stream.unfinished))
                 yield from rollouts
             self.warnings += self._stragglers.report()
         finally:
@@ -199,6 +204,7 @@ class ReplicatedEngine(RolloutEngine):
             "count": len(self._replicas),
             "lost": self.lost,
             "samples_rerun": self.rerun,
+            "idle": self._idle,
             "slowest_ratio": self._stragglers.slowest_ratio,
         }
         own = {"rule": self.rule, "replicas": replicas}
@@ -265,14 +271,41 @@ class ReplicatedEngine(RolloutEngine):
 
     # ---- streams ----
 
-    def _request_samples(self, replica: Replica) -> None:
-        """Ask it for what it has not delivered of the stream under way. Raises WorkerLost."""
-        stream = self._stream
-        if stream is not None and (wanted := stream.pending[replica.index]):
-            replica.worker.send("stream", list(stream.prompts), stream.sampling, stream.n, sorted(wanted))
+    def _hand_out(self, stream: Stream) -> None:
+        """Ask replicas for what nobody was asked for, as far as they have room."""
+        for index, requests in stream.hand_out(self._slots).items():
+            replica = self._replicas[index]
+            try:
+                self._ask(replica, stream, requests)
+            except WorkerLost as reason:
+                self._replace(replica, reason)
+
+    def _ask(self, replica: Replica, stream: Stream, requests: Requests) -> None:
+        """Ask it for these samples. Raises WorkerLost."""
+        if stream.asked[replica.index] == len(requests):  # the first ones
+            replica.worker.send("stream", list(stream.prompts), stream.sampling, stream.n, sorted(requests))
+        else:
+            replica.worker.send("more", requests)
+        if not replica.busy:
             replica.busy = True
             self._report(replica, "generate")
-            self._stragglers.begin(replica.index, time.perf_counter())
+        self._note_load(replica, stream)
+
+    def _note_load(self, replica: Replica, stream: Stream) -> None:
+        """How many samples it decodes from now on."""
+        samples = min(self._slots, len(stream.pending[replica.index]))
+        self._stragglers.decodes(replica.index, samples, time.perf_counter())
+
+    def _find_idle(self, stream: Stream) -> None:
+        """Count the replicas without a sample; of a training step they are reported, once."""
+        count, samples = len(self._replicas), stream.unfinished
+        self._idle = max(0, count - samples)
+        if self._idle and stream.n > 1 and not self._warned_of_idle:
+            self._warned_of_idle = True
+            self.warnings.append(
+                f"{self._idle} of {count} replicas have nothing to do: {samples} samples were asked for. Set "
+                f"rollout.replicas={samples}, or raise train.prompts_per_step or train.samples_per_prompt"
+            )
 
     def _receive(self, stream: Stream) -> list[Rollout]:
         """What has come from busy replicas, waiting a moment for it; replaces those that are lost."""
@@ -296,6 +329,7 @@ class ReplicatedEngine(RolloutEngine):
         """Act on a message of the stream; the rollout that it brought, if any. Raises WorkerLost, UserError."""
         kind = message[0]
         if kind == "refused":
+            replica.busy = False
             raise UserError(message[2])
         self._count(replica, message[-1])
         pending = stream.pending[replica.index]
@@ -305,9 +339,10 @@ class ReplicatedEngine(RolloutEngine):
                 raise WorkerLost(f"returned invalid output: {fault}")
             pending.discard((rollout.prompt_index, rollout.sample_index))
             replica.losses, replica.failure = 0, ""
-            self._stragglers.delivered(replica.index, len(rollout.tokens), time.perf_counter())
+            self._note_load(replica, stream)
+            self._stragglers.delivered(replica.index, len(rollout.tokens))
             return [rollout]
-        if kind == "done":
+        if kind == "done" and message[1] == stream.asked[replica.index]:
             replica.busy = False
             self._report(replica, "idle")
             if pending:
@@ -322,11 +357,17 @@ class ReplicatedEngine(RolloutEngine):
             worker = replica.worker
             try:
                 worker.send("abort")
-                while worker.receive(self._spec.timeouts.heartbeat_s)[0] not in ("done", "refused"):
+                seen = any(self._ended(replica, message) for message in worker.inbox)
+                while not seen and not self._ended(replica, worker.receive(self._spec.timeouts.heartbeat_s)):
                     pass
             except WorkerLost:
                 worker.process.kill()
             worker.inbox.clear()
+
+    def _ended(self, replica: Replica, message: Message) -> bool:
+        """Whether it is the last one of the stream."""
+        assert self._stream is not None
+        return message[0] == "refused" or message[:2] == ("done", self._stream.asked[replica.index])
 
     def _send_busy(self, request: str) -> None:
         for replica in self._replicas:
@@ -343,16 +384,17 @@ class ReplicatedEngine(RolloutEngine):
             self._replace(replica, reason)
 
     def _replace(self, replica: Replica, reason: WorkerLost) -> None:
-        """Another worker in its place, with the current version and the samples that it had not delivered.
+        """Another worker in its place, with the current version; its samples are to be handed out again.
 
         Raises:
             ReplicasLost: too many in a row, or two by the same exception. UserError: the successor refuses to start.
         """
         name, stream = f"Replica {replica.index}", self._stream
-        wanted = len(stream.pending[replica.index]) if stream is not None else 0
+        wanted = stream.take_back(replica.index) if stream is not None else 0
+        self.rerun += wanted
+        self._stragglers.forget(replica.index)
         while True:
             self.lost += 1
-            self.rerun += wanted
             replica.losses += 1
             replica.busy = False
             replica.worker.kill()
@@ -370,7 +412,6 @@ class ReplicatedEngine(RolloutEngine):
                 replica.metrics = {}
                 self._await_ready(replica)
                 self._report(replica, "idle")
-                self._request_samples(replica)
                 return
             except WorkerLost as again:
                 reason = again

@@ -1,4 +1,4 @@
-"""Finds replicas that are slow, as opposed to dead: their seconds per token against the others' in the same stream.
+"""Finds replicas that are slow, as opposed to dead: seconds per token and sample, against the others' in one stream.
 
 A replica that sends heartbeats between its rounds is alive, however long they take, and is not replaced; but the step
 waits for it. One long sample is enough to look slow in one stream: a straggler is reported after several in a row.
@@ -17,33 +17,38 @@ STREAK = 3  # streams in a row
 class Pace:
     """One replica in the stream under way."""
 
-    began_s: float = 0.0
-    busy_s: float = 0.0  # until its last sample
-    tokens: int = 0
+    samples: int = 0  # that it decodes
+    since_s: float = 0.0
+    sample_s: float = 0.0  # seconds of all samples until then
+    tokens: int = 0  # that it delivered
 
     @property
     def token_s(self) -> float:
-        """Seconds per token that it delivered."""
-        return self.busy_s / self.tokens
+        """Seconds that a sample takes for a token: they depend little on how many are decoded together."""
+        return self.sample_s / self.tokens
 
 
 @dataclass(slots=True)
 class Stragglers:
     """The pace of all replicas, stream after stream."""
 
-    slowest_ratio: float = 1.0  # of the last stream: the largest seconds per token over the median of the others'
+    slowest_ratio: float = 1.0  # of the last stream: the largest seconds per token and sample over the others' median
     _paces: dict[int, Pace] = field(default_factory=dict)
     _streaks: dict[int, int] = field(default_factory=dict)
 
-    def begin(self, replica: int, at_s: float) -> None:
-        """A stream was asked of it. A successor is timed from here on, not for the one it replaces."""
-        self._paces[replica] = Pace(at_s)
+    def decodes(self, replica: int, samples: int, at_s: float) -> None:
+        """It decodes so many samples from now on."""
+        pace = self._paces.setdefault(replica, Pace())
+        pace.sample_s += pace.samples * (at_s - pace.since_s)
+        pace.samples, pace.since_s = samples, at_s
 
-    def delivered(self, replica: int, tokens: int, at_s: float) -> None:
+    def delivered(self, replica: int, tokens: int) -> None:
         """A sample of so many tokens has come."""
-        pace = self._paces[replica]
-        pace.tokens += tokens
-        pace.busy_s = at_s - pace.began_s
+        self._paces[replica].tokens += tokens
+
+    def forget(self, replica: int) -> None:
+        """It was lost. Its successor is timed for itself."""
+        self._paces.pop(replica, None)
 
     def report(self) -> list[str]:
         """The stream has ended: a sentence for each replica that was slow often enough, once per streak."""

@@ -1,9 +1,15 @@
-"""What a replicated engine has asked its replicas for, and whether what they return is an answer to it."""
+"""What a replicated engine asks its replicas for, and whether what they return is an answer to it.
+
+Samples are handed out as slots become free, not divided beforehand, so that no replica waits while another has more
+than it can run. Samples of one prompt share a prefill, so they stay together unless a replica would have less to do
+than the others for it. A sample's text depends on its seed, not on where it runs.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 
 from forerun.engine.base import Requests, Sampling, requested
@@ -19,11 +25,15 @@ class Stream:
     prompts: Sequence[list[int]]
     sampling: Sampling
     n: int
-    pending: list[set[tuple[int, int]]]  # per replica: (prompt, sample) not delivered yet
+    pending: list[set[tuple[int, int]]]  # per replica: (prompt, sample) asked for and not delivered yet
     versions: set[int]  # that may have emitted its tokens
+    unasked: dict[int, deque[int]] = field(default_factory=dict)  # samples of a prompt that no replica was asked for
+    asked: list[int] = field(default_factory=list)  # per replica: samples, since its process has this stream
+    _newest: list[int] = field(default_factory=list)  # per replica: the prompt that it was asked for last, or -1
+    _begun: set[int] = field(default_factory=set)  # prompts that some replica was asked for
 
     @classmethod
-    def routed(
+    def opened(
         cls,
         prompts: Sequence[list[int]],
         sampling: Sampling,
@@ -32,11 +42,68 @@ class Stream:
         replicas: int,
         version: int,
     ) -> Stream:
-        """Prompt i goes to replica i mod `replicas`: its samples share a prefill and a trie."""
-        pending: list[set[tuple[int, int]]] = [set() for _ in range(replicas)]
+        """With everything still to be asked for."""
+        unasked: dict[int, deque[int]] = {}
         for prompt, sample in requested(len(prompts), n, only):
-            pending[prompt % replicas].add((prompt, sample))
-        return cls(prompts, sampling, n, pending, {version})
+            unasked.setdefault(prompt, deque()).append(sample)
+        pending: list[set[tuple[int, int]]] = [set() for _ in range(replicas)]
+        return cls(prompts, sampling, n, pending, {version}, unasked, [0] * replicas, [-1] * replicas)
+
+    @property
+    def waiting(self) -> int:
+        """Samples that no replica was asked for."""
+        return sum(map(len, self.unasked.values()))
+
+    @property
+    def unfinished(self) -> int:
+        """Samples that have not been delivered."""
+        return self.waiting + sum(map(len, self.pending))
+
+    def hand_out(self, slots: int) -> dict[int, list[tuple[int, int]]]:
+        """What to ask of which replica now; it counts as asked.
+
+        The replica with the fewest samples is next, and gets samples of one prompt: at most its share among those
+        that have as few. A replica fills its slots, and holds a reserve so that it need not wait for the driver: half
+        an equal share of what is left, which vanishes towards the end. One replica alone gets everything.
+        """
+        given: dict[int, list[tuple[int, int]]] = {}
+        replicas, left = len(self.pending), self.waiting
+        while left:
+            loads = [len(pending) for pending in self.pending]
+            load = min(loads)
+            room = left if replicas == 1 else slots + left // (2 * replicas) - load
+            if room <= 0:
+                break
+            share = -(-left // loads.count(load))
+            replica = loads.index(load)
+            taken = self._take(replica, min(room, share))
+            given.setdefault(replica, []).extend(taken)
+            left -= len(taken)
+        return given
+
+    def _take(self, replica: int, limit: int) -> list[tuple[int, int]]:
+        """Samples of one prompt: of the one that the replica has already, else of one that no replica has."""
+        fresh = (prompt for prompt in self.unasked if prompt not in self._begun)
+        newest = self._newest[replica]
+        prompt = newest if newest in self.unasked else next(fresh, next(iter(self.unasked)))
+        samples = self.unasked[prompt]
+        taken = [(prompt, samples.popleft()) for _ in range(min(limit, len(samples)))]
+        if not samples:
+            del self.unasked[prompt]
+        self._begun.add(prompt)
+        self._newest[replica] = prompt
+        self.pending[replica].update(taken)
+        self.asked[replica] += len(taken)
+        return taken
+
+    def take_back(self, replica: int) -> int:
+        """The replica is lost: what it has not delivered is to be asked for again; how many samples."""
+        lost = sorted(self.pending[replica])
+        for prompt, sample in reversed(lost):
+            self.unasked.setdefault(prompt, deque()).appendleft(sample)
+        self.pending[replica].clear()
+        self.asked[replica], self._newest[replica] = 0, -1
+        return len(lost)
 
     def fault_of(self, rollout: Rollout, replica: int, vocabulary: int) -> str:
         """Why a rollout cannot be what the replica was asked for; "" when it can."""

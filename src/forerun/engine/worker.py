@@ -3,8 +3,11 @@
 Between two rounds it sends a heartbeat with what it has counted, and answers waiting requests: so a hung engine falls
 silent, and weights can change in flight. `replicated.py` is the driver's side.
 
-    requests    stream, pause, resume, abort, load (see `WeightSync`)
+    requests    stream, more, pause, resume, abort, load (see `WeightSync`)
     replies     heartbeat, rollout, done, held: the last element of each is a `Status`
+
+"more" adds samples to the latest stream, also when it has ended here: "done" says how many it was asked for in all, so
+that the driver knows whether it has seen the end.
 """
 
 from __future__ import annotations
@@ -102,9 +105,13 @@ class EngineWorker:
         self.server, self.engine = server, engine
         self._paused = False
         self._streaming = False
+        self._request: tuple[list[list[int]], Sampling, int] = ([], Sampling(), 1)  # of the latest stream
+        self._asked = 0  # samples of it
+        self._waiting: Requests = []  # samples of it that no stream of the engine has yet
         self.requests: RequestTable = {
             "load": self.load,
             "stream": self.stream,
+            "more": self.more,
             "pause": self.pause,
             "resume": self.resume,
             "abort": self.abort,
@@ -118,14 +125,30 @@ class EngineWorker:
 
     def stream(self, prompts: list[list[int]], sampling: Sampling, n: int, only: Requests) -> None:
         """Send rollouts as they finish, then "done", also after an abort."""
+        self._request, self._asked = (prompts, sampling, n), 0
+        self.more(only)
+
+    def more(self, requests: Requests) -> None:
+        """More samples of the latest stream."""
+        self._asked += len(requests)
+        if self._streaming and self.engine.extend(requests):
+            return
+        self._waiting = [*self._waiting, *requests]
+        if not self._streaming:
+            self._generate()
+
+    def _generate(self) -> None:
         self._streaming = True
         try:
             with suppress(Aborted):  # raised between two rounds, by a request of the driver
-                for rollout in self.engine.stream(prompts, sampling, n, only, self._between):
-                    self._send("rollout", rollout)
+                while self._waiting:
+                    only, self._waiting = self._waiting, []
+                    for rollout in self.engine.stream(*self._request, only, self._between):
+                        self._send("rollout", rollout)
         finally:
             self._streaming = self._paused = False
-        self._send("done")
+            self._waiting = []
+        self._send("done", self._asked)
 
     def pause(self) -> None:
         """Wait before the next round of the stream under way."""

@@ -29,7 +29,8 @@ DEFINITIONS: dict[str, str] = {
     "replicas/count": "Rollout engines in worker processes. Unit: count.",
     "replicas/lost": "Replicas replaced after a crash, a hang or invalid output, over the run. Unit: count.",
     "replicas/samples_rerun": "Samples that were generated again after such a loss, over the run. Unit: count.",
-    "replicas/slowest_ratio": "Seconds per token of the slowest replica over the others' median. Unit: ratio.",
+    "replicas/idle": "Replicas that the latest stream had no sample for. Unit: count.",
+    "replicas/slowest_ratio": "Seconds per token and sample, slowest replica over the others' median. Unit: ratio.",
     # difference between engine and learner on the same tokens
     "mismatch/kl": "Estimated KL(engine || learner) on the sampled tokens. Unit: nats per token.",
     "mismatch/logp_diff_max": "Largest absolute difference of log-probabilities, engine against learner. Unit: nats.",

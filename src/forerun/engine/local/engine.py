@@ -120,6 +120,7 @@ class LocalEngine(RolloutEngine):
         with self._streaming(lambda: self._held.version) as record:
             self._forward.refresh()
             scheduler = Scheduler(self.slots, prompts, requested(len(prompts), n, only), sampling.seed)
+            self._scheduler = scheduler
             self._open(scheduler, sampling)
             while not scheduler.done:
                 between()
@@ -128,6 +129,11 @@ class LocalEngine(RolloutEngine):
                 record(len(scheduler.live))
                 self._release(scheduler, finished)
                 yield from (sequence.rollout() for _, sequence in finished)
+
+    def extend(self, requests: Requests) -> bool:
+        """See `RolloutEngine.extend`."""
+        self._scheduler.extend(requests)
+        return True
 
     def load(self, weights: Weights) -> Weights:
         """See `RolloutEngine.load`. The live policy is checked, not copied, unless its tensors are given.

@@ -62,6 +62,14 @@ class Scheduler:
     def done(self) -> bool:
         return not self.live and not self._waiting
 
+    def extend(self, requests: Sequence[tuple[int, int]]) -> None:
+        """More samples, those of a prompt that waits next to its others."""
+        for prompt, sample in requests:
+            places = [place for place, (waiting, _) in enumerate(self._waiting) if waiting == prompt]
+            self._waiting.insert(places[-1] + 1 if places else len(self._waiting), (prompt, sample))
+            if not places:
+                self._unfilled.append(prompt)
+
     def to_prefill(self) -> list[int]:
         """Prompts to prefill now, as many as rows are free; none while the next sample in line has its prompt ready."""
         if not self._waiting or len(self.live) >= self.slots or self._waiting[0][0] in self._row_of:

@@ -87,6 +87,7 @@ class VllmEngine(RolloutEngine):
         self._counted: dict[str, int] = {}  # `Drafter.metrics` when the engine was closed
         self._random = torch.Generator().get_state()
         self._requests = 0
+        self._submit_more: Callable[[Requests], None]  # to the stream under way
         with tempfile.TemporaryDirectory() as scratch:
             source = policy_folder(policy)
             draft = None
@@ -157,6 +158,7 @@ class VllmEngine(RolloutEngine):
         if self._custom_proposer:
             self._vllm.collective_rpc("forerun_open")
         live: dict[str, VllmRequest] = {}
+        self._submit_more = lambda requests: self._submit(prompts, sampling, requests, live)
         with self._streaming(lambda: self._state.held.version) as record:
             try:
                 self._random = torch.Generator().manual_seed(sampling.seed).get_state()
@@ -168,6 +170,11 @@ class VllmEngine(RolloutEngine):
                     yield from (sample.sequence.rollout() for sample in finished)
             finally:
                 self._vllm.abort_request(list(live))
+
+    def extend(self, requests: Requests) -> bool:
+        """See `RolloutEngine.extend`."""
+        self._submit_more(requests)
+        return True
 
     def load(self, weights: Weights) -> Weights:
         """See `RolloutEngine.load`: with tensors, or only checksums where it holds these bytes already.
