@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from forerun import __version__
 from forerun.config import Recipe, load_recipe, parse_overrides
+from forerun.config.overrides import read_yaml
 from forerun.config.paths import check_paths
 from forerun.errors import Interrupted, UserError, WorkersLost
 
@@ -209,7 +209,7 @@ def _planned(subject: str | None, words: list[str], costs: Path | None) -> dict[
     values = parse_overrides(words)
     run = subject is not None and is_run(Path(subject))
     recipe_keys = () if run else [key for key in values if key not in spec_keys() and _names_recipe_key(key)]
-    changes = {key: yaml.safe_load(value) for key, value in values.items() if key not in recipe_keys}
+    changes = {key: read_yaml(key, value) for key, value in values.items() if key not in recipe_keys}
     if subject is None or run:
         if costs is not None:
             raise UserError("--costs belongs to a recipe: forerun plan RECIPE --costs FILE")

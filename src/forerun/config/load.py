@@ -11,8 +11,11 @@ import yaml
 from pydantic import ValidationError
 
 from forerun.config.messages import sentence
+from forerun.config.overrides import parse_overrides, read_value
 from forerun.config.recipe import Recipe
 from forerun.errors import UserError
+
+__all__ = ["load_recipe", "parse_overrides", "recipe_names"]
 
 
 def recipe_names() -> list[str]:
@@ -26,13 +29,13 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Recipe:
 
     Args:
         recipe: shipped name ("quickstart") or path of a YAML file.
-        overrides: dotted keys and values; strings are read as YAML ("0.5" is a number, "null" is None).
+        overrides: dotted keys and values; strings as on the command line, see `overrides.py`.
 
     Raises UserError for an unknown recipe, broken YAML, an unknown key (with the nearest one), or a value out of range.
     """
     data = _read_yaml(recipe)
     for key, value in (overrides or {}).items():
-        _set(data, key, yaml.safe_load(value) if isinstance(value, str) else value)
+        _set(data, key, read_value(Recipe, key, value) if isinstance(value, str) else value)
     data.setdefault("name", Path(recipe).stem)
     try:
         return Recipe.model_validate(data)
@@ -40,19 +43,8 @@ def load_recipe(recipe: str, overrides: dict[str, Any] | None = None) -> Recipe:
         raise UserError(sentence(error, Recipe)) from None
 
 
-def parse_overrides(arguments: list[str]) -> dict[str, Any]:
-    """`["train.steps=5"]` -> `{"train.steps": "5"}`.
-
-    Raises UserError for an argument without "=".
-    """
-    for argument in arguments:
-        if "=" not in argument or argument.startswith("-"):
-            raise UserError(f"'{argument}' is not an override; write it as dotted.key=value, e.g. train.steps=5")
-    return dict(argument.split("=", 1) for argument in arguments)
-
-
 def _read_yaml(recipe: str) -> dict[str, Any]:
-    path = Path(recipe)
+    path = Path(recipe).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         names = recipe_names()
         if recipe not in names:
@@ -64,7 +56,7 @@ def _read_yaml(recipe: str) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"Cannot read the recipe {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or no such date
         raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UserError(f"The recipe {path} holds {type(data).__name__}, not a mapping of settings")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -20,10 +20,16 @@ def sentence(error: ValidationError, recipe: type[BaseModel]) -> str:
         return f"Unknown key '{where}'; {hint}"
     if first["type"] == "missing":
         return f"The recipe lacks '{where}', which has no default"
-    message = first["msg"].removeprefix("Value error, ")
+    message = " ".join(first["msg"].removeprefix("Value error, ").splitlines())
     if where == "":  # of several settings together: the message names them
         return message
-    return f"'{where}': {message}" + (f" (got {first['input']!r})" if "input" in first else "")
+    return f"'{where}': {message}" + (f" (got {shown(first['input'])})" if "input" in first else "")
+
+
+def shown(value: Any, width: int = 120) -> str:
+    """A value as Python writes it, without the middle of a long one."""
+    text = repr(value)
+    return text if len(text) <= width else f"{text[: width // 2]} ... {text[-width // 4 :]}"
 
 
 def known_keys(block: type[BaseModel], prefix: str = "") -> list[str]:

@@ -6,6 +6,7 @@ whether a path exists is checked by the module that opens it.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from forerun.registry import DRAFTERS, ENGINES, Registry, load_path
 from forerun.tracking.trackers import TRACKERS
 
 DType = Literal["auto", "float32", "bfloat16"]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]  # a path, or a name that stands for one
 
 
 def known_to(registry: Registry | str, *others: str) -> AfterValidator:
@@ -40,8 +42,8 @@ def known_to(registry: Registry | str, *others: str) -> AfterValidator:
 
 
 class PolicyConfig(Block):
-    model: str = Field(description="folder or hub name of a Hugging Face causal language model, or a known alias")
-    adapter: str | None = Field(
+    model: PathText = Field(description="folder or hub name of a Hugging Face causal language model, or a known alias")
+    adapter: PathText | None = Field(
         None, description="LoRA folder or shipped artifact that is merged into the policy on load"
     )
     dtype: DType = Field("auto", description="auto: bfloat16 where the hardware multiplies it natively, else float32")
@@ -55,8 +57,8 @@ class PolicyConfig(Block):
 
 class TaskConfig(Block):
     name: str = Field(description="gsm8k, jsonl, reasoning_gym, or package.module:build of your own")
-    path: str | None = Field(None, description="gsm8k: JSONL file instead of the hub; jsonl: training file")
-    eval_path: str | None = Field(None, description="JSONL of held-out problems; null: the last tenth of `path`")
+    path: PathText | None = Field(None, description="gsm8k: JSONL file instead of the hub; jsonl: training file")
+    eval_path: PathText | None = Field(None, description="JSONL of held-out problems; null: the last tenth of `path`")
     dataset: str = Field("chain_sum", description="reasoning_gym: the name of its dataset")
     options: dict[str, Any] = Field(default_factory=dict, description="reasoning_gym: the dataset's own options")
     reward: str | None = Field(
@@ -87,7 +89,7 @@ class SpeculationConfig(Block):
         description="none, eagle3, mtp, ngram, trie, model, graft; vllm: a drafter of vLLM's own, e.g. suffix decoding "
         "or DFlash, which `vllm` describes; or package.module:Class of another one",
     )
-    draft: str | None = Field(
+    draft: PathText | None = Field(
         None,
         description="eagle3, mtp, graft: folder or shipped artifact of the drafter, null: train one first; mtp: also "
         "the folder of a policy that carries its heads; model: folder or "
@@ -345,7 +347,7 @@ class DraftConfig(Block):
     """Training of the drafter (`forerun draft`)."""
 
     rollouts: int = Field(512, ge=1, description="samples of the policy to train on")
-    texts: str | None = Field(
+    texts: PathText | None = Field(
         None,
         description="JSONL to train on in place of samples: objects with prompt and completion, or with text alone",
     )
@@ -386,7 +388,7 @@ class Recipe(Block):
 
     name: str = "run"
     seed: int = 0
-    runs: str = Field("runs", description="folder in which run folders are made")
+    runs: PathText = Field("runs", description="folder in which run folders are made")
     trackers: list[Annotated[str, known_to(TRACKERS)]] = Field(
         default_factory=list,
         description="experiment trackers, in addition to the run folder: names of entry points, or package.module:Name",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from forerun.config import Recipe
@@ -111,6 +112,10 @@ def problems_of_step(problems: list[Problem], step: int, count: int, seed: int) 
     chosen = []
     for place in range(step * count, (step + 1) * count):
         epoch, index = divmod(place, len(problems))
-        order = random.Random(f"{seed}/{epoch}").sample(range(len(problems)), len(problems))
-        chosen.append(problems[order[index]])
+        chosen.append(problems[_order(len(problems), epoch, seed)[index]])
     return chosen
+
+
+@lru_cache(maxsize=2)  # a step reaches into two epochs at most, unless the problems are few
+def _order(count: int, epoch: int, seed: int) -> list[int]:
+    return random.Random(f"{seed}/{epoch}").sample(range(count), count)
