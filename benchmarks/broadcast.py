@@ -67,6 +67,10 @@ class Holder:
     def resume(self) -> None:
         """Nothing waits."""
 
+    def extend(self, requests: Requests) -> bool:
+        """Every request is a stream of its own."""
+        return False
+
     def stream(
         self,
         prompts: Sequence[list[int]],
