@@ -1,6 +1,6 @@
 """Tokens per round of the quickstart's drafter by acceptance rule and proposal, on the same prompts at T = 1.
 
-    python -m benchmarks.acceptance [--prompts 64] [--samples 2] [--heats 0.4,0.6,0.8,1.25,auto] [--out FILE]
+    python -m benchmarks.acceptance [--prompts 64] [--samples 2] [--temperatures 0.4,0.6,0.8,1.25,auto] [--out FILE]
 
 Argmax drafts (one-hot q), token rejection and block verification of sampled drafts, and block verification at each
 draft temperature. The standard error is over prompts. Acceptance does not depend on the machine.
@@ -46,7 +46,7 @@ def measure(
     engine = LocalEngine(policy, drafter, k=speculation.tokens, rule=speculation.verify, slots=slots)
     found = mean_of(tokens_per_round(list(engine.stream(prompts, sampling, n))))
     return {
-        "proposal": speculation.proposal, "rule": speculation.verify, "heat": speculation.draft_temperature,
+        "proposal": speculation.proposal, "rule": speculation.verify, "temperature": speculation.draft_temperature,
         "tokens_per_round": found.mean, "stderr": found.stderr, "per_position": engine.counters.acceptance_per_position,
     }  # fmt: skip
 
@@ -94,14 +94,14 @@ def paired(
     }  # fmt: skip
 
 
-def variants(speculation: SpeculationConfig, heats: list[float | str]) -> list[SpeculationConfig]:
-    """Argmax, token and block at heat 1, and block at every other heat."""
+def variants(speculation: SpeculationConfig, temperatures: list[float | str]) -> list[SpeculationConfig]:
+    """Argmax, token and block at temperature 1, and block at every other."""
     changes: list[dict[str, Any]] = [
         {"proposal": "argmax", "verify": "token"},
         {"verify": "token"},
         {"verify": "block"},
     ]
-    changes += [{"verify": "block", "draft_temperature": heat} for heat in heats]
+    changes += [{"verify": "block", "draft_temperature": temperature} for temperature in temperatures]
     return [speculation.model_copy(update={"draft_temperature": 1.0, **change}) for change in changes]
 
 
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="quickstart")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=2)
-    parser.add_argument("--heats", default="0.4,0.6,0.8,1.25,auto")
+    parser.add_argument("--temperatures", default="0.4,0.6,0.8,1.25,auto")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     setting = load_setting(arguments.recipe)
@@ -120,21 +120,21 @@ def main() -> None:
     print(f"{recipe.name}: k = {recipe.speculation.tokens}, {len(prompts)} prompts; {machine}")
     rows = []
     for speculation in variants(
-        recipe.speculation, [h if h == "auto" else float(h) for h in arguments.heats.split(",")]
+        recipe.speculation, [h if h == "auto" else float(h) for h in arguments.temperatures.split(",")]
     ):
         row = measure(policy, speculation, prompts, sampling, arguments.samples, recipe.rollout.slots)
         rows.append(row)
         positions = " ".join(f"{a:.2f}" for a in row["per_position"])
-        name = f"{row['proposal']:8} {row['rule']:6} heat {row['heat']!s:4}"
+        name = f"{row['proposal']:8} {row['rule']:6} temperature {row['temperature']!s:4}"
         print(f"{name}  {row['tokens_per_round']:.3f} ± {row['stderr']:.3f}  {positions}", flush=True)
     pairs = []
-    for heat in dict.fromkeys((1.0, recipe.speculation.draft_temperature)):
-        speculation = recipe.speculation.model_copy(update={"draft_temperature": heat})
+    for temperature in dict.fromkeys((1.0, recipe.speculation.draft_temperature)):
+        speculation = recipe.speculation.model_copy(update={"draft_temperature": temperature})
         pair = paired(policy, speculation, prompts, sampling, arguments.samples, recipe.rollout.slots)
-        pairs.append({"heat": heat, **pair})
+        pairs.append({"temperature": temperature, **pair})
         print(
-            f"same drafts at heat {heat}, {pair['rounds']} rounds: token accepts {pair['token']:.4f}, block "
-            f"{pair['block']:.4f}, difference {pair['block_minus_token']:+.5f} ± {pair['stderr']:.5f}"
+            f"same drafts, temperature {temperature}, {pair['rounds']} rounds: token accepts {pair['token']:.4f}, "
+            f"block {pair['block']:.4f}, difference {pair['block_minus_token']:+.5f} ± {pair['stderr']:.5f}"
         )
     write_result(arguments.out, "acceptance", recipe, {"rows": rows, "same_drafts": pairs})
 

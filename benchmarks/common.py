@@ -53,8 +53,8 @@ class Setting:
     def sampling(self, seed: int, temperature: float | None = None) -> Sampling:
         """The recipe's limits, at its temperature unless another one is given."""
         rollout = self.recipe.rollout
-        heat = rollout.temperature if temperature is None else temperature
-        return Sampling(rollout.max_new_tokens, heat, seed, tuple(rollout.stop))
+        chosen = rollout.temperature if temperature is None else temperature
+        return Sampling(rollout.max_new_tokens, chosen, seed, tuple(rollout.stop))
 
 
 def load_setting(name: str, overrides: dict[str, Any] | None = None) -> Setting:

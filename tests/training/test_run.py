@@ -98,13 +98,6 @@ def test_a_run_leaves_everything_behind(recipe: Path, tmp_path: Path) -> None:
     assert len(engine.generate(["1+1="], n=3, max_new_tokens=4)) == 3
 
 
-def test_engine_and_drafter_may_come_from_outside_the_package(recipe: Path) -> None:
-    changes = {"speculation.method": "outside_parts:RepeatDrafter", "speculation.settings.length": 3, "train.steps": 2}
-    summary = forerun.train(str(recipe), {**changes, "rollout.engine": "outside_parts:CountingEngine"})
-    assert summary["in_force"] == {"engine": "outside_parts:CountingEngine", "rule": "block"}
-    assert len(steps_of(summary["run"])) == 2 and summary["acceptance_length"] >= 1
-
-
 def test_the_draft_verb_makes_a_drafter_that_loads(recipe: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "head"
     done = subprocess.run(

@@ -179,6 +179,41 @@ class Drafter:
         (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n")
 
 
+def check_draft(drafter: Drafter, draft: Draft, budget: Tensor, k: int, vocabulary: int) -> None:
+    """Raises UserError, naming the drafter, when what it proposed for `budget` [B] is no draft."""
+    fault = _misshapen(draft, len(budget), k)
+    if not fault:
+        most = budget if draft.parents is None else torch.full_like(budget, k)
+        outside = ((draft.tokens < 0) | (draft.tokens >= vocabulary)).any()
+        long = ((draft.lengths < 0) | (draft.lengths > most.clamp(max=draft.tokens.shape[1]))).any()
+        if not bool(outside | long):
+            return
+        if bool(outside):
+            fault = f"a token outside the policy's vocabulary 0 .. {vocabulary - 1}"
+        else:
+            fault = f"{draft.lengths.tolist()} tokens where at most {most.tolist()} were asked for"
+    raise UserError(f"The drafter '{getattr(drafter, 'name', type(drafter).__name__)}' proposed {fault}")
+
+
+def _misshapen(draft: Draft, batch: int, k: int) -> str:
+    """What is wrong with the tensors of a draft of `batch` rows; "" when nothing is."""
+    if not isinstance(draft, Draft):
+        return f"{draft!r:.40}; `propose` returns a Draft (forerun.types)"
+    integers = {"tokens": draft.tokens, "lengths": draft.lengths}
+    if draft.parents is not None:
+        integers["parents"] = draft.parents
+    for name, tensor in integers.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            return f"{name} of type {kind}; they are a tensor of torch.int64"
+        shape, wanted = list(tensor.shape), f"[{batch}]" if name == "lengths" else f"[{batch}, up to {k}]"
+        if shape[:1] != [batch] or len(shape) != (1 if name == "lengths" else 2) or max(shape[1:], default=0) > k:
+            return f"{name} of shape {shape}; the policy expects {wanted}"
+    if draft.log_q is not None and draft.log_q.shape[:2] != draft.tokens.shape:
+        return f"log_q of shape {list(draft.log_q.shape)} for tokens of shape {list(draft.tokens.shape)}"
+    return ""
+
+
 def deterministic_draft(proposals: Sequence[Sequence[int]], device: torch.device) -> Draft:
     """A chain draft of fixed tokens (q is one-hot, log_q None), padded to the longest proposal."""
     lengths = [len(p) for p in proposals]

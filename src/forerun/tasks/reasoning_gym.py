@@ -23,7 +23,7 @@ def build(config: TaskConfig, seed: int) -> Task:
     try:
         import reasoning_gym
     except ImportError:
-        raise UserError("The reasoning_gym task needs an extra: pip install 'forerun[tasks]'") from None
+        raise UserError("The reasoning_gym task needs an extra: pip install --editable '.[tasks]'") from None
 
     def generate(size: int, first_seed: int) -> Any:
         options = {"seed": first_seed, "size": size, **config.options}

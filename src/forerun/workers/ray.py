@@ -255,7 +255,7 @@ def connect(cluster: ClusterConfig, replicas: int, ranks: int = 1) -> Any:
         import ray.util.scheduling_strategies
     except ImportError:
         raise UserError(
-            f"cluster.address={cluster.address} needs Ray, which is not installed: pip install 'forerun[ray]'"
+            f"cluster.address={cluster.address} needs Ray, which is not installed: pip install --editable '.[ray]'"
         ) from None
     if ray.is_initialized():
         return ray

@@ -22,6 +22,7 @@ from forerun.acceptance.random import Purpose, round_keys, uniforms
 from forerun.acceptance.tree import TREE_RULES, TreeResult, verify_tree
 from forerun.acceptance.truncate import truncate
 from forerun.drafters import Drafter, Rows, load_drafter
+from forerun.drafters.base import check_draft
 from forerun.engine.base import (
     Requests,
     RolloutEngine,
@@ -81,6 +82,7 @@ class LocalEngine(RolloutEngine):
         super().__init__(policy, k)
         self.drafter, self.k, self.slots = drafter, k, slots
         self._eos_ids = policy.eos_ids
+        self._vocabulary = int(policy.model.config.get_text_config().vocab_size)
         self._forward = PolicyForward(policy, drafter.aux_layers if drafter else (), fused)
         self._verify, self._verify_tree = verifier, tree_verifier
         self._chain_rule = rule
@@ -115,8 +117,7 @@ class LocalEngine(RolloutEngine):
     ) -> Iterator[Rollout]:
         """See `RolloutEngine.stream`. One stream at a time: they would share the cache rows."""
         self._check_not_running()
-        vocabulary = self.policy.model.config.get_text_config().vocab_size
-        check_request(prompts, sampling, n, vocabulary, self.policy.context)
+        check_request(prompts, sampling, n, self._vocabulary, self.policy.context)
         with self._streaming(lambda: self._held.version) as record:
             self._forward.refresh()
             scheduler = Scheduler(self.slots, prompts, requested(len(prompts), n, only), sampling.seed)
@@ -254,7 +255,10 @@ class LocalEngine(RolloutEngine):
             return nothing
         room = [min(sampling.max_new_tokens - len(s.tokens), self.policy.context - 1 - s.length) - 1 for s in live]
         budget = torch.tensor([max(0, min(self.k, r)) for r in room], device=rows.last.device)
-        draft = self.drafter.propose(rows, budget) if int(budget.max()) > 0 else nothing
+        if int(budget.max()) == 0:
+            return nothing
+        draft = self.drafter.propose(rows, budget)
+        check_draft(self.drafter, draft, budget, self.k, self._vocabulary)
         if draft.parents is None:
             return draft
         check_trees(self.policy)
