@@ -16,6 +16,7 @@ import yaml
 import forerun
 from forerun import registry
 from forerun.config import load_recipe
+from forerun.drafters import Drafter
 from forerun.errors import UserError
 from forerun.events import finish
 from forerun.lossless.harness import Effort, verify_recipe
@@ -134,8 +135,9 @@ def test_a_loss_that_is_not_per_token_is_refused(recipe: str, monkeypatch: pytes
         finish(run(load_recipe(recipe, {key: PARTS[key] for key in ("task.name", "train.algorithm")})))
 
 
-def test_verification_accepts_a_drafter_without_weights(recipe: str) -> None:
-    """Also one that learns from the very texts that are tested."""
+def test_verification_accepts_a_drafter_without_weights(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that learns from the very texts that are tested. It is made anew, not copied: it may hold the policy."""
+    monkeypatch.setattr(Drafter, "__deepcopy__", lambda *_: pytest.fail("a drafter was copied"), raising=False)
     changes = {"speculation.method": "trie", "task.name": PARTS["task.name"], "rollout.max_new_tokens": 12}
     effort = Effort(4, 2, 4, 400, 2, 8, 2, 2, 8)
     verdict = finish(verify_recipe(load_recipe(recipe, changes), effort=effort))

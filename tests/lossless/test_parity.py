@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.lossless import parity
 from forerun.lossless.exact import replay
 from forerun.lossless.faults import draft_logprobs, neighbour_logprobs
-from forerun.lossless.parity import parity_checks
+from forerun.lossless.parity import gap, greedy_check, parity_checks
 from forerun.models import Policy, load_policy
+from forerun.models.forward import PolicyForward
 from forerun.types import Rollout
 from tiny_models import random_drafter
 
@@ -100,3 +102,33 @@ def test_a_fault_of_verified_rows_below_the_rounding_is_caught_in_float32(
     assert failed(policy, rollouts) == []
     monkeypatch.setattr(parity, "replay", off_by(1e-3, lambda n: n > 1))
     assert failed(policy, rollouts) == ["verified rows against the learner, float32"]
+
+
+def noisy_rows(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    """Passes of several rows a sequence add noise to their logits, as a wrong mask or position would."""
+    forward = PolicyForward.__call__
+    source = torch.Generator().manual_seed(0)
+
+    def faulty(self: PolicyForward, tokens: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+        logits, features = forward(self, tokens, *arguments, **settings)
+        if logits is not None and tokens.shape[1] == K + 1:
+            logits = logits + size * torch.randn(logits.shape, generator=source).to(logits.dtype)
+        return logits, features
+
+    monkeypatch.setattr(PolicyForward, "__call__", faulty)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_fault_of_verified_rows_does_not_excuse_greedy_texts(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    policy = load_policy(str(tiny("llama", initializer_range=0.25)), dtype, "cpu")
+    plain, drafted = LocalEngine(policy, slots=SLOTS), LocalEngine(policy, random_drafter(policy), k=K, slots=SLOTS)
+    sound = greedy_check(plain, drafted, policy, PROMPTS, TOKENS)
+    assert sound.passed, sound
+    noisy_rows(monkeypatch, 0.5)
+    broken = greedy_check(plain, drafted, policy, PROMPTS, TOKENS)
+    assert not broken.passed and broken.numbers["identical"] < len(PROMPTS)
+    texts = plain.generate(PROMPTS, max_new_tokens=TOKENS, temperature=0.0)
+    own = gap(replay(policy, texts, 1, SLOTS, 1.0), replay(policy, texts, K + 1, SLOTS, 1.0)).max
+    assert broken.numbers["worst_margin"] < 2 * own, "measured on the judged rows, the allowance would let it pass"

@@ -171,9 +171,9 @@ def _claims(subject: Subject, effort: Effort, against: int | None, scratch: Path
 
 def _greedy(subject: Subject, effort: Effort, scratch: Path) -> list[Check]:
     """In the recipe's number format, and in float32 where that is another one."""
-    recipe, tokens, k = subject.recipe, effort.greedy_tokens, subject.recipe.speculation.tokens
+    recipe, tokens = subject.recipe, effort.greedy_tokens
     prompts = subject.prompts(effort.greedy_prompts)
-    check = greedy_check(subject.plain, subject.engine, subject.policy, prompts, tokens, k)
+    check = greedy_check(subject.plain, subject.engine, subject.policy, prompts, tokens)
     if subject.policy.dtype == torch.float32:
         return [check]
     exact = float32_copy(subject.policy)
@@ -182,7 +182,7 @@ def _greedy(subject: Subject, effort: Effort, scratch: Path) -> list[Check]:
     assert drafter is not None
     plain = LocalEngine(exact, slots=max(recipe.rollout.slots, MANY_SLOTS))
     with closing(_speculative(recipe, exact, drafter, subject.inject)) as engine:
-        return [check, greedy_check(plain, engine, exact, prompts[: effort.greedy_prompts_float32], tokens, k)]
+        return [check, greedy_check(plain, engine, exact, prompts[: effort.greedy_prompts_float32], tokens)]
 
 
 def _two_samples(subject: Subject, effort: Effort, against: int, made: dict[str, RolloutBatch]) -> list[Check]:
@@ -201,7 +201,11 @@ def _distribution(subject: Subject, effort: Effort, plain: RolloutBatch) -> list
     engine = subject.engine
     if isinstance(engine, LocalEngine):
         engine = _speculative(subject.recipe, subject.policy, subject.drafter, subject.inject, MANY_SLOTS)
-    return distribution_checks(engine, subject.policy, subject.drafter, contexts, effort.texts, length, sampling)
+    asked: Drafter | None = subject.drafter
+    if not subject.drafter.state_dict():  # one that learns online must not be asked about texts that it has seen
+        asked = load_drafter(subject.policy, subject.recipe.speculation)
+    assert asked is not None
+    return distribution_checks(engine, subject.policy, asked, contexts, effort.texts, length, sampling)
 
 
 def _parity(subject: Subject, effort: Effort, speculative: RolloutBatch) -> list[Check]:

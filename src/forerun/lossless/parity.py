@@ -7,7 +7,7 @@ to float32 on the same weights, since independent errors add. The error is the m
 faulty one cannot raise it.
 
 Faults smaller than the rounding of a reduced format show in float32, where verified rows are compared once more. Greedy
-texts may part only at a near-tie of the size of the rounding.
+texts may part only at a near-tie of the size of the rounding, measured on plain passes of other layouts.
 """
 
 from __future__ import annotations
@@ -112,13 +112,13 @@ def _parity(name: str, seen: Gap, bound: float, rounding: Rounding | None = None
 
 
 def greedy_check(
-    plain: RolloutEngine, speculative: RolloutEngine, policy: Policy, prompts: list[list[int]], tokens: int, k: int
+    plain: RolloutEngine, speculative: RolloutEngine, policy: Policy, prompts: list[list[int]], tokens: int
 ) -> Check:
     """Greedy text of both engines; where they part, the margin of the policy's two likeliest tokens."""
     sampling = Sampling(tokens, 0.0, 0)
     ours, theirs = (sorted(e.stream(prompts, sampling), key=lambda r: r.prompt_index) for e in (speculative, plain))
     margins = [m for a, b in zip(ours, theirs, strict=True) if (m := parting_margin(policy, a, b)) is not None]
-    noise = _row_noise(policy, theirs, k) if margins else 0.0
+    noise = _plain_noise(policy, theirs) if margins else 0.0
     same = len(prompts) - len(margins)
     worst = max(margins, default=0.0)
     dtype = str(policy.dtype)[6:]
@@ -129,9 +129,14 @@ def greedy_check(
     return Check(f"greedy text, {dtype}", worst <= 2 * noise, sentence, numbers)
 
 
-def _row_noise(policy: Policy, rollouts: Sequence[Rollout], k: int) -> float:
-    """Largest change of a log-probability between one row and k+1 rows a pass, over plainly decoded texts."""
-    return gap(replay(policy, rollouts, 1, 8, 1.0), replay(policy, rollouts, k + 1, 8, 1.0)).max
+def _plain_noise(policy: Policy, rollouts: Sequence[Rollout]) -> float:
+    """Largest change of a log-probability of plainly decoded texts with the layout of its pass.
+
+    A row at a time, in batches of eight and alone, against the whole text at once, as the learner reads it. The rows
+    that a verification computes are not among them: a fault there would excuse itself.
+    """
+    whole = learner_logprobs(policy, rollouts, 1.0)
+    return max(gap(whole, replay(policy, rollouts, 1, size, 1.0)).max for size in (8, 1))
 
 
 def parting_margin(policy: Policy, one: Rollout, other: Rollout) -> float | None:
