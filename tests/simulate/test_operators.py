@@ -104,6 +104,30 @@ def test_measured_lengths_are_met_and_interpolated() -> None:
         rate_for(3, 4.5)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 1e-9, 0.3, 0.5, 0.7, 1.0 - 1e-9, 1.0]) | st.floats(0, 1), min_size=1, max_size=8))
+def test_any_curve_that_does_not_rise_is_met(rates: list[float]) -> None:
+    """Cumulative rates with plateaus, ones and zeros, and one that rises a little, as measured ones do."""
+    cumulative = sorted(rates, reverse=True)
+    lengths = {k: 1.0 + sum(cumulative[:k]) for k in range(1, len(cumulative) + 1)}
+    curve = acceptance_from_lengths(lengths)
+    assert np.allclose(curve.length(np.array(list(lengths))), list(lengths.values()), atol=1e-5)
+    assert all(0.0 <= rate <= 1.0 for rate in curve.rates)
+    next_length = 1.0 + sum(cumulative) + cumulative[-1] + 0.02
+    risen = acceptance_from_lengths({**lengths, len(lengths) + 1: min(next_length, len(lengths) + 2.0)})
+    assert all(0.0 <= rate <= 1.0 for rate in risen.rates)
+
+
+def test_perfect_and_equal_rates_are_rates() -> None:
+    assert acceptance_from_lengths({1: 2.0, 2: 3.0, 3: 4.0}).rates == (1.0, 1.0, 1.0)
+    assert acceptance_from_lengths({1: 1.0, 3: 1.0}).rates == (0.0, 0.0, 0.0)
+    assert np.allclose(acceptance_from_lengths({1: 1.5, 2: 2.0, 3: 2.5}).rates, (0.5, 1.0, 1.0))
+    assert np.allclose(acceptance_from_lengths({1: 1.5, 2: 2.04}).rates, (0.5, 1.0))
+    for lengths, words in (({1: 1.1, 2: 2.9}, "between 1 and 1.2, as it is 1.1 with k = 1"), ({3: 4.5}, "1 and 4:")):
+        with pytest.raises(UserError, match=words):
+            acceptance_from_lengths(lengths)
+
+
 def test_distinct_experts_match_a_simulation() -> None:
     rng = np.random.default_rng(0)
     tokens = [rng.permuted(np.tile(np.arange(128), (8, 1)), axis=1)[:, :8] for _ in range(1000)]

@@ -115,6 +115,15 @@ def test_the_draft_verb_makes_a_drafter_that_loads(recipe: Path, tiny: Callable[
     assert engine.generate([[5, 6, 7]], max_new_tokens=8) and engine.metrics()["drafted"] > 0
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_run_whose_drafts_are_all_accepted_ends_well(recipe: Path, tiny: Callable[..., Path], k: int) -> None:
+    """It drafts with the policy itself, whose weights hardly move."""
+    drafting = {"speculation.method": "model", "speculation.draft": str(tiny("llama")), "speculation.k": k}
+    summary = forerun.train(str(recipe), {**drafting, "train.steps": 2, "train.learning_rate": 1e-12, "eval.every": 0})
+    assert summary["acceptance_length"] > 1 + 0.9 * k
+    assert (Path(summary["run"]) / "summary.json").exists() and (Path(summary["run"]) / "report.html").exists()
+
+
 def test_the_policy_moves_and_the_versions_say_so(recipe: Path) -> None:
     summary = forerun.train(str(recipe), {"train.steps": 2, "compare.steps": 0})
     still = forerun.train(str(recipe), {"train.steps": 2, "compare.steps": 0, "train.learning_rate": 1e-12})

@@ -206,6 +206,9 @@ class LinearEngine:
 
 EngineCosts = AnalyticalEngine | LinearEngine
 
+ROUNDING = 1e-6  # of an acceptance length
+NOISE = 0.05  # of a measured one
+
 
 def acceptance_length(k: int, rate: float) -> float:
     """α = 1 + p + ... + p^k: one plus the expected accepted drafts at a constant conditional rate p."""
@@ -214,8 +217,10 @@ def acceptance_length(k: int, rate: float) -> float:
 
 def rate_for(k: int, alpha: float) -> float:
     """The constant conditional rate p that gives α at k, by bisection. Raises UserError for α outside [1, k+1]."""
-    if not 1.0 <= alpha <= k + 1.0:
+    if not 1.0 - ROUNDING <= alpha <= k + 1.0 + ROUNDING:
         raise UserError(f"An acceptance length of {alpha} with k = {k} cannot be; it lies between 1 and {k + 1}.")
+    if alpha >= k + 1.0:
+        return 1.0
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -249,14 +254,28 @@ def constant_acceptance(rate: float) -> Acceptance:
 
 
 def acceptance_from_lengths(lengths: Mapping[int, float]) -> Acceptance:
-    """Conditional rates from measured acceptance lengths at some k; between two k the rate is constant."""
+    """Conditional rates from measured acceptance lengths at some k; between two k the rate is constant.
+
+    Noise is clipped: a length that falls with k, and one up to `NOISE` above what the drafts before allow.
+
+    Raises:
+        UserError: a length is outside [1, k+1], or grows by more than the chance that all drafts before were accepted.
+    """
     rates: list[float] = []
     reached, alpha = 1.0, 1.0  # chance that all drafts so far were accepted, α so far
     for k in sorted(lengths):
-        gap, gain = k - len(rates), lengths[k] - alpha
+        gap, gain = k - len(rates), max(lengths[k] - alpha, 0.0)
+        most = gap * reached
+        if not 1.0 <= lengths[k] <= k + 1.0 + ROUNDING or gain > most + NOISE:
+            before = f", as it is {alpha:.6g} with k = {len(rates)}" if rates else ""
+            raise UserError(
+                f"An acceptance length of {lengths[k]} with k = {k} cannot be; it lies between 1 and "
+                f"{alpha + most:.6g}{before}: a draft counts only where all before it were accepted."
+            )
+        gain = min(gain, most)
         rate = rate_for(gap, 1.0 + gain / reached) if gain > 0 else 0.0
         rates += [rate] * gap
-        reached, alpha = reached * rate**gap, lengths[k]
+        reached, alpha = reached * rate**gap, alpha + gain
     return Acceptance(tuple(rates))
 
 

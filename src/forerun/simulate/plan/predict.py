@@ -169,10 +169,10 @@ def informed(basis: RecipePlan, rows: Sequence[Data]) -> RecipePlan:
 
 
 def acceptance_of(rows: Sequence[Data]) -> dict[int, float]:
-    """α by k from the mean cumulative acceptance per position of a run; {} for a plain one."""
+    """α by k from the mean cumulative acceptance per position of a run, clipped not to rise; {} for a plain one."""
     lengths, alpha, last, k = {}, 1.0, 1.0, 1
-    while rate := _mean(rows, f"spec/acceptance_pos_{k}"):
-        last = min(rate, last)
+    while any(row.get(name := f"spec/acceptance_pos_{k}") is not None for row in rows):
+        last = min(_mean(rows, name), last)
         alpha += last
         lengths[k] = alpha
         k += 1
