@@ -11,6 +11,7 @@ import torch
 from forerun.drafters.eagle3 import Eagle3Drafter
 from forerun.engine.base import Weights
 from forerun.engine.local.engine import LocalEngine
+from forerun.engine.staleness import Acceptance
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.training.weights import pack_weights
@@ -186,7 +187,7 @@ def test_a_collapsed_drafter_is_an_alarm(policy: Policy) -> None:
     drafter = Eagle3Drafter(head, policy)
     engine = LocalEngine(policy, drafter, k=2, slots=8)
     good = {k: v.clone() for k, v in drafter.state_dict().items()}
-    engine._detector.known = 1.5  # what a trained drafter had reached before the load
+    engine._detector.known.append(Acceptance(96, 32, 1.5))  # what a trained drafter had reached before the load
     engine.load(pack_weights(1, policy, drafter))
     engine.generate(PROMPTS, max_new_tokens=30, n=4)
     assert len(engine.warnings) == 1 and "collapsed" in engine.warnings[0]

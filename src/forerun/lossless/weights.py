@@ -13,7 +13,7 @@ import torch
 
 from forerun.drafters import Drafter
 from forerun.engine import RolloutEngine, Sampling, Weights
-from forerun.engine.staleness import COLLAPSE
+from forerun.engine.staleness import COLLAPSE, ROUNDS, Acceptance, collapsed
 from forerun.errors import UserError
 from forerun.lossless.verdict import Check
 
@@ -94,7 +94,8 @@ def _alarm_check(before: float, after: float, raised: list[str]) -> Check:
     """The alarm is due when acceptance collapsed, and only then; near the threshold either answer is right."""
     seen = f"{before:.2f} accepted drafts a round, {after:.2f} with shuffled weights"
     numbers = {"accepted_before": before, "accepted_after": after, "warnings": float(len(raised))}
-    if after < (COLLAPSE - _MARGIN) * before:
+    first_rounds = (Acceptance(round(ROUNDS * x), ROUNDS, x) for x in (before, after + _MARGIN * before))
+    if collapsed(*first_rounds):
         return Check("alarm", bool(raised), f"{seen}: {'the engine warned' if raised else 'and no warning'}", numbers)
     quiet = not raised or after < (COLLAPSE + _MARGIN) * before
     return Check("alarm", quiet, f"{seen}: this drafter has too little to lose for an alarm", numbers)

@@ -88,6 +88,7 @@ class LocalEngine(RolloutEngine):
         self._chain_rule = rule
         self._tree_rule = rule if rule in TREE_RULES else "walk"
         self._held = Weights(0, {})
+        self._detector.watches = drafter is not None and bool(drafter.state_dict())
 
     @classmethod
     def from_live(
