@@ -248,7 +248,7 @@ def check_drafter(weights: Weights, speculates: bool) -> None:
 
 
 def ends_with_stop(policy: Policy, tokens: list[int], stop: Sequence[str]) -> bool:
-    """Whether the newest token completed a stop string; looks back far, as a token may be less than a character."""
-    window = max(len(s) for s in stop) + 8
+    """Whether the newest token completed a stop string; looks back far, as a token may be a single byte."""
+    window = max(len(s.encode()) for s in stop) + 8
     text = policy.tokenizer.decode(tokens[-window:])
     return any(s in text for s in stop)
