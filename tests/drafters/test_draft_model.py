@@ -228,12 +228,15 @@ def test_weights_must_arrive_whole(policy: Policy) -> None:
 
 
 def test_models_with_another_vocabulary_are_refused(policy: Policy, tiny: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has 40 tokens and the policy .* has 55"):
-        ModelDrafter.load(str(tiny("llama", vocab_size=40)), policy)
+    narrow = load_policy(str(tiny("llama", vocab_size=40)), "float32", "cpu")
+    with pytest.raises(UserError, match=r"\(40 tokens\) and the policy .* \(55 tokens\) differ in 15, for example"):
+        ModelDrafter(narrow, policy)
+    with pytest.raises(UserError, match=r"has 40 tokens and the policy .* has 55, and without both tokenizers"):
+        ModelDrafter(Policy(narrow.model, None, "narrow"), policy)
     other = save_tiny(tmp_path / "other")
     swapped = [*ALPHABET[:20], ALPHABET[21], ALPHABET[20], *ALPHABET[22:]]
     tiny_tokenizer(swapped).save_pretrained(other)
-    with pytest.raises(UserError, match=r"tokenizers differ in 2, for example '.' with id 21 and 20"):
+    with pytest.raises(UserError, match=r"differ in 2, for example '.' with id 21 and 20"):
         ModelDrafter.load(str(other), policy)
     with pytest.raises(UserError, match=r"draft=/no/folder is no draft model: .*give a folder or a hub name"):
         load_drafter(policy, SpeculationConfig(method="model", draft="/no/folder"))
@@ -253,6 +256,22 @@ def test_samples_follow_the_policys_law(small: Policy, tiny: Callable[..., Path]
     model = load_policy(str(tiny("qwen3", **changes)), "float32", "cpu")
     p = contract.law_p_value(small, partial(ModelDrafter, model, small), faulty)
     assert p < 1e-6 if faulty else p > 1e-6
+
+
+@pytest.mark.parametrize(("width", "faulty"), [(16, False), (10, False), (10, True)])
+def test_another_padding_of_the_same_tokens_is_drafted_with(
+    small: Policy, tiny: Callable[..., Path], width: int, faulty: bool
+) -> None:
+    """Wider or narrower than the policy, as Qwen2.5-0.5B is than 7B: q is 0 where only one of them has a row."""
+    changes = {"initializer_range": 0.2, "num_hidden_layers": 1}
+    model = load_policy(str(tiny("qwen3", vocab_size=width, **changes)), "float32", "cpu").model
+    padded = Policy(model, small.tokenizer, "padded")
+    p = contract.law_p_value(small, partial(ModelDrafter, padded, small), faulty)
+    assert p < 1e-6 if faulty else p > 1e-6
+    drafter = ModelDrafter(padded, small)
+    rollouts = LocalEngine(small, drafter, k=3, slots=4).generate([[5, 6, 7], [11, 11]], max_new_tokens=40, n=4)
+    assert sum(sum(r.drafted) for r in rollouts) > 0
+    assert max(t for r in rollouts for t, drafted in zip(r.tokens, r.drafted, strict=True) if drafted) < min(width, 12)
 
 
 # ---- distillation ----

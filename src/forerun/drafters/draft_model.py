@@ -1,7 +1,8 @@
-"""A smaller causal language model as drafter (Leviathan et al. 2211.17192): same vocabulary, cache rows of its own.
+"""A smaller causal language model as drafter (Leviathan et al. 2211.17192): same tokens, cache rows of its own.
 
 Each round it first reads what was emitted since it last ran: usually one token, two where the whole draft was accepted
 (the last draft was never fed), more where rounds passed without it. Then it samples k tokens one after the other.
+Models of one family pad their vocabularies to different widths: only ids that both have are drafted, q is 0 elsewhere.
 Axes: R rows, B live rows, P positions, n tokens, V vocabulary.
 """
 
@@ -39,9 +40,12 @@ class ModelDrafter(SampledDrafter):
     vllm_refusal = ""
 
     def __init__(self, model: Policy, policy: Policy) -> None:
-        """`model` drafts for `policy`. Raises UserError when their vocabularies differ."""
+        """`model` drafts for `policy`. Raises UserError when their tokens differ."""
         super().__init__(model.model)
-        _check_vocabulary(model, policy)
+        _check_tokens(model, policy)
+        self._width = min(_width(model), _width(policy))
+        widths_differ = _width(model) != _width(policy)
+        self._drafted = torch.arange(self._width, device=model.device) if widths_differ else None
         model.model.eval()
         self.model = model
         self._forward = PolicyForward(model, ())
@@ -92,7 +96,7 @@ class ModelDrafter(SampledDrafter):
         n = min(tokens.shape[1] - 1, self.model.context)
         if n > 0:
             slots = SlotPass(self._cache, first_row, torch.zeros_like(lengths), n, n, fresh=True)
-            self._forward(tokens[:, :n], slots, head=False)
+            self._forward(tokens[:, :n].clamp(max=_width(self.model) - 1), slots, head=False)
 
     def copy(self, source: int, target: int) -> None:
         self._cache.copy(source, target, min(int(self._known[source]), self._cache.positions))
@@ -103,7 +107,7 @@ class ModelDrafter(SampledDrafter):
         """Read what is new, then draft token by token; a row longer than the model's own context drafts nothing."""
         lengths = torch.minimum(budget, (self.model.context - rows.lengths).clamp(min=0))
         k = int(lengths.max())
-        chain = SampledChain(rows, self.round_temperature(rows), None)
+        chain = SampledChain(rows, self.round_temperature(rows), self._drafted)
         logits = self._read(rows) if k > 0 else rows.temperature.new_zeros(rows.count, 0)
         for j in range(k):
             token = chain.extend(logits)
@@ -136,12 +140,15 @@ class ModelDrafter(SampledDrafter):
         return self._run(tokens, starts, int(starts.max()) + n, newest)
 
     def _run(self, tokens: Tensor, starts: Tensor, end: int, column: Tensor) -> Tensor:
-        """Run tokens [B, n] from `starts` [B]; logits of one column [B] per row: [B, V]."""
+        """Run tokens [B, n] from `starts` [B]; logits of one column [B] per row, of the ids that are drafted: [B, V].
+
+        An id that only the policy has, of its padding, is read as the last one of the model.
+        """
         slots = SlotPass(self._cache, 0, starts, tokens.shape[1], end)
         with head_sees(self.model.model, torch.arange(len(tokens), device=tokens.device), column):
-            logits, _ = self._forward(tokens, slots)
+            logits, _ = self._forward(tokens.clamp(max=_width(self.model) - 1), slots)
         assert logits is not None
-        return logits
+        return logits[:, : self._width]
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Write a Hugging Face folder; `about` goes into config.json under "forerun"."""
@@ -168,21 +175,27 @@ class ModelDrafter(SampledDrafter):
         return cls(model, policy)
 
 
-def _check_vocabulary(model: Policy, policy: Policy) -> None:
+def _width(policy: Policy) -> int:
+    """Rows of its head: its tokens, and padding."""
+    return int(policy.model.config.get_text_config().vocab_size)
+
+
+def _check_tokens(model: Policy, policy: Policy) -> None:
     """Token ids must mean the same to both: drafts are verified by id."""
-    ours, theirs = (int(p.model.config.get_text_config().vocab_size) for p in (model, policy))
-    if ours != theirs:
-        raise UserError(
-            f"The draft model '{model.name}' has {ours} tokens and the policy '{policy.name}' has {theirs}: "
-            "draft with a model of the policy's own family"
-        )
     if model.tokenizer is None or policy.tokenizer is None:
+        if _width(model) != _width(policy):
+            raise UserError(
+                f"The draft model '{model.name}' has {_width(model)} tokens and the policy '{policy.name}' has "
+                f"{_width(policy)}, and without both tokenizers it is not known that they share them: save the "
+                "tokenizer beside each"
+            )
         return
     own, other = model.tokenizer.get_vocab(), policy.tokenizer.get_vocab()
     different = sorted({t for t, _ in own.items() ^ other.items()}, key=lambda t: (other.get(t, -1), t))
     if different:
         raise UserError(
-            f"The draft model '{model.name}' and the policy '{policy.name}' have {theirs} tokens each, but their "
-            f"tokenizers differ in {len(different)}, for example {different[0]!r} with id {own.get(different[0])} and "
-            f"{other.get(different[0])}: draft with a model that shares the policy's tokenizer"
+            f"The tokenizers of the draft model '{model.name}' ({len(own)} tokens) and the policy '{policy.name}' "
+            f"({len(other)} tokens) differ in {len(different)}, for example {different[0]!r} with id "
+            f"{own.get(different[0])} and {other.get(different[0])}: draft with a model that shares the policy's "
+            "tokenizer"
         )
