@@ -333,7 +333,9 @@ class ClusterConfig(Block):
         description="none: processes of this machine; auto: the Ray cluster that this machine belongs to; local: a "
         "private Ray on this machine; else Ray's address, host:port or ray://host:port",
     )
-    gpus_per_replica: float = Field(0.0, ge=0, description="that Ray reserves for a replica")
+    gpus_per_replica: float = Field(
+        0.0, ge=0, description="that Ray reserves for a replica, a share where replicas share one; 0 on CPUs alone"
+    )
     cpus_per_replica: float = Field(1.0, gt=0, description="that Ray reserves for a replica; also its threads")
     gpus_per_rank: int = Field(0, ge=0, le=1, description="that Ray reserves for a rank of train.ranks")
     cpus_per_rank: float = Field(1.0, gt=0, description="that Ray reserves for a rank; also its threads")

@@ -37,11 +37,13 @@ def build_engine(
     drafter: Drafter | None,
     speculation: SpeculationConfig,
     launcher: Launcher | None = None,
+    ranks: int = 1,
 ) -> RolloutEngine:
     """The recipe's engine for a live policy and drafter; plain without a drafter.
 
     Args:
         launcher: starts the processes of replicas; None: on this machine.
+        ranks: of the learner, whose GPUs replicas avoid.
     """
     if rollout.replicas:
         from forerun.engine.replicated import ReplicatedEngine
@@ -49,7 +51,7 @@ def build_engine(
 
         return ReplicatedEngine(
             rollout.engine, policy, drafter, speculation, slots=rollout.slots, replicas=rollout.replicas,
-            timeouts=Timeouts(heartbeat_s=rollout.silence_s), launcher=launcher,
+            timeouts=Timeouts(heartbeat_s=rollout.silence_s), launcher=launcher, ranks=ranks,
         )  # fmt: skip
     kind: type[RolloutEngine] = ENGINES.load(rollout.engine)
     return kind.from_live(policy, drafter, speculation, rollout.slots)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from forerun.errors import UserError, WorkersLost
 from forerun.models import Policy
 from forerun.models.checksum import checksum
 from forerun.types import Rollout
+from forerun.workers.devices import VISIBLE, check_replicas_on_ray, replica_environments
 from forerun.workers.handle import Launcher, Spec, Timeouts, Worker, WorkerLost, kill_all, poll
 from forerun.workers.local import LocalLauncher
 from forerun.workers.scratch import ScratchFolder
@@ -78,6 +79,7 @@ class ReplicatedEngine(RolloutEngine):
         make: str = MAKE,
         launcher: Launcher | None = None,
         losses: int | None = None,
+        ranks: int = 1,
     ) -> None:
         """Start replicas with the weights of a live policy and drafter, through a folder that is kept for successors.
 
@@ -87,13 +89,16 @@ class ReplicatedEngine(RolloutEngine):
             launcher: starts the processes; None: on this machine.
             losses: in a row in one place that are replaced, in one stream or load; one more and the run stops.
                 None: `LOSSES`.
+            ranks: of the learner; on this machine replicas get GPUs of their own after them.
 
         Raises:
-            UserError: a replica cannot make its engine.
+            UserError: a replica cannot make its engine, or there are too few GPUs.
         """
         super().__init__(policy, speculation.tokens if drafter is not None else 0)
         self.lost = 0  # replicas replaced
         self.rerun = 0  # samples asked for again
+        self._launcher = launcher or LocalLauncher()
+        self._environments = self._placed(engine, policy.device, ranks, replicas)
         self._slots = slots
         self._idle = 0  # replicas that the latest stream had no sample for
         self._warned_of_idle = False
@@ -109,8 +114,7 @@ class ReplicatedEngine(RolloutEngine):
         block, files = save_models(policy, drafter, speculation, self._folder.path)
         spec = EngineSpec(make, engine, str(policy.dtype)[6:], block, slots)
         threads = max(1, torch.get_num_threads() // replicas)
-        self._spec = Spec(FACTORY, (spec,), files, threads, timeouts or Timeouts())
-        self._launcher = launcher or LocalLauncher()
+        self._spec = Spec(FACTORY, (spec,), files, threads, timeouts or Timeouts(), self._environments)
         self._replicas: list[Replica] = []
         try:
             workers = self._launcher.start(replicas, self._spec)
@@ -227,6 +231,17 @@ class ReplicatedEngine(RolloutEngine):
         self._weights = None  # shared memory stays mapped as long as somebody holds its tensors
         self._launcher.close()
         self._folder.close()
+
+    def _placed(self, engine: str, policy: torch.device, ranks: int, replicas: int) -> list[dict[str, str]]:
+        """Which GPUs each replica is to see; none where Ray decides."""
+        check_replicas_on_ray(policy, self._launcher)
+        if self._launcher.remote:
+            return []
+        environments, sharing = replica_environments(engine, policy, ranks, replicas)
+        for number in sharing:
+            gpu = environments[number][VISIBLE]
+            self.warnings.append(f"Replica {number} shares GPU {gpu} with the learner: no other is free")
+        return environments
 
     # ---- weights ----
 
@@ -407,7 +422,8 @@ class ReplicatedEngine(RolloutEngine):
                 raise ReplicasLost(f"{name} of the rollout engine {reason}; {replica.losses} were lost in a row")
             self.warnings.append(f"{name} {reason}. Another one takes its place; {wanted} samples run again")
             try:
-                (replica.worker,) = self._launcher.start(1, self._spec)
+                place = self._environments[replica.index : replica.index + 1]
+                (replica.worker,) = self._launcher.start(1, replace(self._spec, environments=place))
                 replica.counted = None
                 replica.metrics = {}
                 self._await_ready(replica)

@@ -30,6 +30,7 @@ from forerun.learner.shared_folder import probe_file
 from forerun.models import Policy
 from forerun.tracking.files import disk_errors
 from forerun.types import Rollout
+from forerun.workers.devices import rank_gpus
 from forerun.workers.group import RankGroup, check_refusals
 from forerun.workers.handle import Launcher, Spec, Timeouts
 from forerun.workers.local import LocalLauncher
@@ -276,12 +277,7 @@ def rank_devices(policy: torch.device, ranks: int, launcher: Launcher) -> list[s
         return ["cuda:0" if launcher.gpus else "cpu"] * ranks
     if policy.type != "cuda":
         return [str(policy)] * ranks
-    if torch.cuda.device_count() < ranks:
-        raise UserError(
-            f"train.ranks={ranks} needs a GPU for each rank, and this machine has {torch.cuda.device_count()}; set "
-            "train.ranks to at most that"
-        )
-    return [f"cuda:{rank}" for rank in range(ranks)]
+    return [f"cuda:{gpu}" for gpu in rank_gpus(torch.cuda.device_count(), policy.index or 0, ranks)]
 
 
 def _within(batches: Sequence[Sequence[int]], part: list[int]) -> list[list[int]]:

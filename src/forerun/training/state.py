@@ -54,7 +54,7 @@ class Run:
         self.timeline = Timeline(folder.timeline, history.wall_s, history.step)
         workers = (recipe.rollout.replicas, recipe.train.ranks)
         launcher = ray_launcher(recipe.cluster, "replica", *workers)
-        self.engine = build_engine(recipe.rollout, policy, drafter, recipe.speculation, launcher)
+        self.engine = build_engine(recipe.rollout, policy, drafter, recipe.speculation, launcher, workers[1])
         self.engine_states = EngineStates(self.engine, self.timeline)
         self.evaluator = self._evaluator()
         try:

@@ -44,6 +44,7 @@ class Spec:
     files: Mapping[str, Path] = field(default_factory=dict)  # files and folders it reads, see `Server.files`
     threads: int = 1
     timeouts: Timeouts = Timeouts()
+    environments: Sequence[Mapping[str, str]] = ()  # added for each worker, on this machine; (): nothing
 
 
 class WorkerLost(Exception):

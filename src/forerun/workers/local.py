@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -45,8 +46,9 @@ class LocalLauncher:
         """See `Launcher`."""
         workers: list[Worker] = []
         try:
-            for _ in range(count):
-                workers.append(self._starter.submit(self._start, spec).result())
+            for number in range(count):
+                environment = spec.environments[number] if spec.environments else {}
+                workers.append(self._starter.submit(self._start, spec, environment).result())
                 workers[-1].make(spec, {name: str(path) for name, path in spec.files.items()}, spec.threads)
         except BaseException as error:
             kill_all(workers)
@@ -59,7 +61,7 @@ class LocalLauncher:
         """See `Launcher`."""
         self._starter.shutdown()
 
-    def _start(self, spec: Spec) -> Worker:
+    def _start(self, spec: Spec, environment: Mapping[str, str]) -> Worker:
         mine, theirs = socket.socketpair()
         limit_blocking(mine, spec.timeouts)
         output = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
@@ -71,7 +73,7 @@ class LocalLauncher:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(spec.threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(spec.threads)} | dict(environment),
             )
         return Worker(LocalProcess(process, output), Connection(mine.detach()), spec.timeouts, self.shared_memory)
 

@@ -48,6 +48,7 @@ class RayLauncher:
     def __init__(self, cluster: ClusterConfig, kind: Literal["replica", "rank"], replicas: int, ranks: int) -> None:
         """Args: replicas, ranks: of the whole run, for which a private Ray has room."""
         self.cluster, self.replicas, self.ranks = cluster, replicas, ranks
+        self.kind = kind
         self.count = replicas if kind == "replica" else ranks
         self.cpus = cluster.cpus_per_replica if kind == "replica" else cluster.cpus_per_rank
         self.gpus = cluster.gpus_per_replica if kind == "replica" else cluster.gpus_per_rank
@@ -85,6 +86,8 @@ class RayLauncher:
             self._ray = connect(self.cluster, self.replicas, self.ranks)
             if self.cluster.address != "local":
                 self.address = str(self._ray.util.get_node_ip_address())
+            if self.kind == "replica" and self.cluster.address != "local":
+                check_gpus_of_replicas(self.gpus, float(self._ray.cluster_resources().get("GPU", 0)))
             need = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
             self._group = self._ray.util.placement_group([need] * self.count, strategy=self.cluster.placement)
 
@@ -276,6 +279,15 @@ def connect(cluster: ClusterConfig, replicas: int, ranks: int = 1) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cluster.address={cluster.address}: no Ray cluster answers there ({reason})") from None
     return ray
+
+
+def check_gpus_of_replicas(each: float, there: float) -> None:
+    """Raises UserError when a cluster has GPUs and replicas get none: Ray hides GPUs from them."""
+    if there and not each:
+        raise UserError(
+            f"The cluster has {there:g} GPUs and cluster.gpus_per_replica=0 gives the replicas none: they would decode "
+            "on CPUs. Set cluster.gpus_per_replica=1"
+        )
 
 
 def check_that_it_listens(address: str) -> None:
