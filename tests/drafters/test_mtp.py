@@ -21,7 +21,7 @@ from drafter_contract import (
     check_the_same,
     law_p_value,
 )
-from forerun.config import DraftConfig
+from forerun.config import DraftConfig, TrainConfig
 from forerun.drafters.mtp import MtpDrafter, MtpHead
 from forerun.drafters.mtp_checkpoints import read_heads
 from forerun.drafters.training.heads import (
@@ -36,6 +36,7 @@ from forerun.drafters.training.trainer import TrainingSetup, Validation
 from forerun.engine.local.engine import LocalEngine
 from forerun.engine.local.scheduler import request_seed
 from forerun.errors import UserError
+from forerun.learner.learner import Learner
 from forerun.models import Policy, load_policy
 from forerun.models.auxiliary import AuxiliaryStates
 
@@ -296,3 +297,11 @@ def test_parts_of_a_batch_add_up_to_the_whole(policy: Policy, monkeypatch: pytes
     torch.testing.assert_close(head.layers[0].eh_proj.weight.grad, gradient, atol=1e-6, rtol=1e-4)
     assert mean_acceptance([parts]).per_position == pytest.approx(mean_acceptance([whole]).per_position, abs=1e-5)
     assert json.dumps(mean_acceptance([whole]).length)
+
+
+def test_a_head_copies_a_layer_without_what_a_learner_does_in_it(tiny: Callable[..., Path]) -> None:
+    own = load_policy(str(tiny("llama")), "float32", "cpu")
+    learner = Learner(own, TrainConfig(gradient_checkpointing=True), 1.0)
+    assert any("forward" in vars(module) for module in own.model.modules())
+    assert not any("forward" in vars(module) for module in MtpHead(own).modules())
+    learner.close()

@@ -62,6 +62,30 @@ def test_cross_entropy_is_forward_kls_gradient_in_the_mean() -> None:
     close(torch.autograd.grad(mean, logits, retain_graph=True)[0], log_q.exp() - log_p.exp(), 1e-12)
 
 
+@pytest.mark.parametrize("name", ["lk", "kl", "tv", "ce", "e2e"])
+def test_losses_leave_out_what_a_logit_of_minus_infinity_excludes(name: str) -> None:
+    """Of the policy alone, as with a draft vocabulary that holds such a token, and of both."""
+    torch.manual_seed(0)
+    p, tokens, reached = torch.randn(5, 6), torch.randint(0, 6, (5,)), torch.rand(5)
+    masked = torch.cat([p, torch.full((5, 3), -torch.inf)], dim=1)
+
+    def of(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q = q.clone().requires_grad_()
+        loss, _ = position_loss(name, p.log_softmax(-1), q.log_softmax(-1), tokens, reached)
+        (gradient,) = torch.autograd.grad(loss.sum(), q)
+        return loss.detach(), gradient
+
+    q = torch.randn(5, 9)
+    q[:, 6:] = -torch.inf
+    loss, gradient = of(masked, q)
+    expected, expected_gradient = of(p, q[:, :6])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient[:, :6], expected_gradient)
+    assert not gradient[:, 6:].any()
+    alone, gradient = of(masked, torch.randn(5, 9))
+    assert bool(alone.isfinite().all() and gradient.isfinite().all())
+
+
 def test_the_gradient_of_total_variation_is_the_papers() -> None:
     """2606.12370: -q_j ([q_j <= p_j] - S), S = Σ q_i [q_i <= p_i]."""
     log_p, logits, log_q = logs(2, 7, 9)

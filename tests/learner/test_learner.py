@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from forerun.algorithms import Algorithm
 from forerun.algorithms.advantages import group_advantages, grpo_advantages
@@ -21,7 +25,7 @@ from forerun.learner.learner import Learner
 from forerun.learner.objective import mismatch
 from forerun.learner.optimizer import MasterOptimizer
 from forerun.models import Policy, load_policy
-from forerun.models.logprobs import microbatches
+from forerun.models.logprobs import completion_logits, microbatches, token_batch, token_entropy, token_logprobs
 from forerun.types import Rollout
 
 PROMPTS = [[5, 6, 7], [9, 3, 1, 2, 4, 4], [20, 21]]
@@ -95,6 +99,97 @@ def test_how_the_batch_is_cut_does_not_matter(fresh: Policy, changes: dict[str, 
     whole, cut = gradients(fresh, TrainConfig()), gradients(fresh, TrainConfig(**changes))
     for name, gradient in whole.items():
         torch.testing.assert_close(cut[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+DROPPING = {"dropout": 0.5, "attention_dropout": 0.5, "activation_dropout": 0.5, "layerdrop": 0.3}
+SHAPES: dict[str, dict[str, Any]] = {
+    "OPT": {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+    },
+    "XGLM": {"d_model": 32, "num_layers": 3, "attention_heads": 4, "ffn_dim": 48, "scale_embedding": True},
+}
+
+
+def _count(kept: list[int], tensor: torch.Tensor) -> torch.Tensor:
+    kept.append(tensor.numel())
+    return tensor
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_recomputed_layers_drop_nothing_out(family: str) -> None:
+    """Models whose layers call dropout as a function, and leave whole layers out, in training mode."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=40, max_position_embeddings=64, **SHAPES[family], **DROPPING
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    policy = Policy(model, None, family)
+    source = random.Random(0)
+    rollouts = [Rollout([5, 6, 7], source.choices(range(40), k=n), [-3.0] * n, [0] * n, "eos") for n in (12, 5, 9)]
+    plain = finish(Learner(policy, TrainConfig(), 1.0).score(rollouts))
+    found = {}
+    for recomputes in (False, True):
+        learner = Learner(policy, TrainConfig(gradient_checkpointing=recomputes), 1.0)
+        for scored in (finish(learner.score(rollouts)), finish(learner.score(rollouts))):
+            assert all(torch.equal(a, b) for a, b in zip(scored.logprobs, plain.logprobs, strict=True))
+        batch = token_batch([(r.prompt_ids, r.tokens) for r in rollouts], policy.device)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(partial(_count, kept), lambda x: x):
+            logprobs = token_logprobs(completion_logits(model, batch), batch.targets, 1.0)
+        assert torch.equal(logprobs.detach(), torch.cat(plain.logprobs))
+        model.zero_grad()
+        logprobs.mean().backward()
+        found[recomputes] = sum(kept), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        learner.close()
+        assert not any("forward" in vars(module) for module in model.modules()) and not model.training
+    assert found[True][0] < found[False][0] / 2
+    for whole, recomputed in zip(found[False][1], found[True][1], strict=True):
+        torch.testing.assert_close(recomputed, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_a_model_without_layers_to_recompute_is_refused(fresh: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forerun.learner.learner.GradientCheckpointingLayer", torch.nn.Bilinear)
+    with pytest.raises(UserError, match="LlamaForCausalLM has none; set it to false"):
+        Learner(fresh, TrainConfig(gradient_checkpointing=True), 1.0)
+
+
+def test_a_vocabulary_masked_by_logits_of_minus_infinity_is_trained_on(fresh: Policy) -> None:
+    """As padded vocabularies are by a bias: the same figures as without the rows that can never be sampled."""
+    rollouts, advantages = sampled(fresh)
+    weight = fresh.model.get_output_embeddings().weight.detach()
+    masked = copy.deepcopy(fresh)
+    for policy, excluded in ((fresh, 0), (masked, 8)):
+        head = torch.nn.Linear(weight.shape[1], len(weight) + excluded)
+        with torch.no_grad():
+            head.weight.copy_(torch.cat([weight, torch.randn(excluded, weight.shape[1])]))
+            head.bias.copy_(torch.tensor([0.0] * len(weight) + [-torch.inf] * excluded))
+        policy.model.set_output_embeddings(head)
+    outcomes = []
+    for policy in (fresh, masked):
+        learner = Learner(policy, TrainConfig(kl=0.1), 1.0)
+        scored = finish(learner.score(rollouts))
+        metrics = finish(learner.update(rollouts, advantages, scored, 1e-2))
+        outcomes.append((scored, metrics, finish(learner.score(rollouts))))
+    (plain, expected, after), (scored, metrics, after_masked) = outcomes
+    assert metrics == pytest.approx(expected, rel=1e-4) and math.isfinite(metrics["policy/entropy"])
+    assert scored.entropies == pytest.approx(plain.entropies, rel=1e-5)
+    torch.testing.assert_close(torch.cat(after_masked.logprobs), torch.cat(after.logprobs), atol=1e-3, rtol=1e-3)
+    assert bool(torch.isneginf(head.bias[-8:]).all()) and bool(head.weight.isfinite().all())
+
+
+def test_entropy_is_that_of_the_tokens_that_can_be(fresh: Policy) -> None:
+    logits = torch.randn(300, 40)
+    wide = torch.cat([logits, torch.full((300, 5), -torch.inf)], dim=1)
+    torch.testing.assert_close(token_entropy(wide, 0.7), token_entropy(logits, 0.7))
+    log_p = torch.log_softmax(logits / 0.7, -1)
+    assert torch.equal(token_entropy(logits, 0.7), -(log_p.exp() * log_p).sum(-1))
+    sure = torch.full((1, 4), -torch.inf)
+    sure[0, 2] = 3.0
+    assert token_entropy(sure, 1.0).tolist() == [0.0]
 
 
 def test_scores_agree_with_the_engine(fresh: Policy) -> None:

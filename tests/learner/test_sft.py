@@ -60,6 +60,18 @@ def test_no_solutions_no_cold_start(tiny: Callable[..., Path]) -> None:
         load_policy(str(tiny("llama")), "float32", "cpu", "no-such-adapter")
 
 
+def test_the_end_of_a_solution_without_an_end_token_of_the_tokenizer(tiny: Callable[..., Path]) -> None:
+    """It is one at which generation ends; where there is none either, nothing can be taught."""
+    policy = load_policy(str(tiny("llama")), "float32", "cpu")
+    policy.tokenizer.eos_token = None
+    policy.model.generation_config.eos_token_id = [7, 4]
+    problems = [Problem("1", "1+1=", "2", "#### 2")]
+    assert solved_examples(policy, problems, True, None)[0][1][-1] == 4
+    policy.model.generation_config.eos_token_id = None
+    with pytest.raises(UserError, match=r"names an end token; add eos_token to tokenizer_config\.json, or leave out"):
+        solved_examples(policy, problems, True, None)
+
+
 def test_learning_rate_rises_then_falls() -> None:
     factors = [learning_rate_factor(s, 100, 10) for s in range(100)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == pytest.approx(1.0)

@@ -259,7 +259,7 @@ class TrainConfig(Block):
     )
     microbatch_tokens: int = Field(4096, ge=1, description="padded tokens per forward and backward pass")
     packing: bool = Field(False, description="all sequences of a pass in one row, each attending to itself: no padding")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(False, description="recompute layers in the backward pass: less memory")
     lora: LoraConfig | None = Field(None, description="train an adapter alone; null: all weights")
     ranks: int = Field(
         1, ge=1, description="processes over which the learner is sharded (FSDP2), one per GPU; 1: in this process"

@@ -101,8 +101,7 @@ class MtpLayer(nn.Module):
         for module in self.block.modules():
             if getattr(module, "config", None) is not None:
                 module.config._attn_implementation = ATTENTION
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
+            vars(module).pop("forward", None)  # what a learner does in the policy's layer is not copied
         self.block.self_attn.layer_idx = index
 
     def forward(self, embedded: Tensor, hidden: Tensor, positions: Tensor, rotation: Any, slots: Any) -> Tensor:

@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from forerun.algorithms.losses import batch_loss, loss_fault, loss_fault_text
 from forerun.config import TrainConfig
@@ -73,8 +76,7 @@ class Learner:
             require_packing(policy)
             if self.reference is not None:
                 attend_by_sequence(self.reference)
-        if config.gradient_checkpointing:
-            _enable_checkpointing(policy.model)
+        self._recomputed = _enable_checkpointing(policy.model) if config.gradient_checkpointing else []
 
     @torch.no_grad()
     def score(
@@ -176,6 +178,8 @@ class Learner:
 
     def close(self) -> None:
         """Leave the policy as it was found, but for what it has learnt; the twin of `LearnerGroup.close`."""
+        for layer in self._recomputed:
+            vars(layer).pop("forward", None)
         if self.adapter is not None:
             self.adapter.close()
 
@@ -208,15 +212,26 @@ class Learner:
         return token_batches(rollouts, chosen, self.config, packed, self.policy.device, self.all_reduce_max)
 
 
-def _enable_checkpointing(model: Any) -> None:
-    """Recompute activations in the backward pass.
+def _enable_checkpointing(model: Any) -> list[torch.nn.Module]:
+    """Recompute layers in the backward pass; those layers.
 
-    It needs training mode, whose dropout is switched off: the learner scores the policy that generated.
+    Transformers' own switch asks for training mode, where dropout, also that of plain functions, would let the learner
+    score another policy than the one that generated.
     """
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+    layers: list[torch.nn.Module] = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    if not layers:
+        raise UserError(
+            f"train.gradient_checkpointing=true needs layers that Transformers can recompute, and "
+            f"{type(model).__name__} has none; set it to false"
+        )
+    for layer in layers:
+        layer.forward = partial(_recomputed, layer.forward)  # type: ignore[method-assign]
+    return layers
+
+
+def _recomputed(forward: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **named)
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **named)

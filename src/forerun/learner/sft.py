@@ -91,18 +91,30 @@ def solved_examples(
             its answer out lets the rewards decide between the two.
 
     Raises:
-        UserError: none of the problems has one.
+        UserError: none of the problems has one, or there is no end token.
     """
-    end = [policy.tokenizer.eos_token_id]
+    end = _end_token(policy)
     pairs = []
     for i, problem in enumerate(p for p in problems if p.solution):
         cut = int((i + 1) * answer_only) > int(i * answer_only)
         solution = f"#### {problem.answer}" if cut else str(problem.solution)
-        completion = policy.tokenizer(solution, add_special_tokens=False)["input_ids"] + end
+        completion = [*policy.tokenizer(solution, add_special_tokens=False)["input_ids"], end]
         pairs.append((policy.encode(problem.question, chat, system), completion))
     if not pairs:
         raise UserError("The cold start needs worked solutions and this task has none; leave out 'cold_start'")
     return pairs
+
+
+def _end_token(policy: Policy) -> int:
+    """What ends a solution: the tokenizer's end token, else one at which the model's generation ends."""
+    if (end := policy.tokenizer.eos_token_id) is not None:
+        return int(end)
+    if not policy.eos_ids:
+        raise UserError(
+            f"The cold start teaches where an answer ends, and neither the tokenizer nor the generation_config.json of "
+            f"'{policy.name}' names an end token; add eos_token to tokenizer_config.json, or leave out 'cold_start'"
+        )
+    return min(policy.eos_ids)
 
 
 def _batches(count: int, size: int, rng: random.Random):  # -> Iterator[list[int]]

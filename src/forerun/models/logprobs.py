@@ -97,9 +97,9 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float) -> Tenso
 
 @torch.no_grad()
 def token_entropy(logits: Tensor, temperature: float, rows: int = 256) -> Tensor:
-    """Entropy of each row in nats, a few rows at a time. [M, V] -> [M] float32"""
+    """Entropy of each row in nats, a few rows at a time; what a logit of -inf excludes adds 0. [M, V] -> [M] float32"""
     parts = [torch.log_softmax(part.float() / (temperature or 1.0), dim=-1) for part in logits.split(rows)]
-    return torch.cat([-(log_p.exp() * log_p).sum(-1) for log_p in parts])
+    return torch.cat([-(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1) for log_p in parts])
 
 
 def microbatches(lengths: Sequence[int], tokens: int) -> list[list[int]]:

@@ -22,9 +22,9 @@ def acceptance(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p' || q) with p' renormalised over the draft vocabulary, where q lives. [M]"""
+    """KL(p' || q) with p' renormalised over the draft vocabulary, where q lives; tokens without p' add 0. [M]"""
     inside = torch.log_softmax(log_p, dim=-1)  # rows of log p renormalise to themselves
-    return (inside.exp() * (inside - log_q)).sum(-1)
+    return torch.where(inside > -torch.inf, inside.exp() * (inside - log_q), 0.0).sum(-1)
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
