@@ -28,6 +28,7 @@ from forerun.drafters.unroll import KeysAndValues, unrolled_attention
 from forerun.models import Policy
 from forerun.models.auxiliary import check_aux_layers, decoder_layers, default_aux_layers
 from forerun.models.cache import SlotPass
+from forerun.models.checks import require_finite
 from forerun.models.fused import rotate_sign, swap_halves
 from forerun.models.load import artifact, load_exactly, saved_embedding
 from forerun.types import Draft
@@ -348,6 +349,7 @@ class Eagle3Drafter(HeadDrafter):
         found = read_head(source, layers, embedding)
         head = Eagle3Head(found.config).to(policy.dtype)
         load_exactly(head, found.state, f"the drafter in {source}")
+        require_finite(f"The drafter in {source}", head.named_parameters())
         drafter = cls(head, policy)
         drafter.dialect = found.dialect
         return drafter

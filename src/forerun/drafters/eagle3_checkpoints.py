@@ -104,7 +104,7 @@ def read_head(folder: Path, policy_layers: int, embedding: Tensor) -> HeadFile:
 
     Raises UserError when files are missing or broken, or describe what this head does not compute.
     """
-    with reading(f"The drafter in {folder}"):
+    with reading(f"The drafter in {folder}", folder):
         data = json.loads((folder / "config.json").read_text())
         found = {_our_name(name): tensor for name, tensor in _tensors(folder).items()}
         dialect = _dialect(data)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from forerun.errors import UserError
 from forerun.models import Policy
+from forerun.models.checks import spoiled_file
 
 
 def write_drafter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -24,14 +25,21 @@ def write_drafter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Turns whatever missing or broken files raise within into a UserError: `what` cannot be read."""
+def reading(what: str, folder: Path | None = None) -> Iterator[None]:
+    """Turns whatever missing or broken files raise within into a UserError: `what` cannot be read.
+
+    Args:
+        folder: in which the broken file is looked for, to name it.
+    """
+    from huggingface_hub.errors import StrictDataclassError  # of a configuration that contradicts itself
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:  # ValueError: also broken JSON
-        raise UserError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError, StrictDataclassError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # ValueError: also broken JSON
+        found = None if folder is None else spoiled_file(folder)
+        raise UserError(f"{what} cannot be read: {found or reason}") from error
 
 
 def check_fit(policy: Policy, made_for: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ from forerun.errors import UserError
 from forerun.models import Policy
 from forerun.models.auxiliary import decoder_layers
 from forerun.models.cache import SlotPass
+from forerun.models.checks import require_finite
 from forerun.models.forward import ATTENTION
 from forerun.models.load import load_exactly
 from forerun.types import Draft
@@ -305,7 +306,7 @@ class MtpDrafter(HeadDrafter):
 
         Raises UserError when files are missing or broken, or the heads were made for another policy.
         """
-        with reading(f"The drafter in {source}"):
+        with reading(f"The drafter in {source}", source):
             data = json.loads((source / "config.json").read_text())
             data = data.get("text_config", data)
             state = read_heads(source, int(data["num_hidden_layers"]))
@@ -315,6 +316,7 @@ class MtpDrafter(HeadDrafter):
         depth = 1 + max(int(name.split(".")[1]) for name in state if name != IDS)
         head = MtpHead(policy, depth, state.get(IDS)).to(policy.dtype)
         load_exactly(head, state, f"the drafter in {source}")
+        require_finite(f"The drafter in {source}", head.named_parameters())
         return cls(head, policy)
 
 

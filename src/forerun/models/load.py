@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from forerun.errors import UserError
+from forerun.models.checks import loading, read_model, require_finite, require_same_names
 from forerun.models.prompts import ALIASES, PromptEncoder, load_tokenizer, model_source
 
 
@@ -23,6 +25,7 @@ class Policy:
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     name: str
+    warnings: tuple[str, ...] = ()  # what was done to load it
 
     @property
     def device(self) -> torch.device:
@@ -58,21 +61,18 @@ def load_policy(model: str, dtype: str = "auto", device: str = "auto", adapter: 
         device: torch device, or "auto".
         adapter: LoRA folder or name of a shipped artifact.
 
-    Raises UserError when the model, its tokenizer or the adapter cannot be loaded.
+    Raises UserError when the model, its tokenizer or the adapter cannot be loaded whole, or the device is not there.
     """
-    from transformers import AutoModelForCausalLM
-
     source = model_source(model)
     place = resolve_device(device)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=resolve_dtype(dtype, place))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"The model '{model}' cannot be loaded: {_first_line(error)}") from error
+    loaded, said = read_model(source, model, resolve_dtype(dtype, place))
     tokenizer = load_tokenizer(model)
     if adapter is not None:
         merge_adapter(loaded, artifact(adapter))
-    loaded.to(place)  # type: ignore[arg-type]
-    return Policy(loaded.eval(), tokenizer, model)
+    loaded.to(place)
+    merged = "" if adapter is None else f" with the adapter '{adapter}'"
+    require_finite(f"The model '{model}'{merged}", loaded.named_parameters())
+    return Policy(loaded.eval(), tokenizer, model, tuple(said))
 
 
 def describe_policy(folder: Path) -> Policy:
@@ -82,13 +82,11 @@ def describe_policy(folder: Path) -> Policy:
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    try:
+    with loading(f"The model '{folder}'", folder):
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"The model '{folder}' cannot be loaded: {_first_line(error)}") from error
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
     tokenizer = load_tokenizer(str(folder))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return Policy(model, tokenizer, str(folder))
@@ -155,15 +153,20 @@ def check_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, 
 def merge_adapter(model: nn.Module, folder: Path) -> None:
     """Add a LoRA adapter (peft's format) to the weights of `model`, in place.
 
-    Raises UserError when the folder holds no adapter, or the adapter does not fit the model.
+    Raises UserError when the folder holds no adapter, or the adapter does not fit the model, tensor by tensor.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
-    try:
-        PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    with loading(f"The adapter in {folder}", folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+        adapted = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+        needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        require_same_names(f"The adapter in {folder}", load_peft_weights(str(folder), device="cpu"), needed)
+        if not hasattr(adapted.base_model, "merge_and_unload"):
+            raise UserError(f"The adapter in {folder} ({adapted.peft_type}) cannot be merged into weights; use LoRA")
+        adapted.merge_and_unload()
         model.requires_grad_(True)  # peft froze what it wrapped
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"The adapter in {folder} cannot be merged into the policy: {_first_line(error)}") from error
 
 
 def artifact(name: str) -> Path:
@@ -177,10 +180,19 @@ def artifact(name: str) -> Path:
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is the first CUDA device, or the CPU."""
+    """ "auto" is the first CUDA device, or the CPU. Raises UserError for a device that this machine does not have."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        count = torch.cuda.device_count()
+        raise UserError(
+            f"policy.device={device} cannot be used here ({_first_line(error)[:120]}); this machine has "
+            f"{', '.join(['cpu', *(f'cuda:{i}' for i in range(count))])}: name one of them, or auto"
+        ) from error
+    return place
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -44,7 +44,7 @@ class Run:
         self.drafter = drafter
         self.history = history
         self.warnings: list[str] = []
-        self._new_warnings: list[str] = []  # not yielded yet
+        self._new_warnings = list(policy.warnings)  # not yielded yet
         self.trackers = load_trackers(recipe.trackers, self._new_warnings.append)
         self.stop_requested: Callable[[], bool] = lambda: False
         self.algorithm: Algorithm = ALGORITHMS.load(recipe.train.algorithm)
