@@ -53,6 +53,7 @@ from forerun.models.load import artifact
 from forerun.models.logprobs import TokenBatch
 from forerun.tasks import load_task
 from forerun.tracking.environment import describe_environment, machine_line
+from forerun.training.prompts import encode
 from forerun.types import Rollout
 
 TEXTS = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -89,8 +90,9 @@ def foreign_pairs(setting: Setting, texts: Path, tokens: int) -> list[Pair]:
     problems = load_task(TaskConfig(name="gsm8k", path=str(texts), size=10_000), setting.recipe.seed).problems("train")
     chosen = random.Random(setting.recipe.seed).sample(problems, min(len(problems), 1 + tokens // 50))
     pairs: list[Pair] = []
-    settings = setting.recipe.policy
-    for prompt, solution in solved_examples(setting.policy, chosen, settings.chat, settings.system):
+    for prompt, solution in solved_examples(
+        setting.policy, chosen, lambda problem: encode(problem, setting.recipe, setting.policy)
+    ):
         if tokens <= 0:
             break
         pairs.append((prompt, solution))

@@ -24,8 +24,8 @@ from forerun.engine.local.engine import LocalEngine
 from forerun.events import EventStream, Note, as_stage
 from forerun.models import Policy
 from forerun.report.format import times
-from forerun.tasks import load_task
 from forerun.tracking.environment import describe_environment, machine_line
+from forerun.training.data import prepare_data
 from forerun.training.prompts import encode, prepare_policy
 
 SCHEMA = 1
@@ -129,7 +129,7 @@ def full_round_s(timeline: Sequence[tuple[float, int]]) -> float:
 def bench_recipe(recipe: Recipe, grid: Grid) -> EventStream[dict[str, Any]]:
     """Load the recipe's policy and measure. The result is what `bench.json` holds."""
     env = describe_environment()
-    task = load_task(recipe.task, recipe.seed)
+    task = (yield from prepare_data(recipe)).task
     with tempfile.TemporaryDirectory() as scratch:
         policy = yield from prepare_policy(recipe, task, Path(scratch))
     prompts = [encode(problem, recipe, policy) for problem in task.problems("eval")[: 2 * max(grid.batches)]]

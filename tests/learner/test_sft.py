@@ -29,7 +29,7 @@ def trained(policy: Policy, examples: Any, config: ColdStartConfig) -> tuple[lis
 def test_adapter_gives_the_same_policy_again(tiny: Callable[..., Path], tmp_path: Path) -> None:
     policy = load_policy(str(tiny("llama")), "float32", "cpu")
     problems = [Problem(str(i), f"{i}+1=", str(i + 1), f"#### {i + 1}") for i in range(12)]
-    examples = solved_examples(policy, problems, True, None)
+    examples = solved_examples(policy, problems, lambda p: policy.encode(p.question))
     assert all(completion[-1] == policy.tokenizer.eos_token_id for _, completion in examples)
     config = ColdStartConfig(steps=12, batch=6, learning_rate=5e-3, rank=4, warmup=2)
     losses, adapter = trained(policy, examples, config)
@@ -46,7 +46,10 @@ def test_adapter_gives_the_same_policy_again(tiny: Callable[..., Path], tmp_path
 def test_a_share_of_the_solutions_may_be_cut_to_the_answer(tiny: Callable[..., Path]) -> None:
     policy = load_policy(str(tiny("llama")), "float32", "cpu")
     problems = [Problem(str(i), f"{i}+1=", str(i + 1), f"{i} + 1 = {i + 1}\n#### {i + 1}") for i in range(10)]
-    texts = [policy.tokenizer.decode(c[:-1]) for _, c in solved_examples(policy, problems, True, None, 0.4)]
+    texts = [
+        policy.tokenizer.decode(c[:-1])
+        for _, c in solved_examples(policy, problems, lambda p: policy.encode(p.question), 0.4)
+    ]
     assert sum(text.startswith("#### ") for text in texts) == 4
     assert sum(" + 1 = " in text for text in texts) == 6
     assert all(text.endswith(f"#### {i + 1}") for i, text in enumerate(texts))
@@ -55,7 +58,7 @@ def test_a_share_of_the_solutions_may_be_cut_to_the_answer(tiny: Callable[..., P
 def test_no_solutions_no_cold_start(tiny: Callable[..., Path]) -> None:
     policy = load_policy(str(tiny("llama")), "float32", "cpu")
     with pytest.raises(UserError, match="needs worked solutions"):
-        solved_examples(policy, [Problem("1", "1+1=", "2")], True, None)
+        solved_examples(policy, [Problem("1", "1+1=", "2")], lambda p: policy.encode(p.question))
     with pytest.raises(UserError, match="neither a folder nor a shipped artifact"):
         load_policy(str(tiny("llama")), "float32", "cpu", "no-such-adapter")
 
@@ -76,3 +79,13 @@ def test_learning_rate_rises_then_falls() -> None:
     factors = [learning_rate_factor(s, 100, 10) for s in range(100)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == pytest.approx(1.0)
     assert factors[-1] == pytest.approx(0.1, abs=0.01) and factors[10:] == sorted(factors[10:], reverse=True)
+
+
+def test_a_tokenizer_without_end_token_is_one_sentence(tiny: Callable[..., Path]) -> None:
+    policy = load_policy(str(tiny("llama")), "float32", "cpu")
+    policy.tokenizer.eos_token = None
+    problems = [Problem("1", "1+1=", "2", "#### 2")]
+    assert solved_examples(policy, problems, lambda p: [1])[0][1][-1] == 0  # the model's own settings have one
+    policy.model.generation_config.eos_token_id = None
+    with pytest.raises(UserError, match="has no end token"):
+        solved_examples(policy, problems, lambda p: [1])

@@ -55,16 +55,40 @@ class PolicyConfig(Block):
     )
 
 
+class ColumnsConfig(Block):
+    """Columns of `task.path`; a dot reaches into an object. null: the usual names, see `tasks/columns.py`."""
+
+    question: str | None = Field(None, description="question, problem, prompt, messages: text or a list of messages")
+    answer: str | None = Field(None, description="answer, ground_truth, reward_model.ground_truth, solution")
+    system: str | None = Field(None, description="system, system_prompt: the row's own system message")
+    solution: str | None = Field(None, description="solution: a worked one, for the cold start")
+    id: str | None = Field(None, description="id")
+
+
 class TaskConfig(Block):
     name: str = Field(description="gsm8k, jsonl, reasoning_gym, or package.module:build of your own")
-    path: PathText | None = Field(None, description="gsm8k: JSONL file instead of the hub; jsonl: training file")
-    eval_path: PathText | None = Field(None, description="JSONL of held-out problems; null: the last tenth of `path`")
+    path: PathText | None = Field(
+        None,
+        description="jsonl, gsm8k: data file (JSON lines, JSON array, CSV, Parquet, also compressed), folder, or data "
+        "set owner/name of the hub",
+    )
+    eval_path: PathText | None = Field(None, description="held-out problems; null: every tenth question of `path`")
+    subset: str | None = Field(None, description="of a data set in a folder or on the hub: its configuration")
+    split: str = Field("train", description="of a data set in a folder or on the hub")
+    eval_split: str | None = Field(None, description="the same, for held-out problems; null: see eval_path")
+    columns: ColumnsConfig = ColumnsConfig()
     dataset: str = Field("chain_sum", description="reasoning_gym: the name of its dataset")
     options: dict[str, Any] = Field(default_factory=dict, description="reasoning_gym: the dataset's own options")
     reward: str | None = Field(
         None, description="package.module:function(problem, completion) -> float; null: the task's"
     )
-    size: int = Field(2000, ge=1, description="training problems (at most this many)")
+    size: int | None = Field(
+        None, ge=1, description="training problems, at most; null: all, and 2000 of a task that generates them"
+    )
+    too_long: Literal["drop", "error"] = Field(
+        "drop",
+        description="problems that fill the model's context: left out with a warning that counts them, or refused",
+    )
     suffix: str = Field("", description="text that is added to every question, e.g. the wanted answer format")
 
 

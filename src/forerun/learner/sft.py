@@ -7,7 +7,7 @@ The result is an ordinary peft adapter, merged into the policy and loadable late
 from __future__ import annotations
 
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def merge(policy: Policy, adapter: Any, folder: Path) -> None:
 
 
 def solved_examples(
-    policy: Policy, problems: list[Problem], chat: bool, system: str | None, answer_only: float = 0.0
+    policy: Policy, problems: list[Problem], encode: Callable[[Problem], list[int]], answer_only: float = 0.0
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, solution ids with the end token) of every problem that has a worked solution.
 
@@ -99,7 +99,7 @@ def solved_examples(
         cut = int((i + 1) * answer_only) > int(i * answer_only)
         solution = f"#### {problem.answer}" if cut else str(problem.solution)
         completion = [*policy.tokenizer(solution, add_special_tokens=False)["input_ids"], end]
-        pairs.append((policy.encode(problem.question, chat, system), completion))
+        pairs.append((encode(problem), completion))
     if not pairs:
         raise UserError("The cold start needs worked solutions and this task has none; leave out 'cold_start'")
     return pairs

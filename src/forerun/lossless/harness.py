@@ -30,8 +30,9 @@ from forerun.lossless.two_sample import two_sample_checks
 from forerun.lossless.verdict import Check, Claim, Kind, Verification
 from forerun.lossless.weights import weight_checks
 from forerun.models import Policy
-from forerun.tasks import Task, load_task
+from forerun.tasks import Task
 from forerun.tracking.environment import describe_environment, machine_line
+from forerun.training.data import prepare_data
 from forerun.training.drafter import prepare_drafter
 from forerun.training.prompts import Request, encode, prepare_policy
 from forerun.training.rollout import RolloutBatch, generate
@@ -124,7 +125,7 @@ def verify_recipe(
 
 
 def _subject(recipe: Recipe, inject: str | None, scratch: Path) -> EventStream[Subject]:
-    task = load_task(recipe.task, recipe.seed)
+    task = (yield from prepare_data(recipe)).task
     policy = yield from prepare_policy(recipe, task, scratch)
     drafter = yield from prepare_drafter(recipe, policy, task, scratch / "drafter")
     assert drafter is not None

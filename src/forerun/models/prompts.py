@@ -169,6 +169,21 @@ def load_tokenizer(model: str) -> Any:
         raise UserError(f"The model '{model}' has no usable tokenizer: {_first_line(error)}") from error
 
 
+def model_context(model: str) -> int | None:
+    """Positions that a model was made for, read from its configuration; None where that names none.
+
+    Raises UserError when the configuration cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_source(model)).get_text_config()
+    except Exception as error:  # configurations of models may be programs of their own
+        raise UserError(f"The model '{model}' cannot be loaded: {_first_line(error)}") from error
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if positions is None else int(positions)
+
+
 def model_source(model: str) -> str:
     """The folder of an alias; any other name as it is, with `~` for the home folder."""
     return str(ALIASES[model]()) if model in ALIASES else os.path.expanduser(model)

@@ -1,4 +1,4 @@
-"""GSM8K: grade-school word problems with worked solutions, scored by math-verify on the final number."""
+"""GSM8K: grade-school word problems with worked solutions, scored on the final number."""
 
 from __future__ import annotations
 
@@ -7,39 +7,37 @@ import re
 from forerun.config import TaskConfig
 from forerun.errors import UserError
 from forerun.tasks.base import Problem, Split, Task
-from forerun.tasks.jsonl import held_out, read_jsonl
+from forerun.tasks.files import Row
 from forerun.tasks.reward import math_reward
+from forerun.tasks.sources import problems_of_split, read_source
 
 HUB_NAME = "openai/gsm8k"
 
 
 def build(config: TaskConfig, seed: int) -> Task:
-    """GSM8K from the hub, or from a JSONL file with `question` and `answer` in GSM8K's layout (`task.path`)."""
+    """GSM8K from the hub, or from a file with `question` and `answer` in GSM8K's layout (`task.path`)."""
 
     def problems(split: Split) -> list[Problem]:
-        rows = _rows(config, split)
-        return [_problem(row, f"gsm8k/{split}/{i}") for i, row in enumerate(rows)][: config.size]
+        if config.path is not None:
+            return problems_of_split(config, split, _problem)
+        try:
+            rows = read_source(HUB_NAME, "main", "train" if split == "train" else "test")
+        except UserError as error:
+            raise UserError(
+                f"GSM8K cannot be loaded from the hub; give a file: task.path=gsm8k.jsonl ({error})"
+            ) from None
+        return [_problem(row, f"Row {i}", f"gsm8k/{split}/{i}") for i, row in enumerate(rows)]
 
     return Task("gsm8k", problems, lambda problem, completion: math_reward(problem.answer, completion))
 
 
-def _rows(config: TaskConfig, split: Split) -> list[dict[str, str]]:
-    if config.path is not None:
-        if config.eval_path is not None:
-            return read_jsonl(config.path if split == "train" else config.eval_path)
-        return held_out(read_jsonl(config.path), split)
-    from datasets import load_dataset
-
-    try:
-        return list(load_dataset(HUB_NAME, "main", split="train" if split == "train" else "test"))
-    except Exception as error:
+def _problem(row: Row, where: str, name: str) -> Problem:
+    question, answer = row.get("question"), row.get("answer")
+    if not isinstance(question, str) or not isinstance(answer, str) or "####" not in answer:
         raise UserError(
-            f"GSM8K cannot be loaded from the hub ({type(error).__name__}); give a file: task.path=gsm8k.jsonl"
-        ) from error
-
-
-def _problem(row: dict[str, str], name: str) -> Problem:
-    if "question" not in row or "####" not in row.get("answer", ""):
-        raise UserError(f"{name} is not in GSM8K's layout: 'question', and 'answer' that ends with '#### number'")
-    solution = re.sub(r"<<.*?>>", "", row["answer"])
-    return Problem(name, row["question"], solution.rsplit("####", 1)[1].strip().replace(",", ""), solution)
+            f"{where} is not in GSM8K's layout: 'question', and 'answer', a text that ends with '#### number' (it has "
+            f"{', '.join(f'{key}: {type(value).__name__}' for key, value in row.items())}); "
+            "for questions with bare answers set task.name=jsonl"
+        )
+    solution = re.sub(r"<<.*?>>", "", answer)
+    return Problem(name, question, solution.rsplit("####", 1)[1].strip().replace(",", ""), solution)

@@ -19,28 +19,26 @@ SEED_STRIDE = 1_000_000  # entry i of a dataset is drawn from seed + i: keep the
 
 
 def build(config: TaskConfig, seed: int) -> Task:
-    """A reasoning-gym dataset; evaluation problems are the same for every seed, and training never repeats one."""
+    """A reasoning-gym dataset; evaluation problems are the same for every seed."""
     try:
         import reasoning_gym
     except ImportError:
         raise UserError("The reasoning_gym task needs an extra: pip install --editable '.[tasks]'") from None
 
-    def generate(size: int, first_seed: int) -> Any:
-        options = {"seed": first_seed, "size": size, **config.options}
+    if own := [name for name in ("seed", "size") if name in config.options]:
+        raise UserError(f"'task.options' sets '{own[0]}'; set '{'task.' if own[0] == 'size' else ''}{own[0]}' instead")
+
+    def dataset(size: int, first_seed: int) -> Any:
         try:
-            return reasoning_gym.create_dataset(config.dataset, **options)
+            return reasoning_gym.create_dataset(config.dataset, seed=first_seed, size=size, **config.options)
         except (ValueError, TypeError, AssertionError) as error:
             raise UserError(f"reasoning-gym cannot make '{config.dataset}' with {config.options}: {error}") from None
 
-    checker = generate(1, 0)
+    checker = dataset(1, 0)
 
     def problems(split: Split) -> list[Problem]:
-        held_out = [_problem(entry, config.dataset, "eval") for entry in generate(EVAL_SIZE, 0)]
-        if split == "eval":
-            return held_out
-        taken = {p.question for p in held_out}
-        train = [_problem(entry, config.dataset, "train") for entry in generate(config.size, SEED_STRIDE * (seed + 1))]
-        return [p for p in train if p.question not in taken]
+        size, first_seed = (EVAL_SIZE, 0) if split == "eval" else (config.size or 0, SEED_STRIDE * (seed + 1))
+        return [_problem(entry, config.dataset, split) for entry in dataset(size, first_seed)]
 
     def reward(problem: Problem, completion: str) -> float:
         return float(checker.score_answer(final_answer(completion), problem.meta) >= 1.0)

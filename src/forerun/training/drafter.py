@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from forerun.chat import check_text
 from forerun.config import Recipe
 from forerun.drafters import DRAFTERS, Drafter, load_drafter
 from forerun.drafters.training.trainer import EpochDone, StateFile, Training, TrainingSetup
@@ -25,8 +26,9 @@ from forerun.events import EventStream, Note, Progress, Warned, as_stage
 from forerun.models import Policy, load_policy
 from forerun.models.checksum import checksum
 from forerun.tasks import Problem, Task, load_task
-from forerun.tasks.jsonl import read_jsonl
+from forerun.tasks.files import read_rows
 from forerun.tracking.files import disk_errors, write_atomically
+from forerun.training.data import prepare_data
 from forerun.training.prompts import encode, prepare_policy
 
 T = TypeVar("T")
@@ -113,7 +115,7 @@ class UnfinishedTraining:
         path = self.folder / "pairs.jsonl"
         if not self.exists or not path.exists():
             return None
-        return [(row["prompt"], row["completion"]) for row in read_jsonl(str(path))]
+        return [(row["prompt"], row["completion"]) for row in read_rows(str(path))]
 
     def remove(self) -> None:
         """Call this once the drafter is saved."""
@@ -157,7 +159,8 @@ def make_drafter(recipe: Recipe, out: Path, resume: bool = False) -> EventStream
     _check_trained(recipe)
     if recipe.draft.texts is not None and not resume:
         read_texts(recipe.draft.texts)  # report bad data before the model is loaded
-    task = load_task(recipe.task, recipe.seed)
+    samples = recipe.draft.texts is None or recipe.cold_start is not None
+    task = (yield from prepare_data(recipe)).task if samples else load_task(recipe.task, recipe.seed)
     if resume:
         unfinished.check_recipe(recipe)
         policy = yield from as_stage("loading the policy", _policy_again(recipe, out))
@@ -262,8 +265,10 @@ def read_texts(path: str) -> list[tuple[str | None, str]]:
         UserError: the file is missing or empty, a line is not a JSON object, or an object has neither.
     """
     texts: list[tuple[str | None, str]] = []
-    for number, row in enumerate(read_jsonl(path), 1):
+    for number, row in enumerate(read_rows(path), 1):
         prompt, completion, text = (row.get(key) for key in ("prompt", "completion", "text"))
+        for value in (prompt, completion, text):
+            check_text(value if isinstance(value, str) else "", f"Object {number} of {path}")
         if isinstance(prompt, str) and isinstance(completion, str):
             texts.append((prompt, completion))
         elif isinstance(text, str):

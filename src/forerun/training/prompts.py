@@ -16,6 +16,7 @@ from forerun.events import EventStream, Note, Progress, as_stage
 from forerun.learner.lora import find_targets
 from forerun.models import Policy, load_policy
 from forerun.tasks import Problem, Task
+from forerun.training.data import encode_problem, recipe_encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,11 @@ def _cold_start(policy: Policy, recipe: Recipe, task: Task, folder: Path) -> Eve
     steps = recipe.cold_start.steps
     problems = task.problems("train")
     share = recipe.cold_start.answer_only
-    examples = solved_examples(policy, problems, recipe.policy.chat, recipe.policy.system, share)
+    encoder = recipe_encoder(recipe, policy.tokenizer, policy.name)
+    solved = solved_examples(policy, problems, lambda problem: encode_problem(problem, encoder), share)
+    examples = [pair for pair in solved if len(pair[0]) + len(pair[1]) <= policy.context]
+    if not examples:
+        raise UserError(f"All {len(solved)} worked solutions are longer than the model's {policy.context} positions")
     losses: list[float] = []
     started = time.perf_counter()
     work = train_adapter(policy, examples, recipe.cold_start, recipe.seed)
@@ -75,6 +80,11 @@ def _cold_start(policy: Policy, recipe: Recipe, task: Task, folder: Path) -> Eve
     yield Note(
         f"cold start: {steps} steps on {len(examples)} worked solutions, loss {losses[0]:.3f} -> {losses[-1]:.3f} "
         f"nats per token, {time.perf_counter() - started:.0f} s; adapter in {folder}"
+        + (
+            f"; {cut} solutions beyond {policy.context} positions left out"
+            if (cut := len(solved) - len(examples))
+            else ""
+        )
     )
 
 
@@ -98,7 +108,7 @@ def encode(problem: Problem, recipe: Recipe, policy: Policy) -> list[int]:
     Raises:
         UserError: the model has no chat template, or the prompt leaves no room in its context.
     """
-    ids = policy.encode(problem.question, recipe.policy.chat, recipe.policy.system)
+    ids = encode_problem(problem, recipe_encoder(recipe, policy.tokenizer, policy.name))
     if len(ids) >= policy.context:
         raise UserError(
             f"The prompt of problem '{problem.id}' has {len(ids)} tokens and the model's context is {policy.context}; "

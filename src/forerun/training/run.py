@@ -20,7 +20,6 @@ from forerun.events import EventStream, Finished, Note, Warned, as_stage
 from forerun.models import load_policy
 from forerun.report.run_page import write_report
 from forerun.simulate.plan.predict import Prediction, compare, predict_recipe
-from forerun.tasks import load_task
 from forerun.tracking.environment import machine_line
 from forerun.tracking.reader import overlap
 from forerun.tracking.run_folder import RunFolder
@@ -33,6 +32,7 @@ from forerun.training.checkpoint import (
     reading,
     restore,
 )
+from forerun.training.data import load_data, prepare_data
 from forerun.training.drafter import prepare_drafter
 from forerun.training.export import export
 from forerun.training.history import History
@@ -104,14 +104,13 @@ def resumed_recipe(folder: Path, overrides: dict[str, Any]) -> Recipe:
 def new_run(recipe: Recipe, folder: RunFolder | None = None) -> EventStream[Run]:
     """A new run (in a folder of its own, unless one is given): policy after its cold start, drafter made."""
     torch.manual_seed(recipe.seed)
-    task = load_task(recipe.task, recipe.seed)
-    task.problems("train")  # bad data is found before the model is loaded, and both before there is a folder
-    policy = yield from open_policy(recipe)
+    data = yield from prepare_data(recipe)  # bad data is found before the model is loaded
+    policy = yield from open_policy(recipe)  # both before there is a folder
     folder = folder or RunFolder.create(recipe.runs, recipe.name)
     folder.write_config(recipe.to_yaml())
-    yield from warm_up(policy, recipe, task, folder.path)
-    drafter = yield from prepare_drafter(recipe, policy, task, folder.path / "drafter")
-    return Run(recipe, folder, policy, drafter, History())
+    yield from warm_up(policy, recipe, data.task, folder.path)
+    drafter = yield from prepare_drafter(recipe, policy, data.task, folder.path / "drafter")
+    return Run(recipe, folder, policy, drafter, History(), data)
 
 
 def resume_run(run_folder: Path, recipe: Recipe) -> EventStream[Run]:
@@ -145,7 +144,7 @@ def load_checkpoint(checkpoint: Path, folder: RunFolder, recipe: Recipe) -> tupl
             speculation = recipe.speculation.model_copy(update={"draft": str(checkpoint / "drafter")})
             drafter = load_drafter(policy, speculation)
     dropped = folder.truncate_after(history.step)
-    current = Run(recipe, folder, policy, drafter, history)
+    current = Run(recipe, folder, policy, drafter, history, load_data(recipe, policy))
     try:
         restore(checkpoint, current.learner, current.cotrainer)
     except BaseException:

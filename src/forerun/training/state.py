@@ -17,13 +17,13 @@ from forerun.learner.cotrain_distributed import build_cotrainer
 from forerun.learner.distributed import make_learner
 from forerun.models import Policy
 from forerun.simulate.plan.predict import Prediction
-from forerun.tasks import load_task
 from forerun.tracking.run_folder import RunFolder
 from forerun.tracking.timeline import Timeline
 from forerun.tracking.trackers import load_trackers
 from forerun.training.checkpoint import (
     save_checkpoint,
 )
+from forerun.training.data import Data
 from forerun.training.history import History
 from forerun.training.prompts import Request, request_of_step
 from forerun.training.timing import EngineStates
@@ -36,19 +36,19 @@ class Run:
     """The parts of a run between its first and its last step."""
 
     def __init__(
-        self, recipe: Recipe, folder: RunFolder, policy: Policy, drafter: Drafter | None, history: History
+        self, recipe: Recipe, folder: RunFolder, policy: Policy, drafter: Drafter | None, history: History, data: Data
     ) -> None:
         self.recipe = recipe
         self.folder = folder
         self.policy = policy
         self.drafter = drafter
         self.history = history
-        self.warnings: list[str] = []
+        self.warnings: list[str] = [*data.warnings]
         self._new_warnings = list(policy.warnings)  # not yielded yet
         self.trackers = load_trackers(recipe.trackers, self._new_warnings.append)
         self.stop_requested: Callable[[], bool] = lambda: False
         self.algorithm: Algorithm = ALGORITHMS.load(recipe.train.algorithm)
-        self.task = load_task(recipe.task, recipe.seed)
+        self.task = data.task
         self.problems = self.task.problems("train")
         self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
         self.timeline = Timeline(folder.timeline, history.wall_s, history.step)
