@@ -18,7 +18,7 @@ from forerun.types import Rollout
 def test_replicas_that_fail_at_random_lose_nothing() -> None:
     """About eight failures in 200 steps of 32 samples; one in which all replicas were lucky has odds of 1 in 1,000."""
     result = soak(steps=200, replicas=4, lag=2, failures=0.0012)
-    assert result["wrong"] == [] and result["lost"] >= 1 and result["warnings"] >= result["lost"]
+    assert result["wrong"] == [] and 1 <= result["lost"] <= 25 and result["warnings"] >= result["lost"]
 
 
 def generated(step: int) -> list[Rollout]:
