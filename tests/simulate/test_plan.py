@@ -160,7 +160,7 @@ def test_measured_costs_drive_the_plan() -> None:
         ({"lag": -1}, "lag of -1"),
         ({"k": -2}, "plain decoding"),
         ({"acceptance": 1.2}, "between 0 and 1"),
-        ({"method": "magic"}, "no drafter called 'magic'"),
+        ({"method": "magic"}, "no cost model for the drafter 'magic'"),
         ({"method": "model"}, "draft=Qwen3-0.6B"),
         ({"promts": 3}, "nearest is 'prompts'"),
         ({"rounds": "none"}, "rl, serving, ideal"),
