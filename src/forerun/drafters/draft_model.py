@@ -24,6 +24,7 @@ from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.forward import PolicyForward
 from forerun.models.load import artifact, describe_policy, policy_folder
 from forerun.models.logprobs import head_sees
+from forerun.models.recurrent import recurrent_modules
 from forerun.types import Draft, VerifyResult
 
 if TYPE_CHECKING:
@@ -40,9 +41,10 @@ class ModelDrafter(SampledDrafter):
     vllm_refusal = ""
 
     def __init__(self, model: Policy, policy: Policy) -> None:
-        """`model` drafts for `policy`. Raises UserError when their tokens differ."""
+        """`model` drafts for `policy`. Raises UserError when their tokens differ, or it has recurrent layers."""
         super().__init__(model.model)
         _check_tokens(model, policy)
+        _check_layers(model)
         self._width = min(_width(model), _width(policy))
         widths_differ = _width(model) != _width(policy)
         self._drafted = torch.arange(self._width, device=model.device) if widths_differ else None
@@ -63,6 +65,7 @@ class ModelDrafter(SampledDrafter):
         """A copy of the policy with fewer layers: `draft.layers`, else the first two and the last two."""
         from forerun.drafters.training.distill import distill, pruned_copy
 
+        _check_layers(policy)
         count = policy.model.config.get_text_config().num_hidden_layers
         layers = setup.config.layers or sorted({0, 1, count - 2, count - 1} & set(range(count)))
         model = pruned_copy(policy, layers)
@@ -198,4 +201,13 @@ def _check_tokens(model: Policy, policy: Policy) -> None:
             f"({len(other)} tokens) differ in {len(different)}, for example {different[0]!r} with id "
             f"{own.get(different[0])} and {other.get(different[0])}: draft with a model that shares the policy's "
             "tokenizer"
+        )
+
+
+def _check_layers(model: Policy) -> None:
+    """It runs ahead of the text and back, and reads some of it twice: a recurrent state allows neither."""
+    if recurrent_modules(model.model):
+        raise UserError(
+            f"'{model.name}' has recurrent layers, and a draft model may have none; draft with a model of attention "
+            "layers alone, or with another method, e.g. speculation.method=eagle3"
         )

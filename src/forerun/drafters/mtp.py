@@ -38,7 +38,7 @@ from forerun.models import Policy
 from forerun.models.auxiliary import decoder_layers
 from forerun.models.cache import SlotPass
 from forerun.models.checks import require_finite
-from forerun.models.forward import ATTENTION
+from forerun.models.interface import LAYER_ATTENTION
 from forerun.models.load import load_exactly
 from forerun.types import Draft
 
@@ -101,7 +101,7 @@ class MtpLayer(nn.Module):
         self.norm = copy.deepcopy(decoder.norm)
         for module in self.block.modules():
             if getattr(module, "config", None) is not None:
-                module.config._attn_implementation = ATTENTION
+                module.config._attn_implementation = LAYER_ATTENTION
             vars(module).pop("forward", None)  # what a learner does in the policy's layer is not copied
         self.block.self_attn.layer_idx = index
 
@@ -323,7 +323,8 @@ class MtpDrafter(HeadDrafter):
 def _source_layer(policy: Policy) -> int:
     """The last layer with full attention."""
     decoder, config = policy.model.get_decoder(), policy.model.config.get_text_config()
-    fits = hasattr(decoder, "norm") and hasattr(decoder, "rotary_emb") and hasattr(decoder.layers[-1], "self_attn")
+    last = decoder_layers(policy.model)[-1]
+    fits = hasattr(decoder, "norm") and hasattr(decoder, "rotary_emb") and hasattr(last, "self_attn")
     if not fits:
         raise UserError(
             f"Multi-token-prediction heads need a final norm, rotary positions and attention in the last layer, which "

@@ -130,7 +130,9 @@ def _continuations(
     if known:
         ids = torch.tensor([context[:-1]], device=device)
         start = torch.zeros(1, dtype=torch.int64, device=device)
-        _, before = forward(ids, SlotPass(cache, 0, start, known, known, fresh=True), head=False)
+        slots = SlotPass(cache, 0, start, known, known, fresh=True)
+        _, before = forward(ids, slots, head=False)
+        slots.keep()
         for row in range(1, rows):
             cache.copy(0, row, known)
     for first in range(0, count, rows):
@@ -210,16 +212,27 @@ def _replay(forward: PolicyForward, rollouts: Sequence[Rollout], rows: int, temp
         text = rollout.prompt_ids + rollout.tokens
         ids[row, : len(text)] = torch.tensor(text)
     cache, starts = SlotCache(len(rollouts), width + rows), torch.tensor(prompts, device=device) - 1
-    read = max(prompts) - 1
-    if read:
-        forward(ids[:, :read], SlotPass(cache, 0, torch.zeros_like(starts), read, read, fresh=True), head=False)
+    _read_prompts(forward, cache, ids, [n - 1 for n in prompts])
     parts = []
     place = torch.arange(rows, device=device)
     for step in range(steps):
         at = (starts + step * rows)[:, None] + place  # [B, rows]
-        logits, _ = forward(ids.gather(1, at), SlotPass(cache, 0, at[:, 0], rows, int(at.max()) + 1))
+        slots = SlotPass(cache, 0, at[:, 0], rows, int(at.max()) + 1)
+        logits, _ = forward(ids.gather(1, at), slots)
+        slots.keep()
         assert logits is not None
         log_p = torch.log_softmax(logits.float() / temperature, -1)
         parts.append(log_p.gather(2, ids.gather(1, (at + 1).clamp(max=width - 1))[..., None])[..., 0])
     values = torch.cat(parts, 1).double().cpu().numpy()
     return [values[row, : len(r.tokens)] for row, r in enumerate(rollouts)]
+
+
+def _read_prompts(forward: PolicyForward, cache: SlotCache, ids: Tensor, lengths: list[int]) -> None:
+    """Run the first lengths[b] tokens of every row, together where padding cannot enter a state."""
+    rows = [(row, row + 1) for row in range(len(lengths))] if forward.recurrent else [(0, len(lengths))]
+    for first, end in rows:
+        if read := max(lengths[first:end]):
+            starts = torch.zeros(end - first, dtype=torch.int64, device=ids.device)
+            slots = SlotPass(cache, first, starts, read, read, fresh=True)
+            forward(ids[first:end, :read], slots, head=False)
+            slots.keep()

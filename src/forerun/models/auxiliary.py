@@ -18,8 +18,18 @@ from forerun.errors import UserError
 
 
 def decoder_layers(model: Any) -> Any:
-    """The list of decoder layers of a Hugging Face causal language model."""
-    return model.get_decoder().layers
+    """The list of decoder layers of a Hugging Face causal language model.
+
+    Raises UserError when it has none that is as long as its configuration says.
+    """
+    decoder = model.get_decoder()
+    if hasattr(decoder, "layers"):
+        return decoder.layers
+    count = model.config.get_text_config().num_hidden_layers
+    for child in decoder.children():  # GPT-2's is called h
+        if isinstance(child, torch.nn.ModuleList) and len(child) == count:
+            return child
+    raise UserError(f"{type(model).__name__} has no list of {count} decoder layers, which a drafter or learner needs")
 
 
 def default_aux_layers(layers: int) -> tuple[int, int, int]:
@@ -48,11 +58,11 @@ class AuxiliaryStates:
 
     def __enter__(self) -> AuxiliaryStates:
         for index in self._aux_layers:
-            decoder = self._model.get_decoder()
-            if index == len(decoder.layers):
-                handle = decoder.register_forward_hook(partial(self._keep_last, index))
+            layers = decoder_layers(self._model)
+            if index == len(layers):
+                handle = self._model.get_decoder().register_forward_hook(partial(self._keep_last, index))
             else:
-                handle = decoder.layers[index].register_forward_pre_hook(partial(self._keep, index), with_kwargs=True)
+                handle = layers[index].register_forward_pre_hook(partial(self._keep, index), with_kwargs=True)
             self._handles.append(handle)
         return self
 

@@ -32,7 +32,7 @@ class FusedLayer:
     norm_q: Any | None  # Qwen3 normalises queries and keys per head
     norm_k: Any | None
     scale: float
-    window: int | None
+    slides: bool  # whether it sees a window of the text alone: `config.sliding_window`, read at every pass
 
 
 class FusedForward:
@@ -43,7 +43,9 @@ class FusedForward:
         config = model.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.layers = [self._fuse(layer) for layer in model.model.layers]
+        types = getattr(config, "layer_types", None)  # None: Mistral, whose layers all slide if any does, and Llama
+        slides = [types is None or kind == "sliding_attention" for kind in types or model.model.layers]
+        self.layers = [self._fuse(layer, slide) for layer, slide in zip(model.model.layers, slides, strict=True)]
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -72,10 +74,12 @@ class FusedForward:
         cos, sin = trunk.rotary_emb(hidden, slots.positions)
         rotation = cos[:, :, None], rotate_sign(sin)[:, :, None]  # [B, n, 1, D]
         seen: dict[int, Tensor] = {}
+        window = getattr(self.model.config, "sliding_window", None)
         for index, layer in enumerate(self.layers):
             if index in aux_layers:
                 seen[index] = hidden
-            hidden = hidden + self._attention(index, layer, rms_norm(layer.norm_in, hidden), rotation, slots)
+            x = rms_norm(layer.norm_in, hidden)
+            hidden = hidden + self._attention(index, layer, x, rotation, slots, window if layer.slides else None)
             gate, up = F.linear(rms_norm(layer.norm_mid, hidden), layer.gate_up).chunk(2, dim=-1)
             hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
         final = len(self.layers)
@@ -85,7 +89,7 @@ class FusedForward:
         return logits, torch.cat([seen[layer] for layer in aux_layers], dim=-1) if aux_layers else None
 
     def _attention(
-        self, index: int, layer: FusedLayer, x: Tensor, rotation: tuple[Tensor, Tensor], slots: Any
+        self, index: int, layer: FusedLayer, x: Tensor, rotation: tuple[Tensor, Tensor], slots: Any, window: int | None
     ) -> Tensor:
         batch, n, _ = x.shape
         heads, kv_heads = self.heads, self.kv_heads
@@ -96,12 +100,11 @@ class FusedForward:
             query_key = torch.cat([rms_norm(layer.norm_q, query), rms_norm(layer.norm_k, key)], dim=2)
         query_key = query_key * rotation[0] + swap_halves(query_key) * rotation[1]
         query, key = query_key[:, :, :heads], query_key[:, :, heads:]
-        out = slots.attend(
-            index, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), layer.scale, layer.window
-        )
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        out = slots.attend(index, query, key, value, layer.scale, window)
         return F.linear(out.reshape(batch, n, -1), layer.out)
 
-    def _fuse(self, layer: Any) -> FusedLayer:
+    def _fuse(self, layer: Any, slides: bool) -> FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         return FusedLayer(
@@ -115,7 +118,7 @@ class FusedForward:
             norm_q=getattr(attention, "q_norm", None),
             norm_k=getattr(attention, "k_norm", None),
             scale=float(attention.scaling),
-            window=getattr(attention, "sliding_window", None),
+            slides=slides,
         )
 
 

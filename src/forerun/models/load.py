@@ -17,6 +17,9 @@ from forerun.errors import UserError
 from forerun.models.checks import loading, read_model, require_finite, require_same_names
 from forerun.models.prompts import ALIASES, PromptEncoder, load_tokenizer, model_source
 
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+UNLIMITED = 2**20  # positions: of recurrent models, and of ALiBi's whose configuration names none
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -37,8 +40,10 @@ class Policy:
 
     @property
     def context(self) -> int:
-        """Positions that the model was made for."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        """Positions that the model was made for; a model without a limit gets a large one."""
+        config = self.model.config.get_text_config()
+        known = (getattr(config, name, None) for name in POSITION_KEYS)
+        return next((int(limit) for limit in known if limit is not None), UNLIMITED)
 
     @property
     def eos_ids(self) -> frozenset[int]:

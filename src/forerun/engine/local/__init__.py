@@ -1,1 +1,1 @@
-"""The local engine: one process, any Hugging Face causal language model, verified by the live policy module."""
+"""The local engine: one process, verified by the live policy module, for every model that it proves it computes."""

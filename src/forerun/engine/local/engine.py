@@ -36,12 +36,13 @@ from forerun.engine.base import (
     requested,
 )
 from forerun.engine.local.scheduler import LiveSequence, Scheduler
+from forerun.engine.local.self_check import DRAFTS, Script, check_engine, check_layers, proven, scripted
 from forerun.engine.local.tree import along_path, depths, keep_path, tree_places
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
 from forerun.models.cache import SlotCache, SlotPass
 from forerun.models.checksum import checksum
-from forerun.models.forward import PolicyForward, check_trees
+from forerun.models.forward import PolicyForward, check_trees, longest_text
 from forerun.models.load import load_exactly
 from forerun.types import Draft, Rollout, VerifyInput, VerifyResult
 
@@ -68,6 +69,7 @@ class LocalEngine(RolloutEngine):
         fused: bool = True,
         verifier: Verify = verify,
         tree_verifier: VerifyTree = verify_tree,
+        checked: bool = False,
     ) -> None:
         """An engine for the live `policy`.
 
@@ -76,6 +78,9 @@ class LocalEngine(RolloutEngine):
             rule: of `chain.py`, or of `tree.py` for a drafter of trees, which are verified by the walk where the rule
                 is one for chains.
             verifier, tree_verifier: for tests.
+            checked: leave out the self-check.
+
+        Raises UserError when the self-check finds that it does not compute what the policy's own forward computes.
         """
         if (k > 0) != (drafter is not None):
             raise UserError(f"k = {k} and {'no' if drafter is None else 'a'} drafter: give both, or neither")
@@ -89,6 +94,22 @@ class LocalEngine(RolloutEngine):
         self._tree_rule = rule if rule in TREE_RULES else "walk"
         self._held = Weights(0, {})
         self._detector.watches = drafter is not None and bool(drafter.state_dict())
+        if not checked:
+            self.warnings += self._check()
+
+    def _check(self) -> list[str]:
+        """See `self_check.py`; once per model in a process."""
+        fused = self._forward.fused is not None
+        if fused in proven.setdefault(self.policy.model, set()):
+            return []
+        check_layers(self.policy)
+        script = Script(self.policy.model.config.get_text_config().vocab_size)
+        engine = LocalEngine(
+            self.policy, script, k=DRAFTS, slots=DRAFTS + 1, fused=fused, verifier=scripted, checked=True
+        )
+        warnings = check_engine(engine)
+        proven[self.policy.model].add(fused)
+        return warnings
 
     @classmethod
     def from_live(
@@ -173,11 +194,21 @@ class LocalEngine(RolloutEngine):
 
     def _open(self, scheduler: Scheduler, sampling: Sampling) -> None:
         longest = max(len(p) for p in scheduler.prompts) + sampling.max_new_tokens
+        self._check_length(min(longest, self.policy.context) + self.k)
         positions = min(longest, self.policy.context) + self.k + 1  # draft positions beyond a row's budget are padding
         rows = self.slots + scheduler.prompt_rows
         self._cache = SlotCache(rows, positions)
         if self.drafter is not None:
             self.drafter.open(rows, positions, self.k)
+
+    def _check_length(self, tokens: int) -> None:
+        """Raises UserError when texts would be longer than this engine can compute."""
+        limit = longest_text(self.policy)
+        if limit is not None and tokens > limit:
+            raise UserError(
+                f"Texts of '{self.policy.name}' may have up to {tokens} tokens, drafts included, and the local engine "
+                f"computes this model up to {limit}; lower rollout.max_new_tokens, or use rollout.engine=vllm"
+            )
 
     def _refill(self, scheduler: Scheduler) -> None:
         """Admit waiting samples to free rows, prefilling prompts as they are needed."""
@@ -191,7 +222,7 @@ class LocalEngine(RolloutEngine):
 
     def _prefill(self, scheduler: Scheduler, chosen: list[int]) -> None:
         """Run all but the last token of the chosen prompts, once for all their samples."""
-        for run in _neighbours(chosen, scheduler):
+        for run in _neighbours(chosen, scheduler, self._forward.recurrent):
             prompts = [scheduler.prompts[p] for p in run]
             lengths = torch.tensor([len(p) for p in prompts], device=self.policy.device)
             width = int(lengths.max())
@@ -203,10 +234,12 @@ class LocalEngine(RolloutEngine):
                 features: Tensor | None = torch.zeros(
                     len(run), 1, states, dtype=self.policy.dtype, device=tokens.device
                 )
+                self._cache.states.clear(slice(scheduler.row_of(run[0]), scheduler.row_of(run[-1]) + 1))
             else:
                 starts = torch.zeros_like(lengths)
                 slots = SlotPass(self._cache, scheduler.row_of(run[0]), starts, width - 1, width - 1, fresh=True)
                 _, features = self._forward(tokens[:, :-1], slots, head=False)
+                slots.keep()
             if self.drafter is not None:
                 self.drafter.prefill(scheduler.row_of(run[0]), tokens, lengths, features)
 
@@ -220,7 +253,8 @@ class LocalEngine(RolloutEngine):
         tokens = torch.cat([rows.last[:, None], draft.tokens], dim=1)
         end = max(s.length for s in live) + n
         tree = None if draft.parents is None else tree_places(draft, rows.lengths)
-        logits, features = self._forward(tokens, SlotPass(self._cache, 0, rows.lengths, n, end, tree=tree))
+        slots = SlotPass(self._cache, 0, rows.lengths, n, end, tree=tree)
+        logits, features = self._forward(tokens, slots)
         assert logits is not None
         logits = truncate(logits, rows.temperature, sampling.truncation)
         keys = round_keys(rows.lengths, n)
@@ -233,6 +267,7 @@ class LocalEngine(RolloutEngine):
             verdict = self._verify_tree(self._tree_rule, inputs)
             keep_path(self._cache, rows.lengths, verdict.path)
             features = None if features is None else along_path(features, verdict.path)
+        slots.keep(verdict.accepted)
         if self.drafter is not None:
             self.drafter.learn(rows, draft, logits, verdict)
         before = [len(s.tokens) for s in live]
@@ -325,11 +360,16 @@ class LocalEngine(RolloutEngine):
             self.drafter.copy(source, target)
 
 
-def _neighbours(chosen: list[int], scheduler: Scheduler) -> list[list[int]]:
-    """Split prompts into runs whose cache rows follow one another."""
+def _neighbours(chosen: list[int], scheduler: Scheduler, same_length: bool) -> list[list[int]]:
+    """Split prompts into runs whose cache rows follow one another, and that have the same length where they must."""
+
+    def fits(prompt: int, last: int) -> bool:
+        lengths = {len(scheduler.prompts[p]) for p in (prompt, last)}
+        return scheduler.row_of(prompt) == scheduler.row_of(last) + 1 and (len(lengths) == 1 or not same_length)
+
     runs: list[list[int]] = []
     for prompt in chosen:
-        if runs and scheduler.row_of(prompt) == scheduler.row_of(runs[-1][-1]) + 1:
+        if runs and fits(prompt, runs[-1][-1]):
             runs[-1].append(prompt)
         else:
             runs.append([prompt])
