@@ -33,24 +33,10 @@ def attending(model: Any, slots: SlotPass) -> Iterator[PassCache]:
     token = _running.set((slots, model._supports_attention_backend))
     config._attn_implementation = ATTENTION
     try:
-        with evaluating(model):
-            yield PassCache(slots)
+        yield PassCache(slots)
     finally:
         config._attn_implementation = before
         _running.reset(token)
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Context in evaluation mode: in training layers drop out, and checkpointed ones refuse a cache."""
-    training = [m for m in model.modules() if m.training] if model.training else []
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class PassCache(Cache):

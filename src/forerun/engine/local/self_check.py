@@ -25,7 +25,6 @@ from forerun.drafters import Drafter, Rows
 from forerun.engine.base import RolloutEngine, Sampling
 from forerun.errors import UserError
 from forerun.models import Policy
-from forerun.models.interface import evaluating
 from forerun.types import Draft, Rollout, VerifyInput, VerifyResult
 
 EXACT, REDUCED = 1e-4, 0.25  # allowed nats a token in float32, and in shorter formats
@@ -61,11 +60,10 @@ def check_engine(engine: RolloutEngine) -> list[str]:
     sizes = {name: getattr(config, name, None) for name in SHORTENED}
     windows = {name: size for name, size in sizes.items() if isinstance(size, int) and size > WINDOW}
     try:
-        with evaluating(policy.model):
-            fixed = _fixed_windows(policy, windows)
-            reach = max(WINDOW, *(size for size in fixed if size <= LONGEST))
-            with shortened(config, windows):
-                gaps = _gaps(policy, _generate(engine, reach + WINDOW + 1))
+        fixed = _fixed_windows(policy, windows)
+        reach = max(WINDOW, *(size for size in fixed if size <= LONGEST))
+        with shortened(config, windows):
+            gaps = _gaps(policy, _generate(engine, reach + WINDOW + 1))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of modelling code that was not made for this
