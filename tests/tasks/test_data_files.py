@@ -119,6 +119,7 @@ def test_columns_can_be_named_and_rows_bring_system_messages(tmp_path: Path) -> 
         ([{"question": "q", "target": "1"}], r"no answer under 'answer' or .*its columns are question, target"),
         ([{"question": "q", "answer": None}], "no answer"), ([{"question": "q", "answer": " "}], "no answer"),
         ('{"question": "q", "answer": NaN}', "no answer"), ([{"question": "q", "answer": ["1", "2"]}], "list of 2"),
+        ([{"question": "q", "answer": "$$"}], "so no completion could be right"),
         ([{"answer": "1"}], "no text under 'question' or 'problem'"), ([{"question": "", "answer": "1"}], "no text"),
         ([{"prompt": [{"role": "system", "content": "x"}], "answer": "1"}], "messages without a question"),
         ([{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}], "content is not text"),
@@ -161,7 +162,7 @@ def test_repeated_questions_are_counted_and_never_in_both_splits(tmp_path: Path)
     assert splits is not None and (len(splits().train), len(splits().held_out)) == (10, 5)
     assert splits().dropped == {"in_both": 5, "size": 5}
     assert "5 training problems are held-out ones" in splits().warnings()[0]
-    with pytest.raises(UserError, match=r"No training problem is left: .* 20 are among the 20 held-out ones"):
+    with pytest.raises(UserError, match="No training problem is left: 20 of training are held out too"):
         task_of(tmp_path / "data.jsonl", LINES, eval_path=str(tmp_path / "data.jsonl")).problems("train")
 
 
@@ -210,7 +211,7 @@ def test_small_question_spaces_are_told_and_refused_when_nothing_is_left() -> No
     assert splits is not None and len(splits().train) + splits().dropped["in_both"] <= 200
     assert splits().dropped["duplicate"] > 2000 and f"{len(splits().train)} are left" in splits().warnings()[1]
     three = TaskConfig(name="reasoning_gym", dataset="gcd", options={"min_value": 1, "max_value": 3}, size=200)
-    with pytest.raises(UserError, match=r"No training problem is left: of 200 .* repeat another question"):
+    with pytest.raises(UserError, match=r"No training problem is left: \d+ repeat another question, \d of training"):
         load_task(three).problems("train")
     for name in ("seed", "size"):
         with pytest.raises(UserError, match=f"'task.options' sets '{name}'"):

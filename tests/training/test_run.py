@@ -305,7 +305,7 @@ def test_a_full_disk_loses_nothing(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["policy.model=/nowhere/model"], "'/nowhere/model' cannot be loaded"),
+        (["policy.model=/nowhere/model"], "policy.model=/nowhere/model: there is no such folder"),
         (["task.path=/nowhere/data.jsonl"], "Cannot read the data file"),
         (["task.reward=rewards_for_tests:raises"], "'raises' raised ZeroDivisionError on problem"),
         (["task.reward=rewards_for_tests:nothing"], "cannot import"),

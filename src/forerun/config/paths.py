@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from forerun.artifacts import FOLDER, shipped
@@ -9,6 +10,9 @@ from forerun.config.recipe import Recipe
 from forerun.errors import UserError
 
 FROM_FOLDERS = ("eagle3", "mtp", "graft", "trie")  # drafters whose `speculation.draft` is a folder or an artifact
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+FILE_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".txt", ".ndjson"}
 
 
 def check_paths(recipe: Recipe, resume: bool = False) -> None:
@@ -18,16 +22,22 @@ def check_paths(recipe: Recipe, resume: bool = False) -> None:
         resume: policy, adapter and drafter come from a checkpoint.
     """
     task, speculation = recipe.task, recipe.speculation
-    files = {"task.path": task.path, "task.eval_path": task.eval_path, "draft.texts": recipe.draft.texts}
-    for key, file in files.items():
-        if file is not None and not Path(file).is_file():
-            raise UserError(f"{key}={file}: there is no such file")
+    for key, place in {"task.path": task.path, "task.eval_path": task.eval_path}.items():
+        if place is not None and not Path(place).exists() and not is_hub_name(place):
+            raise UserError(f"{key}={place}: there is no such file or folder")
+    if (texts := recipe.draft.texts) is not None and not Path(texts).is_file():
+        raise UserError(f"draft.texts={texts}: there is no such file")
     if resume:
         return
     _check_folder("policy.model", recipe.policy.model, hub=True)
     _check_folder("policy.adapter", recipe.policy.adapter, hub=False)
     if speculation.tokens and speculation.method in (*FROM_FOLDERS, "model"):
         _check_folder("speculation.draft", speculation.draft, hub=speculation.method == "model")
+
+
+def is_hub_name(place: str) -> bool:
+    """Whether a name that is no path here may be a data set on the hub: owner/name, without a file's suffix."""
+    return bool(HUB_NAME.fullmatch(place)) and Path(place).suffix.lower() not in FILE_SUFFIXES
 
 
 def _check_folder(key: str, name: str | None, hub: bool) -> None:

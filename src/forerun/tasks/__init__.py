@@ -50,9 +50,7 @@ def load_task(config: TaskConfig, seed: int = 0) -> Task:
 
 def with_splits(task: Task, splits: Callable[[], Splits]) -> Task:
     """The same task with other problems."""
-    return replace(
-        task, problems=lambda split: splits().train if split == "train" else splits().held_out, splits=splits
-    )
+    return replace(task, problems=lambda split: splits().problems(split), splits=splits)
 
 
 def _splits(problems: Callable[[Split], list[Problem]], config: TaskConfig) -> Splits:

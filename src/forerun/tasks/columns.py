@@ -14,6 +14,7 @@ from forerun.config import ColumnsConfig
 from forerun.errors import UserError
 from forerun.tasks.base import Problem
 from forerun.tasks.files import Row, number_text
+from forerun.tasks.reward import check_gold
 
 QUESTION = ("question", "problem", "prompt", "messages")
 ANSWER = ("answer", "ground_truth", "reward_model.ground_truth", "solution")
@@ -35,6 +36,8 @@ def problem_of(row: Row, columns: ColumnsConfig, where: str, name: str, needs_an
     answer = _answer(value, f"{where}, column '{column}',")
     if answer is None and needs_answer:
         raise UserError(_missing(row, where, "answer", columns.answer, ANSWER))
+    if answer is not None and needs_answer and (why := check_gold(answer)) is not None:
+        raise UserError(f"{where}, column '{column}': the answer {answer!r} {why}, so no completion could be right")
     _, solution = find(row, columns.solution, ("solution",))
     _, own_name = find(row, columns.id, ("id",))
     for text in (question, answer or ""):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from forerun.config import TaskConfig
+from forerun.config.paths import is_hub_name
 from forerun.errors import UserError
 from forerun.tasks.base import Problem, Split
 from forerun.tasks.files import Row, read_rows
 from forerun.tasks.splits import hold_out
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-FILE_SUFFIXES = {".jsonl", ".json", ".parquet", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".txt", ".ndjson"}
 
 
 def read_source(path: str, subset: str | None, split: str) -> list[Row]:
@@ -24,7 +21,7 @@ def read_source(path: str, subset: str | None, split: str) -> list[Row]:
     place = Path(path)
     if place.is_dir():
         return _dataset(path, subset, split, place)
-    if not place.exists() and HUB_NAME.fullmatch(path) and place.suffix.lower() not in FILE_SUFFIXES:
+    if not place.exists() and is_hub_name(path):
         return _dataset(path, subset, split, None)
     return read_rows(path)
 

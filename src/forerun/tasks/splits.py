@@ -9,6 +9,12 @@ from forerun.errors import UserError
 from forerun.tasks.base import Problem, Split
 
 HELD_OUT_EVERY = 10
+REASONS = {
+    "duplicate": "repeat another question",
+    "in_both": "of training are held out too",
+    "too_long": "fill the model's context",
+    "size": "are beyond task.size",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +25,17 @@ class Splits:
     held_out: list[Problem]
     dropped: dict[str, int] = field(default_factory=dict)
     conflicts: int = 0  # repeated questions with another answer
+
+    def problems(self, split: Split) -> list[Problem]:
+        """The problems of a split. Raises UserError when there are none."""
+        found = self.train if split == "train" else self.held_out
+        if not found:
+            counts = [f"{count} {REASONS.get(reason, reason)}" for reason, count in self.dropped.items()]
+            raise UserError(
+                f"No {'training' if split == 'train' else 'held-out'} problem is left"
+                f"{': ' if counts else ''}{', '.join(counts)}; give more different questions, or others to hold out"
+            )
+        return found
 
     def warnings(self) -> list[str]:
         """What the user should know about what is left out, a sentence each."""
@@ -40,8 +57,6 @@ def make_splits(problems: Callable[[Split], list[Problem]], size: int | None) ->
 
     Args:
         size: training problems, at most; None: all.
-
-    Raises UserError when a split is empty.
     """
     raw, raw_held_out = problems("train"), problems("eval")
     held_out, more_conflicts = distinct(raw_held_out)
@@ -54,13 +69,8 @@ def make_splits(problems: Callable[[Split], list[Problem]], size: int | None) ->
         "in_both": len(different) - len(apart),
         "size": len(apart) - len(train),
     }
-    if not train or not held_out:
-        raise UserError(
-            f"No {'training' if not train else 'held-out'} problem is left: of {len(raw)} for training "
-            f"{len(raw) - len(different)} repeat another question and {dropped['in_both']} are among the "
-            f"{len(held_out)} held-out ones; give more different questions, or other held-out ones"
-        )
-    return Splits(train, held_out, {reason: n for reason, n in dropped.items() if n}, conflicts + more_conflicts)
+    dropped = {reason: count for reason, count in dropped.items() if count}
+    return Splits(train, held_out, dropped, conflicts + more_conflicts)
 
 
 def distinct(problems: Iterable[Problem]) -> tuple[list[Problem], int]:

@@ -41,7 +41,7 @@ def load_data(recipe: Recipe, policy: Policy | None = None) -> Data:
     Args:
         policy: has tokenizer and context already.
 
-    Raises UserError when a split is empty, a prompt cannot be rendered, or one is too long and task.too_long=error.
+    Raises UserError when there are no problems, or a prompt cannot be rendered or is too long (task.too_long=error).
     """
     task = load_task(recipe.task, recipe.seed)
     assert task.splits is not None
@@ -49,7 +49,7 @@ def load_data(recipe: Recipe, policy: Policy | None = None) -> Data:
     name = recipe.policy.model
     context = model_context(name) if policy is None else policy.context
     encoder = recipe_encoder(recipe, load_tokenizer(name) if policy is None else policy.tokenizer, name)
-    note = encoder.render(splits.train[0].prompt).note
+    note = encoder.render(_first(splits).prompt).note
     fitting, warnings = _fitting(recipe, splits, encoder, context)
     warnings = [*splits.warnings(), *warnings, *([] if note is None else [note])]
     if recipe.policy.system is not None and not recipe.policy.chat:
@@ -71,11 +71,15 @@ def encode_problem(problem: Problem, encoder: PromptEncoder) -> list[int]:
         raise UserError(f"Problem '{problem.id}': {error}") from None
 
 
+def _first(splits: Splits) -> Problem:
+    return (splits.train or splits.problems("eval"))[0]
+
+
 def _fitting(recipe: Recipe, splits: Splits, encoder: PromptEncoder, context: int | None) -> tuple[Splits, list[str]]:
     """The splits without prompts that leave no position free, and the sentence about those."""
     if context is None:
         return splits, []
-    length = _length_or_bound(splits.train[0], encoder, context)
+    length = _length_or_bound(_first(splits), encoder, context)
     long = [(n, p) for p in [*splits.train, *splits.held_out] if (n := length(p)) >= context]
     if not long:
         return splits, []
@@ -86,8 +90,6 @@ def _fitting(recipe: Recipe, splits: Splits, encoder: PromptEncoder, context: in
     left_out = {id(problem) for _, problem in long}
     train = [problem for problem in splits.train if id(problem) not in left_out]
     held_out = [problem for problem in splits.held_out if id(problem) not in left_out]
-    if not train or not held_out:
-        raise UserError(f"All {'held-out' if train else 'training'} prompts {what}; choose a model with a longer one")
     dropped = {**splits.dropped, "too_long": len(long)}
     fitting = replace(splits, train=train, held_out=held_out, dropped=dropped)
     return fitting, [f"{len(long)} problems are left out: their prompts {what}"]
