@@ -306,11 +306,11 @@ def test_a_full_disk_loses_nothing(recipe: Path, tmp_path: Path) -> None:
     ("overrides", "words"),
     [
         (["policy.model=/nowhere/model"], "policy.model=/nowhere/model: there is no such folder"),
-        (["task.path=/nowhere/data.jsonl"], "Cannot read the data file"),
+        (["task.path=/nowhere/data.jsonl"], "task.path=/nowhere/data.jsonl: there is no such file"),
         (["task.reward=rewards_for_tests:raises"], "'raises' raised ZeroDivisionError on problem"),
         (["task.reward=rewards_for_tests:nothing"], "cannot import"),
         (["train.stepz=1"], "did you mean 'train.steps'"),
-        (["speculation.draft=nowhere"], "neither a folder nor a shipped artifact"),
+        (["speculation.draft=nowhere"], "speculation.draft=nowhere: there is no such folder"),
     ],
 )
 def test_bad_input_is_one_sentence(recipe: Path, overrides: list[str], words: str) -> None:
@@ -328,9 +328,9 @@ def test_bad_data_and_models(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"empty\.jsonl is empty"):
         forerun.train(str(recipe), {"task.path": str(tmp_path / "empty.jsonl")})
     (tmp_path / "long.jsonl").write_text(
-        "\n".join(json.dumps({"question": "7" * 300, "answer": "1"}) for _ in range(20))
+        "\n".join(json.dumps({"question": f"{i}" * 300, "answer": "1"}) for i in range(20))
     )
-    with pytest.raises(UserError, match="context is 128"):
+    with pytest.raises(UserError, match="No training problem is left: 20 fill the model's context"):
         forerun.train(str(recipe), {"task.path": str(tmp_path / "long.jsonl"), "speculation.method": "none"})
     silent = save_tiny(tmp_path / "silent", template=None)
     with pytest.raises(UserError, match=r"no chat template; set policy\.chat=false"):
