@@ -114,8 +114,11 @@ def off_policy(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     `mixed_after_learning` is the share of rollouts that changed versions in mid-sample in a step that follows an update
     with a gradient, `steps_mixed_after_learning` the number of such steps: the other versions are all alike.
     """
-    names = ("async/lag_mean", "async/lag_max", "async/mixed_rollouts", "mismatch/kl", "spec/acceptance_length")
+    names = ("async/lag_mean", "async/lag_max", "async/mixed_rollouts", "spec/acceptance_length")
     found = {n: statistics.mean(r[n] for r in rows) for n in names if all(r.get(n) is not None for r in rows)}
+    for name in ("mismatch/kl", "async/kl"):  # of the steps that have it
+        values = [r[name] for r in rows if r.get(name) is not None]
+        found |= {name: statistics.mean(values)} if values else {}
     if "async/mixed_rollouts" not in found:
         return found
     mixed = [row["async/mixed_rollouts"] for before, row in pairwise(rows) if before.get("policy/grad_norm", 0.0) > 0]

@@ -1,16 +1,19 @@
 """The command line: one verb per function, nothing else.
 
 `RECIPE` is a shipped name or a YAML path; `dotted.key=value` overrides follow. A user's mistake ends with one sentence
-and exit code 2; `--debug` shows the traceback. Ctrl-C stops cleanly with exit code 130.
+and exit code 2; `--debug` shows the traceback. Signals stop cleanly with exit code 128 and their number (Ctrl-C: 130).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -250,6 +253,7 @@ def main() -> None:
         typer.echo(__version__)
         return
     try:
+        _catch_signals()
         _quiet_libraries()
         app(standalone_mode=True)
     except (UserError, WorkersLost) as error:
@@ -257,8 +261,24 @@ def main() -> None:
             raise
         typer.echo(f"forerun: {error}", err=True)
         sys.exit(2)
-    except (Interrupted, KeyboardInterrupt):
+    except Interrupted as stopped:
+        typer.echo(f"forerun: {stopped}", err=True)
+        sys.exit(128 + stopped.number)
+    except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _catch_signals() -> None:
+    """SIGTERM and SIGHUP end a verb as Ctrl-C does, cleaning up; one that is ignored (nohup) stays ignored."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(number, stop)
 
 
 def _resumed(run: Path, words: list[str]) -> Recipe:

@@ -1,6 +1,8 @@
-"""How a run ends early: by a mistake of the user's or a loss (exit code 2), or because the user asked (130)."""
+"""How a run ends early: by a mistake of the user's or a loss (exit code 2), or by a signal (128 and its number)."""
 
 from __future__ import annotations
+
+import signal
 
 
 class UserError(Exception):
@@ -8,7 +10,12 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The user asked to stop. Raised at a safe point: the policy is that of the last finished step."""
+    """A stop was asked for. Raised at a safe point: the policy is that of the last finished step."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        """`number`: of the signal."""
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = int(number)
 
 
 class WorkersLost(Exception):

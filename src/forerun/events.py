@@ -82,6 +82,24 @@ def finish(work: Generator[Any, None, T]) -> T:
             return end.value  # type: ignore[no-any-return]
 
 
+def to_its_end(work: EventStream[T]) -> EventStream[T]:
+    """`work`, which an exception that the consumer throws does not break off: it is raised when all is done."""
+    thrown: BaseException | None = None
+    while True:
+        try:
+            event = next(work)
+        except StopIteration as end:
+            if thrown is not None:
+                raise thrown from None
+            return end.value  # type: ignore[no-any-return]
+        try:
+            yield event
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            thrown = thrown or error
+
+
 def as_stage(stage: str, work: EventStream[T]) -> EventStream[T]:
     """`work` between `Began(stage)` and `Ended(stage)`."""
     yield Began(stage)

@@ -295,8 +295,8 @@ def test_a_step_that_is_broken_off_changes_neither(tiny: Callable[..., Path]) ->
         finish(learner.update(rollouts, advantages, scored, 1e-3, stop_requested=lambda: True))
     assert all(torch.equal(v, drafter.state_dict()[k]) for k, v in before.items())
     trainer.config = CONFIG.model_copy(update={"decay": float("nan")})
-    with pytest.raises(UserError, match="drafter's gradient is not finite"):
-        trainer.update(0, rollouts, scored.entropies)
+    metrics = trainer.update(0, rollouts, scored.entropies)
+    assert metrics["draft/skipped_updates"] > 0 and metrics["draft/grad_norm"] == 0
     assert all(torch.equal(v, drafter.state_dict()[k]) for k, v in before.items())
 
 

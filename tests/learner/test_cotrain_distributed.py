@@ -31,7 +31,6 @@ from forerun.drafters.eagle3 import Eagle3Drafter, new_head
 from forerun.drafters.mtp import MtpDrafter, MtpHead
 from forerun.drafters.training.heads import TeacherBatch, rows_by_position, run_teacher, unrolled_losses, weighted_loss
 from forerun.engine.local.engine import LocalEngine
-from forerun.errors import UserError
 from forerun.events import finish
 from forerun.learner import cotrain
 from forerun.learner.cotrain import CoTrainer
@@ -334,11 +333,10 @@ def test_a_restored_drafter_goes_on_bit_for_bit(
     assert apart(drafter.state_dict(), expected) < 0.01
 
 
-def test_a_gradient_that_is_not_finite_is_refused_by_all_ranks(bench: Bench) -> None:
+def test_a_gradient_that_is_not_finite_is_skipped_by_all_ranks(bench: Bench) -> None:
     trainer = bench.trainer("eagle3", CONFIG.model_copy(update={"decay": float("nan")}))
     before = copied(trainer.head.state_dict())
-    with pytest.raises(UserError, match="drafter's gradient is not finite"):
-        bench.steps(trainer, bench.batches[:1])
+    assert bench.steps(trainer, bench.batches[:1])[0]["draft/skipped_updates"] > 0
     assert gap(trainer.head.state_dict(), before) == 0
     assert bench.steps(bench.trainer("eagle3"), bench.batches[:1])[0]["draft/tokens"] > 0  # the ranks are still at work
 

@@ -140,8 +140,8 @@ def updates_that_do_not_happen(group: LearnerGroup, batch: Batch) -> None:
     os.kill(last, signal.SIGSTOP)  # so that the ranks cannot be done before they are asked to stop
     with pytest.raises(Interrupted):
         finish(group.update(rollouts, advantages, scored, 0.05, stop))
-    with pytest.raises(UserError, match=r"loss of .* is not finite: not finite are the advantages"):
-        finish(group.update(rollouts, advantages * float("inf"), scored, 0.05))
+    skipped = finish(group.update(rollouts, advantages * float("inf"), scored, 0.05))
+    assert skipped["policy/skipped_updates"] > 0 and "not finite are the advantages" in group.objective.skip_reason
     assert same(weights(group.policy), before)
 
 

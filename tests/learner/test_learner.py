@@ -19,7 +19,7 @@ from forerun.algorithms.advantages import group_advantages, grpo_advantages
 from forerun.algorithms.losses import TOKEN_MEAN, kl_k3
 from forerun.config import TrainConfig
 from forerun.engine.local.engine import LocalEngine
-from forerun.errors import Interrupted, UserError
+from forerun.errors import Interrupted
 from forerun.events import finish
 from forerun.learner.learner import Learner
 from forerun.learner.objective import mismatch
@@ -236,8 +236,8 @@ def test_nothing_is_updated_from_a_gradient_that_is_not_finite(fresh: Policy) ->
     learner = Learner(fresh, TrainConfig(), 1.0)
     scored = finish(learner.score(rollouts))
     before = {k: v.clone() for k, v in fresh.model.state_dict().items()}
-    with pytest.raises(UserError, match="not finite"):
-        finish(learner.update(rollouts, advantages * float("inf"), scored, 1e-3))
+    metrics = finish(learner.update(rollouts, advantages * float("inf"), scored, 1e-3))
+    assert metrics["policy/skipped_updates"] == 1 and learner.updates == 0
     with pytest.raises(Interrupted):
         finish(learner.update(rollouts, advantages, scored, 1e-3, stop_requested=lambda: True))
     assert all(torch.equal(v, fresh.model.state_dict()[k]) for k, v in before.items())
@@ -271,8 +271,8 @@ def test_a_loss_that_is_not_finite_says_what_made_it_so(fresh: Policy, name: str
     scored = finish(learner.score(rollouts))
     scored.logprobs[0][0] += broken.get("old", 0.0)
     rollouts[0].logprobs[0] += broken.get("behaviour", 0.0)
-    with pytest.raises(UserError, match=f"loss of train.algorithm=grpo is not finite: {sentence}"):
-        finish(learner.update(rollouts, advantages + broken.get("advantage", 0.0), scored, 1e-3))
+    finish(learner.update(rollouts, advantages + broken.get("advantage", 0.0), scored, 1e-3))
+    assert f"loss of train.algorithm=grpo is not finite: {sentence}" in learner.objective.skip_reason
 
 
 def test_a_finite_loss_with_another_gradient_blames_the_gradient(fresh: Policy) -> None:
@@ -281,8 +281,13 @@ def test_a_finite_loss_with_another_gradient_blames_the_gradient(fresh: Policy) 
     learner = Learner(fresh, TrainConfig(), 1.0)
     steep = Algorithm(grpo_advantages, lambda batch, _: ((batch.logprobs * 0).abs().sqrt(), {}), TOKEN_MEAN, {})
     learner.objective.algorithm = steep
-    with pytest.raises(UserError, match="The loss is finite, but the policy's gradient is not"):
+    for count in (1, 2):
         finish(learner.update(rollouts, advantages, finish(learner.score(rollouts)), 1e-3))
+        assert "The loss is finite, but the policy's gradient is not" in learner.objective.skip_reason
+        assert learner.objective.skipped_in_row == count
+    learner.objective.algorithm = Learner(fresh, TrainConfig(), 1.0).objective.algorithm
+    after = finish(learner.update(rollouts, advantages, finish(learner.score(rollouts)), 1e-3))
+    assert learner.objective.skipped_in_row == 0 and after["policy/skipped_updates"] == 0 and learner.updates == 1
 
 
 def test_microbatches_hold_every_row_once_within_the_bound() -> None:

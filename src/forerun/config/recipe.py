@@ -229,6 +229,13 @@ class RolloutConfig(Block):
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = Field(1.0, ge=0)
     stop: list[str] = Field(default_factory=list, description="strings that end a completion (kept in it)")
+    mismatch_warn: float = Field(
+        0.05, gt=0, description="mismatch/kl, in nats per token, above which a run warns: rounding makes up to 0.02"
+    )
+    mismatch_stop: float = Field(
+        0.5, gt=0, description="mismatch/kl above which steps are counted: engines of another model make 1 to 2"
+    )
+    mismatch_steps: int = Field(3, ge=1, description="so many steps in a row above mismatch_stop end the run")
 
 
 class LoraConfig(Block):
@@ -264,6 +271,12 @@ class TrainConfig(Block):
     betas: tuple[float, float] = Field((0.9, 0.99), description="adamw")
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd")
     max_grad_norm: float = Field(1.0, gt=0)
+    max_skipped_updates: int = Field(
+        5,
+        ge=1,
+        description="updates in a row, skipped because loss or gradient is not finite, that end the run: every step "
+        "has new rollouts, so five in a row are no accident",
+    )
     updates_per_step: int = Field(1, ge=1, description="optimizer steps per batch of rollouts")
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.2, gt=0)
@@ -340,7 +353,7 @@ class CompareConfig(Block):
 
 
 class CheckpointConfig(Block):
-    every: int = Field(10, ge=0, description="steps between checkpoints; 0: only on Ctrl-C")
+    every: int = Field(10, ge=0, description="steps between checkpoints; 0: only when the run ends before its time")
     keep: int = Field(2, ge=1, description="newest checkpoints that are kept; with 1 a broken one has none before it")
     restarts: int = Field(
         3,

@@ -11,6 +11,7 @@ With a policy that is sharded over ranks: `cotrain_distributed.py`. Not supporte
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -157,11 +158,7 @@ class CoTrainer:
         return logits
 
     def update(self, step: int, rollouts: Sequence[Rollout], entropies: Sequence[float]) -> dict[str, float]:
-        """The step's update, if it is due, and metrics.
-
-        Raises:
-            UserError: the drafter's gradient is not finite; this update was not made.
-        """
+        """The step's update, if it is due, and metrics."""
         metrics = self._update(step) if self._due else {}
         self._teacher_cache = []
         return metrics | self.schedule.observe(rollouts, entropies)
@@ -216,13 +213,10 @@ def order_of_batches(seed: int, step: int, count: int) -> list[int]:
 
 
 def draft_step(optimizer: MasterOptimizer, rate: float) -> float:
-    """One optimizer step; the gradient's norm. Raises UserError when the gradient is not finite."""
+    """One optimizer step; the gradient's norm. A gradient that is not finite is skipped; its norm is NaN."""
     if not all(bool(torch.isfinite(m.grad).all()) for m in optimizer.masters if m.grad is not None):
         optimizer.clear()
-        raise UserError(
-            "The drafter's gradient is not finite; it was not updated. Lower draft.online_learning_rate, or set "
-            "speculation.train=off"
-        )
+        return math.nan
     return optimizer.step(rate)
 
 
@@ -234,11 +228,13 @@ def draft_metrics(
     left_out: int,
     started: float,
 ) -> dict[str, float]:
-    """Of an update. `losses`, `norms`: of each optimizer step. `started`: by time.perf_counter."""
+    """Of an update. `losses`, `norms`: of each optimizer step, see `draft_step`. `started`: by time.perf_counter."""
+    made = [norm for norm in norms if not math.isnan(norm)]
     return {
         "draft/loss": sum(losses) / max(1, len(losses)),
         "draft/acceptance_simulated": mean_acceptance(batches).length,
-        "draft/grad_norm": sum(norms) / max(1, len(norms)),
+        "draft/grad_norm": sum(made) / max(1, len(made)),
+        "draft/skipped_updates": float(len(norms) - len(made)),
         "draft/tokens": float(tokens),
         "draft/tokens_left_out": float(left_out),
         "time/draft_train": time.perf_counter() - started,

@@ -98,11 +98,7 @@ class RankCoTrainer:
         return forward
 
     def train(self, tick: Callable[[], None]) -> RankUpdate:
-        """The update on the cached rows. `tick`: called after every optimizer step.
-
-        Raises:
-            UserError: the drafter's gradient is not finite; raised on all ranks, and this step was not made.
-        """
+        """The update on the cached rows. `tick`: called after every optimizer step."""
         try:
             with self._gathered_policy():
                 assert self.policy.dtype == self.dtype  # the dtype that the losses are computed in

@@ -92,6 +92,7 @@ class LearnerGroup:
 
         self.policy, self.config = policy, config
         self.objective = Objective(config, max_new_tokens)
+        self.updates = 0  # that were begun
         self._store: Store | None = None  # at which the ranks meet
         launcher = launcher or LocalLauncher()
         devices = rank_devices(policy.device, config.ranks, launcher)
@@ -137,6 +138,7 @@ class LearnerGroup:
         if update.chunks:
             if stop_requested():
                 raise Interrupted
+            self.updates += 1  # before: the ranks may be lost in its midst
             result = yield from self._update(update, learning_rate, stop_requested)
         return self.objective.metrics(update, result, learning_rate, scored)
 
@@ -245,11 +247,12 @@ class LearnerGroup:
         requests = self._for_all([("update", share, learning_rate) for share in shares])
         answers = yield from self._ranks.run(requests, idle)
         if answers[0][0] == "interrupted":
+            self.updates -= 1  # the policy is as it was
             raise Interrupted
         self._fetch("send_policy", self.policy.model)
         check_refusals(answers)
         parts: list[UpdateResult] = [answer[1] for answer in answers[:: self.config.tensor_parallel]]
-        result = UpdateResult(norms=parts[0].norms)
+        result = UpdateResult(norms=parts[0].norms, skipped=parts[0].skipped)
         for part in parts:
             result.add(part.sums, part.tokens)
         return result

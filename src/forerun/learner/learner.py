@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from forerun.algorithms.losses import batch_loss, loss_fault, loss_fault_text
+from forerun.algorithms.losses import batch_loss, loss_fault
 from forerun.config import TrainConfig
-from forerun.errors import Interrupted, UserError
+from forerun.errors import Interrupted
 from forerun.events import CountStream
 from forerun.learner.batching import by_rollout, policy_batch, token_batches
 from forerun.learner.lora import LoraAdapter, save_settings
@@ -124,7 +124,6 @@ class Learner:
 
         Raises:
             Interrupted: `stop_requested` before the first optimizer step; the policy is as it was.
-            UserError: the loss or the gradient is not finite; the policy is as it was before this optimizer step.
         """
         update = self.objective.plan(rollouts, advantages, scored)
         result = yield from self.apply(update, learning_rate, stop_requested)
@@ -133,9 +132,13 @@ class Learner:
     def apply(
         self, update: Update, learning_rate: float, stop_requested: Callable[[], bool] = lambda: False
     ) -> CountStream[UpdateResult]:
-        """Carry out an update, or this rank's part of one. Raises as `update` does, on all ranks or on none."""
-        result, done, fault = UpdateResult(), 0, 0
+        """Carry out an update, or this rank's part of one. Raises as `update` does, on all ranks or on none.
+
+        An optimizer step whose loss or gradient is not finite is skipped, on all ranks: the policy is as it was before.
+        """
+        result, done = UpdateResult(), 0
         for number, chunk in enumerate(update.chunks):
+            fault = 0
             for rows, batch in self._batches(update.rollouts, chunk, self.config.packing):
                 if number == 0 and self.all_reduce_max(int(stop_requested())):
                     self.optimizer.clear()
@@ -148,11 +151,19 @@ class Learner:
                 result.add(sums, len(logprobs))
                 done += len(rows)
                 yield done
-            self._check_finite(fault)
+            if reason := self._fault(fault):
+                self.optimizer.clear()
+                result.skipped.append(reason)
+                continue
             result.norms.append(self.optimizer.step(learning_rate))
             if self.adapter is not None:
                 self.adapter.merge()
         return result
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps that the policy has made."""
+        return self.optimizer.updates
 
     def save(self, folder: Path) -> None:
         """Write the optimizer with its masters, the adapter, and the reference, into the folder of a checkpoint."""
@@ -170,11 +181,11 @@ class Learner:
 
             load_shards(folder / SHARDS, self.policy.model, self.optimizer, self.reference, alone=True)
             return
-        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+        self.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
         if self.adapter is not None:
             self.adapter.merge()
         if self.reference is not None and (folder / "reference.pt").exists():
-            self.reference.load_state_dict(torch.load(folder / "reference.pt", weights_only=True))
+            self.reference.load_state_dict(torch.load(folder / "reference.pt", map_location="cpu", weights_only=True))
 
     def close(self) -> None:
         """Leave the policy as it was found, but for what it has learnt; the twin of `LearnerGroup.close`."""
@@ -189,22 +200,17 @@ class Learner:
         with self.adapter.left_out():
             return completion_logits(self.policy.model, batch)
 
-    def _check_finite(self, fault: int) -> None:
-        """Before an optimizer step, on all ranks: what an algorithm made, see `loss_fault`, and its gradient."""
+    def _fault(self, fault: int) -> int:
+        """Before an optimizer step, the same on all ranks: 0, or what is not finite, see `objective.fault_text`.
+
+        Args:
+            fault: of the loss on this rank, see `loss_fault`.
+        """
         if self.adapter is not None:
             self.adapter.require_gradients()
         gradients = [local_part(m.grad) for m in self.optimizer.masters if m.grad is not None]
         broken = not all(bool(torch.isfinite(g).all()) for g in gradients)
-        found = self.all_reduce_max(2 * fault + broken)
-        if not found:
-            return
-        self.optimizer.clear()
-        if found >= 2:
-            raise UserError(f"{loss_fault_text(self.config.algorithm, found // 2)}; nothing was updated")
-        raise UserError(
-            "The loss is finite, but the policy's gradient is not; nothing was updated. Lower train.learning_rate, "
-            "or use policy.dtype=float32"
-        )
+        return self.all_reduce_max(2 * fault + broken)
 
     def _batches(
         self, rollouts: Sequence[Rollout], chosen: Sequence[int], packed: bool

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from forerun.algorithms import ALGORITHMS, Algorithm, definitions
-from forerun.algorithms.losses import batch_loss
+from forerun.algorithms.losses import batch_loss, loss_fault_text
 from forerun.algorithms.off_policy import correct
 from forerun.config import TrainConfig
 from forerun.learner.batching import Targets, policy_batch
@@ -51,6 +51,7 @@ class UpdateResult:
     sums: dict[str, float] = field(default_factory=dict)  # over tokens, by metric; ranks' sums add up
     tokens: int = 0
     norms: list[float] = field(default_factory=list)  # of the gradient at each optimizer step, the same on every rank
+    skipped: list[int] = field(default_factory=list)  # why each of the others was skipped, likewise; see `fault_text`
 
     def add(self, sums: dict[str, Tensor] | dict[str, float], tokens: int) -> None:
         """Take in a micro-batch or a rank."""
@@ -67,6 +68,8 @@ class Objective:
         self.config = config
         self.max_new_tokens = max_new_tokens
         self.algorithm: Algorithm = ALGORITHMS.load(config.algorithm)
+        self.skip_reason = ""  # of the last optimizer step that was skipped
+        self.skipped_in_row = 0  # optimizer steps, up to the newest update
         define(definitions(config.algorithm))
 
     def plan(self, rollouts: Sequence[Rollout], advantages: Tensor, scored: Scored) -> Update:
@@ -97,10 +100,14 @@ class Objective:
         """What `Learner.update` returns."""
         if not update.chunks:
             result = self._without_gradient(update)
+        self.skipped_in_row = len(result.skipped) + (0 if result.norms else self.skipped_in_row)
+        if result.skipped:
+            self.skip_reason = fault_text(self.config.algorithm, max(result.skipped))
         tokens = max(1, result.tokens)
         return {name: total / tokens for name, total in result.sums.items()} | {
             "policy/loss": result.sums["policy/loss"] / self.config.updates_per_step,
             "policy/grad_norm": sum(result.norms) / max(1, len(result.norms)),
+            "policy/skipped_updates": float(len(result.skipped)),
             "policy/lr": learning_rate,
             "policy/entropy": scored.entropy,
             **update.metrics,
@@ -112,6 +119,15 @@ class Objective:
         batch = policy_batch(torch.cat([t.old for t in update.targets]), update.targets)
         result.add(batch_loss(self.algorithm, batch, self.config, update.size)[1], len(batch.old))
         return result
+
+
+def fault_text(algorithm: str, fault: int) -> str:
+    """Why an optimizer step was skipped: 1: its gradient; 2 and more: twice what `loss_fault` says of its loss."""
+    if fault >= 2:
+        return loss_fault_text(algorithm, fault // 2)
+    return (
+        "The loss is finite, but the policy's gradient is not. Lower train.learning_rate, or use policy.dtype=float32"
+    )
 
 
 def sampled_logprobs(rollouts: Sequence[Rollout]) -> Tensor:
@@ -127,3 +143,26 @@ def mismatch(rollouts: Sequence[Rollout], scored: Scored) -> dict[str, float]:
         "mismatch/logp_diff_max": float(gap.abs().max()),
         "mismatch/prob_ratio": float(gap.abs().exp().mean()),
     }
+
+
+def mismatch_by_version(
+    rollouts: Sequence[Rollout], scored: Scored, version: int, probe: Sequence[Rollout], probed: Scored | None
+) -> dict[str, float | None]:
+    """`mismatch` of rollouts by the very version that scored them; of the others, whose policy was another, `async/kl`.
+
+    Args:
+        probe: rollouts by `version` that are not trained on yet, where the engine runs ahead; `probed`: the learner's.
+
+    Returns:
+        Null where no rollout is of this version.
+    """
+    own = [i for i, rollout in enumerate(rollouts) if all(v == version for v in rollout.versions)]
+    if probed is not None:
+        found: dict[str, float | None] = {**mismatch(probe, probed)}
+    elif own:
+        found = {**mismatch([rollouts[i] for i in own], Scored([scored.logprobs[i] for i in own], None, 0.0))}
+    else:
+        found = dict.fromkeys(("mismatch/kl", "mismatch/logp_diff_max", "mismatch/prob_ratio"))
+    if len(own) < len(rollouts):
+        found["async/kl"] = mismatch(rollouts, scored)["mismatch/kl"]
+    return found

@@ -7,12 +7,15 @@ say is in `lines.py`.
 
 from __future__ import annotations
 
+import errno
 import json as jsonlib
+import os
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from io import TextIOWrapper
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
@@ -21,6 +24,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from forerun.errors import Interrupted, UserError
 from forerun.events import Began, Ended, Event, EventStream, Finished, Note, StepDone, Warned
 from forerun.events import Progress as ProgressEvent
 from forerun.report.lines import eta, progress_text, step_line, summary_parts
@@ -41,6 +45,8 @@ def follow(work: EventStream[T], console: Console) -> T:
             while True:
                 try:
                     console.show(event)
+                except OSError as error:  # nobody reads any more, or a full disk
+                    event = work.throw(console.lost(error))
                 except BaseException as error:  # e.g. Ctrl-C while a line is printed: the work handles it
                     event = work.throw(error)
                 else:
@@ -62,7 +68,8 @@ class Console:
         self.total_steps = total_steps
         self.json = json
         self.warnings: list[str] = []
-        self._rich = RichConsole(file=stream, width=None if terminal else WIDTH, highlight=False)
+        self._muted = False
+        self._rich = _Rich(file=stream, width=None if terminal else WIDTH, highlight=False)
         self._bars = _Bars(self._rich, total_steps) if terminal else None
         self._stages: list[str] = []  # those under way, the innermost last
         self._last_reward: float | None = None
@@ -85,10 +92,27 @@ class Console:
     def close(self) -> None:
         """Stop the live display. Lines can still be printed afterwards."""
         if self._bars:
-            self._bars.live.stop()
+            with suppress(OSError):  # the terminal is gone
+                self._bars.live.stop()
+
+    def lost(self, error: OSError) -> Exception:
+        """The stream cannot be written: only warnings are shown from now on, on stderr. What the work should raise."""
+        self._bars = None
+        self._rich = _Rich(file=sys.stderr, width=WIDTH, highlight=False)
+        self._muted = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr) if self.json else (sys.stdout,):
+            with suppress(OSError, ValueError):  # a stream of a test or a notebook has no descriptor
+                os.dup2(nowhere, stream.fileno())  # what is buffered would fail again when the process ends
+        os.close(nowhere)
+        if error.errno in (errno.EPIPE, errno.EIO):
+            return Interrupted(signal.SIGPIPE)
+        return UserError(f"The output of this command cannot be written ({error.strerror})")
 
     def show(self, event: Event) -> None:
         """Print one event."""
+        if self._muted and not isinstance(event, Warned):
+            return
         match event:
             case Began(stage):
                 self.begin(stage)
@@ -186,6 +210,14 @@ class Console:
         if not self._intervals_s:
             return None
         return max(0, self.total_steps - step) * sum(self._intervals_s) / len(self._intervals_s)
+
+
+class _Rich(RichConsole):
+    """Rich's console, which leaves it to the caller what a closed pipe means."""
+
+    def on_broken_pipe(self) -> None:
+        """Called within the handling of that error."""
+        raise
 
 
 class _Bars:

@@ -33,7 +33,8 @@ def step_line(step: int, total: int, metrics: Metrics, last_reward: float | None
             _value("train", metrics.get("time/train"), "{:.1f}s"),
         ),
         _value("", metrics.get("time/step"), "{:.1f}s/step"),
-        _small("kl", metrics.get("policy/kl")) or _small("mismatch", metrics.get("mismatch/kl")),
+        _small("kl", metrics.get("policy/kl") or None),  # 0 without train.kl
+        _small("mismatch", metrics.get("mismatch/kl")),
         _value("", metrics.get("compare/speedup"), "{:.2f}x plain"),
         _evaluation(metrics),
         eta(eta_s),

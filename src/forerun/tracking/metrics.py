@@ -31,8 +31,8 @@ DEFINITIONS: dict[str, str] = {
     "replicas/samples_rerun": "Samples that were generated again after such a loss, over the run. Unit: count.",
     "replicas/idle": "Replicas that the latest stream had no sample for. Unit: count.",
     "replicas/slowest_ratio": "Seconds per token and sample, slowest replica over the others' median. Unit: ratio.",
-    # difference between engine and learner on the same tokens
-    "mismatch/kl": "Estimated KL(engine || learner) on the sampled tokens. Unit: nats per token.",
+    # difference between engine and learner on the same tokens, by the same weight version
+    "mismatch/kl": "Estimated KL(engine || learner) by the same weights on sampled tokens. Unit: nats per token.",
     "mismatch/logp_diff_max": "Largest absolute difference of log-probabilities, engine against learner. Unit: nats.",
     "mismatch/prob_ratio": "Mean of exp(|engine - learner log-probability|); 1 is perfect. Unit: ratio.",
     "mismatch/is_weight_mean": "Mean importance weight, truncated at its cap. Unit: ratio.",
@@ -43,6 +43,7 @@ DEFINITIONS: dict[str, str] = {
     # the policy update; those of the loss are in algorithms/
     "policy/entropy": "Mean entropy of the policy over generated positions. Unit: nats per token.",
     "policy/grad_norm": "Norm of the policy's gradient before clipping. Unit: gradient.",
+    "policy/skipped_updates": "Optimizer steps skipped because loss or gradient was not finite. Unit: count.",
     "policy/lr": "Learning rate of the policy. Unit: per update.",
     # the five stages, and times outside them
     "time/step": "The whole step, from fetching prompts to the updated policy. Unit: seconds.",
@@ -70,6 +71,7 @@ DEFINITIONS: dict[str, str] = {
     "draft/acceptance_simulated": "Expected tokens per round on this step's rollouts, from the distributions of "
     "drafter and policy, before each update. Unit: tokens per round.",
     "draft/grad_norm": "Norm of the drafter's gradient before clipping. Unit: gradient.",
+    "draft/skipped_updates": "Optimizer steps of the drafter skipped because its gradient was not finite. Unit: count.",
     "draft/tokens": "Completion tokens that the drafter was trained on in this step. Unit: tokens.",
     "draft/tokens_left_out": "Completion tokens skipped because draft.cache_gib was full. Unit: tokens.",
     "spec/drift": "Drop of the acceptance length against the first steps at the same entropy. Unit: share.",
@@ -88,6 +90,7 @@ DEFINITIONS: dict[str, str] = {
     "compare/spec_tokens_per_s": "Throughput of the speculative run. Unit: tokens/s.",
     "compare/speedup": "Plain seconds over speculative seconds on the same prompts. Unit: ratio.",
     # asynchronous runs
+    "async/kl": "Estimated KL(older versions that sampled || learner) on the trained tokens. Unit: nats per token.",
     "async/lag_mean": "Mean age, at training, of the weights that sampled a token. Unit: versions.",
     "async/lag_max": "Largest age, at training, of the weights that sampled a token. Unit: versions.",
     "async/mixed_rollouts": "Share of rollouts sampled from more than one weight version. Unit: share.",
@@ -152,6 +155,11 @@ def unit_of(name: str) -> str:
 def nearest_name(name: str) -> str:
     """The defined metric whose name is most similar to `name`."""
     return difflib.get_close_matches(name, DEFINITIONS, n=1, cutoff=0.0)[0]
+
+
+def without_non_finite(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """The metrics with None for every NaN and infinity."""
+    return {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def checked_metrics(step: int, metrics: Mapping[str, float | None]) -> dict[str, float | None]:

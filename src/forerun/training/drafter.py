@@ -21,7 +21,7 @@ from forerun.drafters import DRAFTERS, Drafter, load_drafter
 from forerun.drafters.training.trainer import EpochDone, StateFile, Training, TrainingSetup
 from forerun.engine import Sampling
 from forerun.engine.local.engine import LocalEngine
-from forerun.errors import UserError
+from forerun.errors import Interrupted, UserError
 from forerun.events import EventStream, Note, Progress, Warned, as_stage
 from forerun.models import Policy, load_policy
 from forerun.models.checksum import checksum
@@ -169,7 +169,7 @@ def make_drafter(recipe: Recipe, out: Path, resume: bool = False) -> EventStream
         policy = yield from prepare_policy(recipe, task, out)
     try:
         return (yield from train_drafter(recipe, policy, task, out, unfinished))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted):
         if unfinished.exists:
             yield Warned(f"stopped; go on with the same command and --resume (kept in {unfinished.folder})")
         raise

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from forerun.errors import Interrupted
-from forerun.events import EventStream, Note, StepDone, Warned, as_stage, with_progress
-from forerun.learner.objective import Scored, mismatch
+from forerun.events import EventStream, Note, StepDone, Warned, as_stage, finish, to_its_end, with_progress
+from forerun.learner.objective import Scored, mismatch_by_version
+from forerun.tracking.metrics import without_non_finite
 from forerun.training.metrics import comparison, evaluation, rollout_metrics, rollout_samples, thinned
 from forerun.training.prompts import Request, encode, sampling_for
 from forerun.training.rollout import RolloutBatch, Source, generate
@@ -46,12 +47,8 @@ def train_steps(run: Run, source: Source) -> EventStream[None]:
         clock = StageClock(run.timeline, step + 1)
         batch = yield from source.next(step, clock)
         yield from compare(run, step, batch)
-        scored = yield from clock.time_stage("logprob", score(run, step, batch))
-        advantages = run.algorithm.advantages(batch.rewards, recipe.train).view(-1)
-        metrics = yield from clock.time_stage("train", update(run, step, batch, scored, advantages))
-        yield from source.publish(step + 1, clock)
-        metrics |= mismatch(batch.rollouts, scored) | clock.metrics() | source.metrics(step, batch, clock)
-        yield from record(run, step, clock, batch, metrics, advantages)
+        scored, gaps = yield from clock.time_stage("logprob", score(run, step, batch, source))
+        yield from to_its_end(learn(run, step, clock, batch, scored, gaps, source))
         if history.step == recipe.train.steps or due(recipe.eval.every, history.step):
             yield from evaluate(run, history.step)  # before the checkpoint, which must know of it
         if due(recipe.checkpoint.every, history.step):
@@ -62,42 +59,74 @@ def train_steps(run: Run, source: Source) -> EventStream[None]:
         yield from evaluate(run, history.step)
 
 
-def score(run: Run, step: int, batch: RolloutBatch) -> EventStream[Scored]:
-    """Log-probabilities by the policy itself; a co-trained drafter reads the same forward."""
+def learn(
+    run: Run,
+    step: int,
+    clock: StageClock,
+    batch: RolloutBatch,
+    scored: Scored,
+    gaps: dict[str, float | None],
+    source: Source,
+) -> EventStream[None]:
+    """Update the policy, publish the new version and write the step down. Only a failure of its own breaks it off."""
+    advantages = run.algorithm.advantages(batch.rewards, run.recipe.train).view(-1)
+    metrics = yield from clock.time_stage("train", update(run, step, batch, scored, advantages))
+    yield from source.publish(step + 1, clock)
+    metrics |= gaps | clock.metrics() | source.metrics(step, batch, clock)
+    yield from record(run, step, clock, batch, metrics, advantages)
+
+
+def score(
+    run: Run, step: int, batch: RolloutBatch, source: Source
+) -> EventStream[tuple[Scored, dict[str, float | None]]]:
+    """Log-probabilities by the policy itself, and how far the engine's are from them.
+
+    A co-trained drafter reads the same forward.
+    """
+    probe = source.probe(step)
+    probed = finish(run.learner.score(probe)) if probe else None
     if run.cotrainer is not None:
         run.cotrainer.begin(step)
-    return (yield from with_progress(run.score(batch.rollouts), len(batch.rollouts)))
+    scored = yield from with_progress(run.score(batch.rollouts), len(batch.rollouts))
+    return scored, mismatch_by_version(batch.rollouts, scored, step, probe, probed)
 
 
 def update(
     run: Run, step: int, batch: RolloutBatch, scored: Scored, advantages: Tensor
-) -> EventStream[dict[str, float]]:
+) -> EventStream[dict[str, float | None]]:
     """The policy's update, then the drafter's. `advantages` [P·n]. Returns metrics."""
     config = run.recipe.train
     rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
     work = run.learner.update(batch.rollouts, advantages, scored, rate, run.stop_requested)
-    metrics = yield from with_progress(work, len(batch.rollouts))
+    metrics: dict[str, float | None] = {**(yield from with_progress(work, len(batch.rollouts)))}
     if run.cotrainer is not None:
         metrics |= run.cotrainer.update(step, batch.rollouts, scored.entropies)
     return metrics
 
 
 def record(
-    run: Run, step: int, clock: StageClock, batch: RolloutBatch, metrics: dict[str, float], advantages: Tensor
+    run: Run, step: int, clock: StageClock, batch: RolloutBatch, metrics: dict[str, float | None], advantages: Tensor
 ) -> EventStream[None]:
-    """Write the step's metrics and samples down. From here on it counts as finished."""
+    """Write the step's metrics and samples down. From here on it counts as finished.
+
+    Raises UserError when it must be the last, see `Alarms`.
+    """
     line = rollout_metrics(batch) | metrics
     line |= {f"replicas/{name}": float(n) for name, n in run.engine.metrics().get("replicas", {}).items()}
     comparisons = run.history.comparisons
     if comparisons and comparisons[-1]["step"] == step + 1:
         line |= {f"compare/{key}": value for key, value in comparisons[-1].items() if key != "step"}
-    run.history.add_step(clock.seconds, batch.counters, line)
+    run.alarms.observe(step + 1, line, run.learner.objective)
+    line = without_non_finite(line)
     run.log(step + 1, line)
     run.folder.log_rollouts(rollout_samples(step + 1, batch, advantages, run.policy))
+    run.history.add_step(clock.seconds, batch.counters, line)
     run.timeline.flush()
+    run.updates_recorded = run.learner.updates
     yield StepDone(step + 1, line)
     for text in run.take_warnings():
         yield Warned(text)
+    run.alarms.check()
 
 
 def compare(run: Run, step: int, speculative: RolloutBatch) -> EventStream[None]:

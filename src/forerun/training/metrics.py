@@ -5,6 +5,7 @@ Every name has its definition in `tracking/metrics.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -95,8 +96,8 @@ def rollout_samples(step: int, batch: RolloutBatch, advantages: Tensor, policy: 
             "prompt_id": f"{step}/{rollout.prompt_index}",
             "prompt": decode(rollout.prompt_ids),
             "text": batch.texts[i],
-            "reward": rewards[i],
-            "advantage": float(advantages[i]),
+            "reward": rewards[i] if math.isfinite(rewards[i]) else None,
+            "advantage": float(advantages[i]) if bool(advantages[i].isfinite()) else None,
             "tokens": len(rollout.tokens),
             "finish_reason": rollout.finish_reason,
             "rounds": rollout.rounds,

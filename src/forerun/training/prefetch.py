@@ -9,7 +9,7 @@ each token carries its own. A resumed run generates unfinished steps again, by t
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,13 @@ from forerun.events import EventStream, finish
 from forerun.tracking.timeline import QUEUE
 from forerun.training.rollout import RolloutBatch, generate
 from forerun.training.timing import StageClock
+from forerun.types import Rollout
 
 if TYPE_CHECKING:
     from forerun.training.state import Run
 
+PROBE = 16  # rollouts on which engine and learner are compared in a step
+RECENT = 256  # of the engine's newest rollouts that are looked through for them
 StopRequested = Callable[[], bool]
 Generate = Callable[[int, StopRequested, Callable[[], None]], RolloutBatch]  # step, stop_requested, between two rounds
 OnWaiting = Callable[[int, int], None]  # step that was generated or taken, steps that now wait
@@ -137,6 +140,7 @@ class AsynchronousSource:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._thread: RolloutThread | None = None
+        self._recent: deque[Rollout] = deque(maxlen=RECENT)
 
     def start(self, step: int) -> None:
         """Begin to generate, by the weights of now."""
@@ -148,6 +152,10 @@ class AsynchronousSource:
     def next(self, step: int, clock: StageClock) -> EventStream[RolloutBatch]:
         """A step's rollouts; stage generation is the time waited for them (exposed generation)."""
         return (yield from clock.time_call("generation", lambda: self._running.take(step, self.run.stop_requested)))
+
+    def probe(self, version: int) -> list[Rollout]:
+        """At most `PROBE` rollouts that the engine has finished by these weights, where it has any."""
+        return [r for r in self._recent.copy() if all(v == version for v in r.versions)][:PROBE]
 
     def publish(self, version: int, clock: StageClock) -> EventStream[None]:
         """New weights exist: the thread may take them at once."""
@@ -172,7 +180,9 @@ class AsynchronousSource:
         run = self.run
         run.engine_states.begin("generate", step + 1)
         n = run.recipe.train.samples_per_prompt
-        work = generate(run.engine, run.policy, run.task, run.request(step), n, stop_requested, between)
+        work = generate(
+            run.engine, run.policy, run.task, run.request(step), n, stop_requested, between, self._recent.append
+        )
         batch = finish(work)
         run.engine_states.end(batch.timeline)
         return batch

@@ -53,11 +53,13 @@ def generate(
     n: int,
     stop_requested: Callable[[], bool] = lambda: False,
     between: Callable[[], None] = nothing,
+    arrived: Callable[[Rollout], object] = lambda rollout: None,
 ) -> EventStream[RolloutBatch]:
     """Sample every prompt n times and score the texts; yields progress.
 
     Args:
         between: called between two rounds, see `RolloutEngine.stream`.
+        arrived: called with every rollout.
 
     Raises:
         Interrupted: `stop_requested` between two rollouts.
@@ -67,6 +69,7 @@ def generate(
     started = time.perf_counter()
     for rollout in engine.stream(request.prompts, request.sampling, n, between=between):
         rollouts.append(rollout)
+        arrived(rollout)
         if stop_requested():
             raise Interrupted
         rate = len(rollouts) / (time.perf_counter() - started)
@@ -96,6 +99,9 @@ class Source(Protocol):
 
     def next(self, step: int, clock: StageClock) -> EventStream[RolloutBatch]:
         """A step's rollouts."""
+
+    def probe(self, version: int) -> list[Rollout]:
+        """Some rollouts by the present weights, which are `version`; none where those of `next` are."""
 
     def publish(self, version: int, clock: StageClock) -> EventStream[None]:
         """New weights exist."""
@@ -127,6 +133,10 @@ class SynchronousSource:
         batch = yield from clock.time_stage("generation", work)
         run.engine_states.end(batch.timeline)
         return batch
+
+    def probe(self, version: int) -> list[Rollout]:
+        """None: those of `next` are by the present weights."""
+        return []
 
     def publish(self, version: int, clock: StageClock) -> EventStream[None]:
         """New weights exist. The next step takes them when it asks for rollouts."""

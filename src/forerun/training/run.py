@@ -34,9 +34,10 @@ from forerun.training.checkpoint import (
 )
 from forerun.training.data import load_data, prepare_data
 from forerun.training.drafter import prepare_drafter
+from forerun.training.ending import as_sentence, leave_checkpoint
 from forerun.training.export import export
 from forerun.training.history import History
-from forerun.training.interrupt import stop_flag
+from forerun.training.interrupt import stop_request
 from forerun.training.loop import train_steps
 from forerun.training.prefetch import AsynchronousSource
 from forerun.training.prompts import open_policy, warm_up
@@ -57,32 +58,44 @@ def run(recipe: Recipe, resume: Path | None = None) -> EventStream[dict[str, Any
         resume: run folder whose newest checkpoint to continue; the recipe is that run's own.
 
     Raises:
-        UserError: something of the user's is wrong. Interrupted: Ctrl-C; a checkpoint was written.
+        UserError: something of the user's is wrong. Interrupted: a signal. Whatever ends a run after its first step
+        leaves a checkpoint first, see `leave_checkpoint`.
     """
     restarts = Restarts(recipe.checkpoint.restarts)
     begin: Callable[[], EventStream[Run]] = partial(resume_run, resume, recipe) if resume else partial(new_run, recipe)
     warnings: list[str] = []
-    with stop_flag() as stop_requested:
+    with stop_request() as stop:
         while True:
             current: Run | None = None
             source: SynchronousSource | AsynchronousSource | None = None
             try:
                 current = yield from begin()
                 current.warnings[:0] = warnings
-                current.stop_requested = stop_requested
+                current.stop_requested = stop
                 source = AsynchronousSource(current) if recipe.loop.lag else SynchronousSource(current)
                 yield from announce(current)
+                stop.wait_for_safe_points()
                 yield from train_steps(current, source)
                 return (yield from finish_run(current))
-            except Interrupted:
+            except Interrupted as stopped:
                 if current is not None:
-                    yield from stop_run(current)
-                raise
+                    yield from leave_checkpoint(current)
+                raise Interrupted(stop.number or stopped.number) from None
             except WorkersLost as lost:
                 began, step = (current.folder.path, current.history.step) if current else (resume, 0)
-                folder, warning = restarts.grant(lost, began, step)
+                try:
+                    folder, warning = restarts.grant(lost, began, step)
+                except WorkersLost:
+                    if current is not None:
+                        yield from leave_checkpoint(current)
+                    raise
                 warnings = [*(current.warnings if current else warnings), warning]
                 yield Warned(warning)
+            except Exception as error:
+                reason = as_sentence(error)
+                if current is not None:
+                    yield from leave_checkpoint(current)
+                raise reason from None if reason is error else error
             finally:
                 if source is not None:
                     source.close()
@@ -148,6 +161,7 @@ def load_checkpoint(checkpoint: Path, folder: RunFolder, recipe: Recipe) -> tupl
     current = Run(recipe, folder, policy, drafter, history, load_data(recipe, policy))
     try:
         restore(checkpoint, current.learner, current.cotrainer)
+        current.updates_recorded = current.learner.updates
     except BaseException:
         current.close()
         raise
@@ -168,17 +182,10 @@ def announce(current: Run) -> EventStream[None]:
         yield Note(current.learner.adapter.describe())
     try:
         current.prediction = predict(current)
-        yield Note(current.prediction.text())
+        said = current.prediction.text()
     except UserError as error:
-        yield Note(f"This run is not predicted. {error}")
-
-
-def stop_run(current: Run) -> EventStream[None]:
-    """A stop was requested: write a checkpoint of the last finished step."""
-    yield from current.checkpoint()
-    current.timeline.close()
-    step, path = current.history.step, current.folder.path
-    yield Warned(f"stopped after step {step}; go on with: forerun train --resume {path}")
+        said = f"This run is not predicted. {error}"
+    yield Note(said)
 
 
 def predict(current: Run) -> Prediction:

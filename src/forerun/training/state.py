@@ -17,12 +17,12 @@ from forerun.learner.cotrain_distributed import build_cotrainer
 from forerun.learner.distributed import make_learner
 from forerun.models import Policy
 from forerun.simulate.plan.predict import Prediction
+from forerun.tracking.metrics import without_non_finite
 from forerun.tracking.run_folder import RunFolder
 from forerun.tracking.timeline import Timeline
 from forerun.tracking.trackers import load_trackers
-from forerun.training.checkpoint import (
-    save_checkpoint,
-)
+from forerun.training.alarms import Alarms
+from forerun.training.checkpoint import save_checkpoint
 from forerun.training.data import Data
 from forerun.training.history import History
 from forerun.training.prompts import Request, request_of_step
@@ -47,6 +47,7 @@ class Run:
         self._new_warnings = list(policy.warnings)  # not yielded yet
         self.trackers = load_trackers(recipe.trackers, self._new_warnings.append)
         self.stop_requested: Callable[[], bool] = lambda: False
+        self.alarms = Alarms(recipe)
         self.algorithm: Algorithm = ALGORITHMS.load(recipe.train.algorithm)
         self.task = data.task
         self.problems = self.task.problems("train")
@@ -66,6 +67,7 @@ class Run:
             raise
         self.env: dict[str, Any] = {}  # content of env.json
         self.prediction: Prediction | None = None
+        self.updates_recorded = self.learner.updates  # optimizer steps of the finished steps
         self._started = perf_counter() - history.wall_s
 
     def request(self, step: int) -> Request:
@@ -101,15 +103,18 @@ class Run:
         self.timeline.flush()
 
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Write a line of metrics, to the run folder and to every tracker."""
+        """Write a line of metrics, to the run folder and to every tracker: null for one that is not finite."""
+        self.alarms.observe_finite(step, metrics)
+        metrics = without_non_finite(metrics)
         self.folder.log(step, metrics)
         for tracker in self.trackers:
             tracker.log(step, metrics)
 
     def take_warnings(self) -> list[str]:
-        """What the engine and the trackers have warned of since this was last asked; kept for the summary."""
-        found = [*self.engine.warnings, *self._new_warnings]
+        """What engine, alarms and trackers have warned of since this was last asked; kept for the summary."""
+        found = [*self.engine.warnings, *self.alarms.warnings, *self._new_warnings]
         self.engine.warnings.clear()
+        self.alarms.warnings.clear()
         self._new_warnings.clear()
         self.warnings += [text for text in found if text not in self.warnings]
         return found

@@ -125,6 +125,12 @@ def end_with(parent: int) -> None:
 
 
 def main() -> None:
-    """A worker on the driver's machine: `socket, process id of the driver`."""
+    """A worker on the driver's machine: `socket, process id of the driver`.
+
+    A signal to all processes of a job is for the driver, which still needs its workers to write a checkpoint.
+    """
     end_with(int(sys.argv[2]))
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     serve(Connection(int(sys.argv[1])))
