@@ -19,7 +19,7 @@ from forerun.algorithms.advantages import group_advantages, grpo_advantages
 from forerun.algorithms.losses import TOKEN_MEAN, kl_k3
 from forerun.config import TrainConfig
 from forerun.engine.local.engine import LocalEngine
-from forerun.errors import Interrupted
+from forerun.errors import Interrupted, UserError
 from forerun.events import finish
 from forerun.learner.learner import Learner
 from forerun.learner.objective import mismatch

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from forerun.algorithms.losses import batch_loss, loss_fault
 from forerun.config import TrainConfig
-from forerun.errors import Interrupted
+from forerun.errors import Interrupted, UserError
 from forerun.events import CountStream
 from forerun.learner.batching import by_rollout, policy_batch, token_batches
 from forerun.learner.lora import LoraAdapter, save_settings
