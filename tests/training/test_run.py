@@ -191,9 +191,10 @@ def test_generation_runs_ahead_by_the_lag(recipe: Path, in_flight: bool) -> None
     assert (sum(row["async/mixed_rollouts"] for row in steps) > 0) <= in_flight
     for row in steps:
         assert row["time/exposed_generation"] <= row["time/step"]
-        assert (row["async/kl"] > 0) if row["async/lag_mean"] else ("async/kl" not in row)
+        assert (row["async/kl"] >= 0) if row["async/lag_mean"] else ("async/kl" not in row)
     gaps = [row["mismatch/kl"] for row in steps if row["mismatch/kl"] is not None]
-    assert gaps and max(gaps) < 1e-6  # engine and learner by one version; older weights did sample:
+    limit = 0.05 if in_flight else 1e-6  # by one version; in flight its cache holds keys and values of older ones
+    assert gaps and max(gaps) < limit
     assert max(row.get("async/kl", 0.0) for row in steps) > 1e-5
 
 
