@@ -57,13 +57,13 @@ def drafter() -> NgramDrafter:
     return NgramDrafter(block().ngram)
 
 
-def start(policy: Policy, replicas: int, make: str, losses: int | None = None) -> ReplicatedEngine:
+def start(policy: Policy, replicas: int, make: str, losses: int | None = None, slots: int = 4) -> ReplicatedEngine:
     return ReplicatedEngine(
         "local",
         policy,
         drafter(),
         block(),
-        slots=4,
+        slots=slots,
         replicas=replicas,
         timeouts=HASTY,
         make=make,
@@ -203,6 +203,30 @@ def test_an_engine_that_cannot_extend_its_stream_starts_another_one(small: Polic
     with closing(start(small, 2, "faulty_engines:without_extend")) as engine:
         assert by_place(engine.stream(PROMPTS, GREEDY, N)) == expected(small, GREEDY)
         assert not engine.warnings
+
+
+def test_samples_that_are_added_to_a_stream_are_those_of_one_that_had_them(small: Policy) -> None:
+    """Prompts come back after they were left, and some while they wait."""
+    engine = LocalEngine(small, drafter(), k=3, slots=2)
+    places = [(p, s) for p in range(len(PROMPTS)) for s in range(N)]
+    later = places[1::3] + places[2::3]
+
+    def between() -> None:
+        if later and engine.counters.tokens % 3 == 0:
+            assert engine.extend([later.pop() for _ in range(min(3, len(later)))])
+
+    found = by_place(engine.stream(PROMPTS, GREEDY, N, places[::3], between))
+    assert not later and found == expected(small, GREEDY)
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_samples_are_those_of_one_process_bit_for_bit(small: Policy, replicas: int) -> None:
+    """With one slot, so that a sample is alone in its batch wherever it runs; drawn at T = 1, with speculation."""
+    one = LocalEngine(small, drafter(), k=3, slots=1)
+    wanted = {(r.prompt_index, r.sample_index): (r.tokens, r.logprobs) for r in one.stream(PROMPTS, LONG, N)}
+    with closing(start(small, replicas, "faulty_engines:slow", slots=1)) as engine:
+        found = {(r.prompt_index, r.sample_index): (r.tokens, r.logprobs) for r in engine.stream(PROMPTS, LONG, N)}
+        assert found == wanted and engine.metrics()["replicas"]["lost"] == 0
 
 
 def test_idle_replicas_are_reported_once_with_numbers(engine: ReplicatedEngine) -> None:

@@ -64,6 +64,15 @@ def test_a_paused_engine_starts_no_round(fresh: Any) -> None:
     assert len(fresh.generate([[5]], max_new_tokens=3)) == 1
 
 
+def test_samples_that_are_added_to_a_stream_are_those_of_one_that_had_them(fresh: Any) -> None:
+    sampling = Sampling(12, 0.0, 0, ignore_eos=True)
+    later = [(1, 1), (0, 1), (1, 0)]
+    stream = fresh.stream(PROMPTS[:2], sampling, 2, [(0, 0)], lambda: later and fresh.extend([later.pop()]))
+    found = {(r.prompt_index, r.sample_index): r.tokens for r in stream}
+    whole = fresh.stream(PROMPTS[:2], sampling, 2)
+    assert found == {(r.prompt_index, r.sample_index): r.tokens for r in whole} and len(found) == 4
+
+
 def test_ends_are_those_of_the_local_engine(fresh: Any, small: Policy, drafter: Eagle3Drafter) -> None:
     local = LocalEngine(small, drafter, k=3, slots=8)
     long = [[7] * (small.context - 9)]
