@@ -96,7 +96,8 @@ class VllmEngine(RolloutEngine):
             self._state = WeightVersionState({"policy": shapes(self.policy.model.state_dict())})
             if self.k:
                 self._state.groups["draft"] = shapes(draft[1] if draft is not None else {})  # none: nothing is stale
-            self._detector.watches = bool(self._state.groups.get("draft"))
+            foreign = "model" in (self.speculation.vllm or {})  # vLLM's own drafter, which nothing keeps aligned
+            self._detector.watches = bool(self._state.groups.get("draft")) or foreign
             number_format = str(resolve_dtype(dtype, device()))[6:]
             self._rule = self._start(source, draft[0] if draft is not None else None, number_format)
 
