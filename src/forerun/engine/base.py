@@ -101,7 +101,7 @@ class RolloutEngine(ABC):
         """
 
     def extend(self, requests: Requests) -> bool:
-        """Take more samples of the prompts of the stream under way, in `between`; False: this engine cannot."""
+        """Take more samples of the prompts of the stream under way, in `between`; False: not done, or there is none."""
         return False
 
     def generate(

@@ -155,8 +155,9 @@ class LocalEngine(RolloutEngine):
 
     def extend(self, requests: Requests) -> bool:
         """See `RolloutEngine.extend`."""
-        self._scheduler.extend(requests)
-        return True
+        if self._running:
+            self._scheduler.extend(requests)
+        return self._running
 
     def load(self, weights: Weights) -> Weights:
         """See `RolloutEngine.load`. The live policy is checked, not copied, unless its tensors are given.

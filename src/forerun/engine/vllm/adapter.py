@@ -175,8 +175,9 @@ class VllmEngine(RolloutEngine):
 
     def extend(self, requests: Requests) -> bool:
         """See `RolloutEngine.extend`."""
-        self._submit_more(requests)
-        return True
+        if self._running:
+            self._submit_more(requests)
+        return self._running
 
     def load(self, weights: Weights) -> Weights:
         """See `RolloutEngine.load`: with tensors, or only checksums where it holds these bytes already.
