@@ -95,7 +95,7 @@ def test_a_cluster_is_for_replicas() -> None:
 
 def test_ray_that_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"needs Ray, which is not installed: pip install 'forerun\[ray\]'"):
+    with pytest.raises(UserError, match=r"needs Ray, which is not installed: pip install --editable '\.\[ray\]'"):
         cluster.connect(ClusterConfig(address="auto"), 1)
 
 

@@ -223,9 +223,7 @@ class RolloutConfig(Block):
     )
     slots: int = Field(32, ge=1, description="sequences decoded side by side, by every replica")
     replicas: int = Field(
-        0,
-        ge=0,
-        description="engines in processes of their own, one GPU each, supervised and replaced; 0: one, in this process",
+        0, ge=0, description="engines in processes of their own, with a GPU each, and replaced; 0: one, in this process"
     )
     silence_s: float = Field(120.0, gt=0, description="heartbeat timeout of a replica, after which it is replaced")
     max_new_tokens: int = Field(256, ge=1)
