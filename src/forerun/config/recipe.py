@@ -337,7 +337,10 @@ class EvalConfig(Block):
     samples: int = Field(1, ge=1, description="completions per problem")
     temperature: float | None = Field(None, ge=0, description="null: as in rollouts")
     slots: int | None = Field(
-        None, ge=1, description="decode plainly, so many at once (a full machine needs no drafts); null: as in rollouts"
+        None,
+        ge=1,
+        description="of the local engine: decode plainly, so many at once (a full machine needs no drafts); null: as in "
+        "rollouts. Other engines evaluate as they roll out",
     )
 
 

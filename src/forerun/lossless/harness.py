@@ -70,7 +70,7 @@ class Subject:
     drafter: Drafter
     task: Task
     engine: RolloutEngine
-    plain: LocalEngine  # the reference, whatever engine is verified
+    plain: LocalEngine  # the reference, whatever engine is verified: proven against the module's own forward
     inject: str | None
 
     @property
@@ -129,10 +129,19 @@ def _subject(recipe: Recipe, inject: str | None, scratch: Path) -> EventStream[S
     policy = yield from prepare_policy(recipe, task, scratch)
     drafter = yield from prepare_drafter(recipe, policy, task, scratch / "drafter")
     assert drafter is not None
+    plain = _reference(recipe, policy)
     engine = _speculative(recipe, policy, drafter, inject)
     break_engine(engine, inject)
-    plain = LocalEngine(policy, slots=max(recipe.rollout.slots, MANY_SLOTS))
     return Subject(recipe, policy, drafter, task, engine, plain, inject)
+
+
+def _reference(recipe: Recipe, policy: Policy) -> LocalEngine:
+    """Raises UserError when the local engine cannot prove that it computes this policy."""
+    try:
+        return LocalEngine(policy, slots=max(recipe.rollout.slots, MANY_SLOTS))
+    except UserError as error:
+        why = str(error).split("; use ")[0]
+        raise UserError(f"forerun verify compares with the local engine, on any engine. {why}") from error
 
 
 def _speculative(recipe: Recipe, policy: Policy, drafter: Drafter, inject: str | None, slots: int = 1) -> RolloutEngine:
@@ -181,7 +190,7 @@ def _greedy(subject: Subject, effort: Effort, scratch: Path) -> list[Check]:
     subject.drafter.save(scratch / "float32", {})
     drafter = load_drafter(exact, recipe.speculation.model_copy(update={"draft": str(scratch / "float32")}))
     assert drafter is not None
-    plain = LocalEngine(exact, slots=max(recipe.rollout.slots, MANY_SLOTS))
+    plain = _reference(recipe, exact)
     with closing(_speculative(recipe, exact, drafter, subject.inject)) as engine:
         return [check, greedy_check(plain, engine, exact, prompts[: effort.greedy_prompts_float32], tokens)]
 

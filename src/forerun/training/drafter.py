@@ -9,6 +9,7 @@ import json
 import random
 import shutil
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from forerun.chat import check_text
 from forerun.config import Recipe
 from forerun.drafters import DRAFTERS, Drafter, load_drafter
 from forerun.drafters.training.trainer import EpochDone, StateFile, Training, TrainingSetup
-from forerun.engine import Sampling
+from forerun.engine import RolloutEngine, Sampling, build_engine
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import Interrupted, UserError
 from forerun.events import EventStream, Note, Progress, Warned, as_stage
@@ -30,6 +31,7 @@ from forerun.tasks.files import read_rows
 from forerun.tracking.files import disk_errors, write_atomically
 from forerun.training.data import prepare_data
 from forerun.training.prompts import encode, prepare_policy
+from forerun.workers.ray import ray_launcher
 
 T = TypeVar("T")
 Pairs = list[tuple[list[int], list[int]]]  # (prompt ids, completion ids)
@@ -318,13 +320,23 @@ def sample_policy(recipe: Recipe, policy: Policy, task: Task, count: int) -> Eve
     problems = task.problems("train")
     chosen = random.Random(recipe.seed + 1).sample(problems, min(len(problems), -(-count // n)))
     prompts = [encode(p, recipe, policy) for p in chosen]
-    engine = LocalEngine(policy, slots=recipe.rollout.slots)
     sampling = Sampling(
         recipe.rollout.max_new_tokens, recipe.rollout.temperature, recipe.seed + 1, tuple(recipe.rollout.stop)
     )
     pairs: Pairs = []
     started = time.perf_counter()
-    for rollout in engine.stream(prompts, sampling, n):
-        pairs.append((rollout.prompt_ids, rollout.tokens))
-        yield Progress(len(pairs), len(prompts) * n, "rollouts", len(pairs) / (time.perf_counter() - started))
+    with closing(_sampler(recipe, policy)) as engine:
+        for rollout in engine.stream(prompts, sampling, n):
+            pairs.append((rollout.prompt_ids, rollout.tokens))
+            yield Progress(len(pairs), len(prompts) * n, "rollouts", len(pairs) / (time.perf_counter() - started))
     return pairs
+
+
+def _sampler(recipe: Recipe, policy: Policy) -> RolloutEngine:
+    """The run's engine without speculation; in place of replicas of the local one, one in this process."""
+    rollout = recipe.rollout
+    if rollout.engine == "local":
+        return LocalEngine(policy, slots=rollout.slots)
+    ranks = recipe.train.ranks
+    launcher = ray_launcher(recipe.cluster, "replica", rollout.replicas, ranks)
+    return build_engine(rollout, policy, None, recipe.speculation, launcher, ranks)

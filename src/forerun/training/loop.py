@@ -147,14 +147,14 @@ def evaluate(run: Run, step: int) -> EventStream[None]:
         return
     recipe = run.recipe
     drafter = run.drafter if run.evaluator is run.engine else None
-    run.evaluator.load(pack_weights(step, run.policy, drafter, shared=run.engine.shares_weights))
     prompts = [encode(problem, recipe, run.policy) for problem in run.held_out]
     request = Request(run.held_out, prompts, sampling_for(recipe, EVAL_STREAM, step, recipe.eval.temperature))
-    run.engine_states.begin("evaluate", step)
-    with run.timeline.learner_span("evaluation", step):
+    with run.evaluator_in_use, run.timeline.learner_span("evaluation", step):
+        run.evaluator.load(pack_weights(step, run.policy, drafter, shared=run.engine.shares_weights))
+        run.engine_states.begin("evaluate", step)
         work = generate(run.evaluator, run.policy, run.task, request, recipe.eval.samples, run.stop_requested)
         batch = yield from as_stage("evaluation", work)
-    run.engine_states.end(batch.timeline)
+        run.engine_states.end(batch.timeline)
     result = evaluation(batch)
     run.log(step, dict(result))
     run.history.evaluations.append({"step": step, **result})

@@ -3,7 +3,8 @@
 A thread generates the steps' rollouts in their order. It begins step s (0-based) as soon as version s - lag has been
 published, with the newest version there is, so every token that step s trains on is at most `lag` versions old and at
 most `lag` + 1 steps wait. With `loop.in_flight` a version that appears meanwhile takes over between two rounds, and
-each token carries its own. A resumed run generates unfinished steps again, by the weights that it then has.
+each token carries its own. An evaluation by the same engine takes place between two steps of the thread. A resumed run
+generates unfinished steps again, by the weights that it then has.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from forerun.engine import RolloutEngine, Weights
 from forerun.errors import Interrupted
@@ -42,10 +44,12 @@ class RolloutThread:
         lag: int,
         in_flight: bool,
         on_waiting: OnWaiting = lambda step, waiting: None,
+        in_use: AbstractContextManager[Any] | None = None,
     ) -> None:
         """Nothing is generated before the first `offer`.
 
         Args:
+            in_use: entered around every use of the engine, which others may use otherwise: a lock.
             generate: a step's rollouts by `engine`; calls its last argument between rounds.
             steps: that will be asked for, in this order.
             lag: at least 1.
@@ -57,6 +61,7 @@ class RolloutThread:
         self._lag = lag
         self._in_flight = in_flight
         self._on_waiting = on_waiting
+        self._in_use = in_use or nullcontext()
         self._changed = threading.Condition()
         self._newest: Weights | None = None
         self._held = -1  # version of the engine
@@ -104,8 +109,10 @@ class RolloutThread:
     def _run(self) -> None:
         try:
             for step in self._steps:
-                self._load(step - self._lag)
-                batch = self._generate(step, lambda: self._stopping, self._between)
+                self._wait_for(step - self._lag)
+                with self._in_use:
+                    self._load()
+                    batch = self._generate(step, lambda: self._stopping, self._between)
                 with self._changed:
                     self._done[step] = batch
                     self._on_waiting(step, len(self._done))
@@ -117,21 +124,26 @@ class RolloutThread:
                 self._failed = error
                 self._changed.notify_all()
 
-    def _load(self, oldest: int) -> None:
-        """Load the newest version, waiting until it is at least `oldest`. Raises Interrupted."""
+    def _wait_for(self, oldest: int) -> None:
+        """Wait for a version that is at least `oldest`. Raises Interrupted."""
         with self._changed:
             while self._newest is None or self._newest.version < oldest:
                 if self._stopping:
                     raise Interrupted
                 self._changed.wait(0.1)
+
+    def _load(self) -> None:
+        """Load the newest version."""
+        with self._changed:
             newest = self._newest
+        assert newest is not None
         if newest.version > self._held:
             self._engine.load(newest)
             self._held = newest.version
 
     def _between(self) -> None:
         if self._in_flight:
-            self._load(self._held)
+            self._load()
 
 
 class AsynchronousSource:
@@ -146,7 +158,9 @@ class AsynchronousSource:
         """Begin to generate, by the weights of now."""
         run, loop = self.run, self.run.recipe.loop
         steps = range(step, run.recipe.train.steps)
-        self._thread = RolloutThread(run.engine, self._generate, steps, loop.lag, loop.in_flight, self._count)
+        self._thread = RolloutThread(
+            run.engine, self._generate, steps, loop.lag, loop.in_flight, self._count, run.engine_lock
+        )
         self._thread.offer(run.frozen_weights(step))
 
     def next(self, step: int, clock: StageClock) -> EventStream[RolloutBatch]:

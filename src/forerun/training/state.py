@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -57,7 +59,9 @@ class Run:
         launcher = ray_launcher(recipe.cluster, "replica", *workers)
         self.engine = build_engine(recipe.rollout, policy, drafter, recipe.speculation, launcher, workers[1])
         self.engine_states = EngineStates(self.engine, self.timeline)
+        self.engine_lock = Lock()  # of an asynchronous run, whose engine also evaluates
         self.evaluator = self._evaluator()
+        self.evaluator_in_use = self.engine_lock if self.evaluator is self.engine else nullcontext()
         try:
             launcher = ray_launcher(recipe.cluster, "rank", *workers)
             self.learner = make_learner(policy, recipe.train, recipe.rollout, launcher, folder.path)
@@ -137,8 +141,9 @@ class Run:
             self.plain.close()
 
     def _evaluator(self) -> RolloutEngine:
-        """The run's engine, or another one on the live policy: an engine that runs ahead has no time to evaluate."""
+        """The run's engine; of local engines another one on the live policy where evaluation has slots of its own, or
+        where the run's generates ahead."""
         slots = self.recipe.eval.slots
-        if slots is None and not self.recipe.loop.lag:
+        if self.recipe.rollout.engine != "local" or (slots is None and not self.recipe.loop.lag):
             return self.engine
         return LocalEngine(self.policy, slots=slots or self.recipe.rollout.slots)
