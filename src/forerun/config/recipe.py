@@ -339,8 +339,8 @@ class EvalConfig(Block):
     slots: int | None = Field(
         None,
         ge=1,
-        description="of the local engine: decode plainly, so many at once (a full machine needs no drafts); null: as in "
-        "rollouts. Other engines evaluate as they roll out",
+        description="of the local engine: decode plainly, so many at once (a full machine needs no drafts); null, and "
+        "other engines: as in rollouts",
     )
 
 
