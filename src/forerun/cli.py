@@ -145,6 +145,28 @@ def verify(
 
 
 @app.command()
+def data(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="the offline page that is written")] = Path("data.html"),
+    json: Json = False,
+) -> None:
+    """Show the task as the model sees it: counts, lengths, first prompts, what is left out and why."""
+    settings = load_recipe(recipe, parse_overrides(overrides or []))
+    check_paths(settings)
+    from forerun.report.console import Console, follow
+    from forerun.report.data_page import data_text, write_data
+    from forerun.training.data_overview import describe_data
+
+    result = follow(describe_data(settings), Console(0, json=json))
+    page = write_data(result, out)
+    if json:
+        _print_json({**result, "paths": {"page": page}})
+    else:
+        typer.echo(f"{data_text(result)}\npage {page}")
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")], json: Json = False) -> None:
     """Write the offline HTML page of a run folder."""
     from forerun.report.run_page import write_report
