@@ -42,18 +42,22 @@ def train(
     recipe: Annotated[str | None, typer.Argument(help="shipped recipe or YAML file", metavar="RECIPE")] = None,
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option(help="run folder whose newest checkpoint to continue")] = None,
+    from_run: Annotated[
+        Path | None, typer.Option("--from", help="run folder with whose policy and drafter a new run begins")
+    ] = None,
     json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
     """Run the reinforcement-learning loop of a recipe."""
     words = list(overrides or [])
-    if resume is not None and recipe is not None and "=" in recipe:
+    if (resume or from_run) is not None and recipe is not None and "=" in recipe:
         words, recipe = [recipe, *words], None  # `train --resume RUN key=value`: no recipe is named
-    if (recipe is None) == (resume is None):
+    if (recipe is None and from_run is None) == (resume is None):
         raise UserError(
-            "Name a recipe to start (forerun train quickstart), or a run to continue (--resume runs/latest)"
+            "Name a recipe to start (forerun train quickstart), a run to continue (--resume runs/latest), or one whose "
+            "weights a new run begins with (--from runs/latest)"
         )
-    settings = _resumed(resume, words) if resume is not None else load_recipe(str(recipe), parse_overrides(words))
+    settings = _settings(recipe, resume, from_run, parse_overrides(words))
     if dry_run:
         _print_recipe(settings, json)
         return
@@ -303,10 +307,13 @@ def _catch_signals() -> None:
                 signal.signal(number, stop)
 
 
-def _resumed(run: Path, words: list[str]) -> Recipe:
-    from forerun.training.run import resumed_recipe
+def _settings(recipe: str | None, resume: Path | None, from_run: Path | None, values: dict[str, Any]) -> Recipe:
+    """The recipe of `forerun train`."""
+    if resume is None and from_run is None:
+        return load_recipe(str(recipe), values)
+    from forerun.training.resume import recipe_from, resumed_recipe
 
-    return resumed_recipe(run, parse_overrides(words))
+    return resumed_recipe(resume, values) if resume is not None else recipe_from(Path(str(from_run)), recipe, values)
 
 
 def _numbers(words: str) -> list[int]:

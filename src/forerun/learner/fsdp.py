@@ -72,7 +72,7 @@ def build_sharded(plan: Blueprint, file: Path, mesh: DeviceMesh, device: torch.d
     Raises:
         UserError: the model cannot be split.
     """
-    tensors = torch.load(file, mmap=True, weights_only=True)
+    tensors = torch.load(file, mmap=True, map_location="cpu", weights_only=True)
     with torch.device("meta"):
         model = plan.model_class(plan.config)
     split = plan_of(model, mesh["tp"].size()) if mesh["tp"].size() > 1 else {}
@@ -194,7 +194,7 @@ def load_whole(folder: Path, model: Any, optimizer: MasterOptimizer, reference: 
 
 @torch.no_grad()
 def _take_parts(folder: Path, model: Any, optimizer: MasterOptimizer, reference: Any | None) -> None:
-    saved = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
+    saved = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
     state = saved["inner"]["state"]  # {number of the master: {what: values}}
     for number, (master, values) in enumerate(zip(optimizer.masters, saved["masters"], strict=True)):
         master.copy_(_part(values, master))
@@ -203,7 +203,7 @@ def _take_parts(folder: Path, model: Any, optimizer: MasterOptimizer, reference:
             optimizer.inner.state[master][what] = _part(value, master) if alike else value.clone()
     optimizer.updates = saved["updates"]
     if reference is not None and (folder / "reference.pt").exists():
-        kept = torch.load(folder / "reference.pt", weights_only=True, mmap=True)
+        kept = torch.load(folder / "reference.pt", map_location="cpu", weights_only=True, mmap=True)
         for name, parameter in reference.named_parameters():
             parameter.copy_(_part(kept[name], parameter))
 

@@ -67,10 +67,13 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`; live parameters follow."""
+        """Restore `state_dict`; live parameters follow. Rate, betas, momentum and decay are those of the recipe."""
+        own = [{key: value for key, value in g.items() if key != "params"} for g in self.inner.param_groups]
         for master, saved in zip(self.masters, state["masters"], strict=True):
             master.copy_(saved)
         self.inner.load_state_dict(state["inner"])
+        for group, settings in zip(self.inner.param_groups, own, strict=True):
+            group.update(settings)
         self.updates = state["updates"]
         self.round()
 

@@ -57,14 +57,20 @@ class RunFolder:
         Raises:
             UserError: there is no run in that folder.
         """
+        run = cls.existing(path)
+        for file in (run.metrics, run.rollouts):
+            _drop_torn_line(file)
+        return run
+
+    @classmethod
+    def existing(cls, path: Path | str) -> RunFolder:
+        """An existing run folder, to be read: a run may be under way there. Raises UserError when there is none."""
         run = cls(Path(path).resolve())
         if not run.config.exists() and not run.metrics.exists():
             raise UserError(
                 f"{path} holds no run (neither config.resolved.yaml nor metrics.jsonl): give the folder of a run, "
                 "for example runs/latest."
             )
-        for file in (run.metrics, run.rollouts):
-            _drop_torn_line(file)
         return run
 
     def write_config(self, text: str) -> None:

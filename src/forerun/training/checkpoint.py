@@ -210,8 +210,8 @@ def restore(checkpoint: Path, learner: Saved, cotrainer: Resumable | None = None
     with reading(checkpoint):
         learner.restore(checkpoint)
         if cotrainer is not None and (checkpoint / "cotrain.pt").exists():
-            cotrainer.load_state_dict(torch.load(checkpoint / "cotrain.pt", weights_only=True))
-        state = torch.load(checkpoint / "random.pt", weights_only=True)
+            cotrainer.load_state_dict(torch.load(checkpoint / "cotrain.pt", map_location="cpu", weights_only=True))
+        state = torch.load(checkpoint / "random.pt", map_location="cpu", weights_only=True)
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))

@@ -31,6 +31,7 @@ from forerun.tasks.files import read_rows
 from forerun.tracking.files import disk_errors, write_atomically
 from forerun.training.data import prepare_data
 from forerun.training.prompts import encode, prepare_policy
+from forerun.training.resume import flat
 from forerun.workers.ray import ray_launcher
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class UnfinishedTraining:
 
     def check_recipe(self, recipe: Recipe) -> None:
         """Raises UserError when the training has other settings than `recipe`."""
-        saved, now = _flat(self._read()["recipe"]), _flat(_deciding(recipe))
+        saved, now = flat(self._read()["recipe"]), flat(_deciding(recipe))
         for key in sorted(saved.keys() | now.keys()):
             if saved.get(key) != now.get(key):
                 raise UserError(
@@ -133,14 +134,6 @@ def _deciding(recipe: Recipe) -> dict[str, Any]:
         "speculation": {"method": recipe.speculation.method},
         "train": {"samples_per_prompt": recipe.train.samples_per_prompt},
     }
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def make_drafter(recipe: Recipe, out: Path, resume: bool = False) -> EventStream[dict[str, object]]:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from forerun.config import Recipe, load_recipe
+from forerun.config import Recipe
 from forerun.drafters import load_drafter
 from forerun.errors import Interrupted, UserError, WorkersLost
 from forerun.events import EventStream, Finished, Note, Warned, as_stage
@@ -23,6 +24,7 @@ from forerun.simulate.plan.predict import Prediction, compare, predict_recipe
 from forerun.tracking.environment import machine_line
 from forerun.tracking.reader import overlap
 from forerun.tracking.run_folder import RunFolder
+from forerun.tracking.run_lock import RunLock
 from forerun.tracking.trackers import RunInfo
 from forerun.training.checkpoint import (
     complete_checkpoints,
@@ -42,6 +44,7 @@ from forerun.training.loop import train_steps
 from forerun.training.prefetch import AsynchronousSource
 from forerun.training.prompts import open_policy, warm_up
 from forerun.training.restart import Restarts
+from forerun.training.resume import resumed_recipe as resumed_recipe
 from forerun.training.rollout import SynchronousSource
 from forerun.training.state import Run
 from forerun.training.weights import pack_weights
@@ -64,12 +67,15 @@ def run(recipe: Recipe, resume: Path | None = None) -> EventStream[dict[str, Any
     restarts = Restarts(recipe.checkpoint.restarts)
     begin: Callable[[], EventStream[Run]] = partial(resume_run, resume, recipe) if resume else partial(new_run, recipe)
     warnings: list[str] = []
-    with stop_request() as stop:
+    with stop_request() as stop, closing(RunLock()) as lock:
         while True:
             current: Run | None = None
             source: SynchronousSource | AsynchronousSource | None = None
             try:
+                if resume is not None:
+                    lock.take(RunFolder.existing(resume).path)
                 current = yield from begin()
+                lock.take(current.folder.path)
                 current.warnings[:0] = warnings
                 current.stop_requested = stop
                 source = AsynchronousSource(current) if recipe.loop.lag else SynchronousSource(current)
@@ -106,11 +112,6 @@ def run(recipe: Recipe, resume: Path | None = None) -> EventStream[dict[str, Any
             begin = partial(restart_run, folder, recipe)
 
 
-def resumed_recipe(folder: Path, overrides: dict[str, Any]) -> Recipe:
-    """The recipe of an earlier run, with overrides (to train longer, say)."""
-    return load_recipe(str(RunFolder.open(folder).config), overrides)
-
-
 # ---- beginning ----
 
 
@@ -134,6 +135,7 @@ def resume_run(run_folder: Path, recipe: Recipe) -> EventStream[Run]:
     for warning in passed_over:
         yield Warned(warning)
     current.warnings += passed_over
+    folder.write_config(recipe.to_yaml())  # with what was changed for the resume
     yield Note(note)
     return current
 
