@@ -94,9 +94,8 @@ def test_settings_of_the_optimizer_are_in_force_after_a_resume(tiny: Callable[..
     ],
 )
 def test_what_a_checkpoint_decides_is_refused_by_name(begun: Path, key: str, value: Any) -> None:
-    with pytest.raises(
-        UserError, match=rf"A resumed run cannot change {key.removesuffix('.steps')}.*: forerun train RECIPE --from"
-    ):
+    words = rf"A resumed run cannot change {key.removesuffix('.steps')}.*: forerun train RECIPE --from"
+    with pytest.raises(UserError, match=words):
         resumed_recipe(begun, {key: value})
 
 
