@@ -26,6 +26,7 @@ from forerun.learner.objective import Scored
 from forerun.models import Policy, load_policy
 from forerun.models.logprobs import TokenBatch, completion_logits
 from forerun.tasks import Problem, Task, load_task
+from forerun.tasks.workers import RewardWorkers
 from forerun.tracking.environment import describe_environment
 from forerun.training.prompts import Request, encode, problems_of_step
 from forerun.training.rollout import RolloutBatch, generate
@@ -91,6 +92,7 @@ class Trajectory:
         self.setting = setting
         self.learner = Learner(setting.policy, setting.recipe.train, setting.recipe.rollout.temperature)
         self._problems = setting.task.problems("train")
+        self._rewards = RewardWorkers(setting.recipe.task, setting.recipe.seed)  # they end with this process
 
     def problems(self, step: int) -> list[Problem]:
         """Those of a step, 0-based, as in a run of the recipe."""
@@ -102,7 +104,7 @@ class Trajectory:
         setting, recipe = self.setting, self.setting.recipe
         sampling = setting.sampling(request_seed(recipe.seed, step, 0))
         request = Request(list(problems), setting.prompts(problems), sampling)
-        return finish(generate(engine, setting.policy, setting.task, request, recipe.train.samples_per_prompt))
+        return finish(generate(engine, setting.policy, self._rewards, request, recipe.train.samples_per_prompt))
 
     def update(self, generated: RolloutBatch, forward: Forward = completion_logits) -> Scored:
         """Log-probabilities (through `forward`) and one update of the policy."""

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import signal
+import sysconfig
+import traceback
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+LIBRARIES = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
 
 
 class UserError(Exception):
@@ -30,3 +36,14 @@ class WorkersLost(Exception):
         """
         super().__init__(reason)
         self.failure, self.repeated = failure, repeated
+
+
+def place_of(error: BaseException) -> str:
+    """ " (file:line)" of an exception: the innermost line of the user's own code, or else of the package."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({error.filename}:{error.lineno})"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+    own = [f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in LIBRARIES)]
+    theirs = [f for f in own if not Path(f.filename).is_relative_to(PACKAGE)]
+    found = (theirs or own or frames)[-1:]
+    return "".join(f" ({f.filename}:{f.lineno})" for f in found)

@@ -1,24 +1,72 @@
 """Where names in a recipe find their code: drafters, engines, tasks, algorithms, trackers.
 
 An entry is `name -> "package.module:Name"`, so that a registry is imported without what it names, or the part itself.
-Outside the package a name comes from an entry point of the group `forerun.<kind>s`, or is itself such a path.
+Outside the package a name comes from an entry point of the group `forerun.<kind>s`, or is itself such a path, or
+"file.py:Name".
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from forerun.errors import UserError
+from forerun.errors import UserError, place_of
 
 
 def load_path(path: str) -> Any:
-    """What "package.module:Name" names. Raises ImportError, AttributeError or ValueError."""
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    """What "package.module:Name" or "file.py:Name" names; modules of the working directory are found.
+
+    Raises:
+        ImportError: there is no such module, or it raised something: what, and in which line. AttributeError.
+    """
+    module, _, name = path.rpartition(":")
+    if not module:
+        raise ImportError(f"'{path}' names no module; write package.module:Name, or file.py:Name")
+    try:
+        found = _from_file(Path(module).expanduser()) if module.endswith(".py") else _from_path(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+            raise ImportError(f"{error}{place_of(error)}") from None
+        raise ImportError(f"there is no module '{error.name}' in {os.getcwd()} or on Python's path") from None
+    except (Exception, SystemExit) as error:  # whatever the user's module does when it is imported
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise ImportError(f"{type(error).__name__}: {message}{place_of(error)}") from None
+    return getattr(found, name)
+
+
+def _from_path(module: str) -> ModuleType:
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    return importlib.import_module(module)
+
+
+def _from_file(path: Path) -> ModuleType:
+    """The module of a file, under the file's name; files beside it can be imported from it."""
+    file = path.resolve()
+    loaded = sys.modules.get(file.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(file):
+        return loaded
+    name = file.stem if loaded is None else f"{file.stem}_{abs(hash(file))}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 class Registry:

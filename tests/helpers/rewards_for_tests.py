@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from forerun.tasks import Problem
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from forerun.tasks import Completion, Problem
 
 
 def has_digit(problem: Problem, completion: str) -> float:
@@ -18,3 +26,64 @@ def variety(problem: Problem, completion: str) -> float:
 def raises(problem: Problem, completion: str) -> float:
     """A user's bug."""
     return 1 / 0
+
+
+def length(problem: Problem, rollout: Completion) -> dict[str, float]:
+    """Sees the rollout; named parts."""
+    return {"tokens": float(rollout.token_count or 0), "cut": float(rollout.finish_reason == "length")}
+
+
+def sees(problem: Problem, rollout: Completion) -> float:
+    """1 when everything that the contract names is there."""
+    whole = rollout.text_with_special_tokens
+    return float(
+        rollout.problem == problem and rollout.text == "5" and whole == "<s>5</s>" and rollout.tokens == [1, 5]
+    )
+
+
+def does(problem: Problem, completion: str) -> Any:
+    """What the completion says: every way in which a reward may go wrong."""
+    match completion:
+        case "raise":
+            raise KeyError("no such key")
+        case "exit":
+            sys.exit(3)
+        case "hang":
+            while True:
+                pass
+        case "power":
+            return len(str(9 ** (9**9)))  # holds the interpreter's lock
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "die":
+            os._exit(7)
+        case "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "deep":
+            return does(problem, completion)
+        case "coroutine":
+            return _later()
+        case "print":
+            print("a line of the reward")
+        case "child":
+            subprocess.run(["sleep", "1000"])
+    odd = {
+        "none": None,
+        "list": [1.0],
+        "word": "good",
+        "nan": math.nan,
+        "inf": -math.inf,
+        "large": 1e39,
+        "part": {"a": None},
+    }
+    return odd.get(completion, 0.5)
+
+
+async def _later() -> float:
+    return 1.0
+
+
+def hangs(problem: Problem, completion: str) -> float:
+    """Never returns."""
+    while True:
+        time.sleep(1.0)

@@ -80,7 +80,24 @@ class TaskConfig(Block):
     dataset: str = Field("chain_sum", description="reasoning_gym: the name of its dataset")
     options: dict[str, Any] = Field(default_factory=dict, description="reasoning_gym: the dataset's own options")
     reward: str | None = Field(
-        None, description="package.module:function(problem, completion) -> float; null: the task's"
+        None,
+        description="package.module:function or file.py:function, of (problem, completion) or (problem, rollout), "
+        "that returns a number, or a dict of named parts whose sum is the reward; null: the task's own",
+    )
+    rewards: dict[str, float] = Field(
+        default_factory=dict,
+        description="several in place of one: paths as in `reward`, or task (the task's own), and the weight of each",
+    )
+    reward_timeout_s: float = Field(5.0, gt=0, description="deadline of an answer's reward, after which it counts as 0")
+    reward_workers: int | None = Field(
+        None, ge=1, description="processes that compute rewards, started when needed; null: one per CPU, at most 8"
+    )
+    reward_failures: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of a step's answers on which rewards of your own may fail or miss their deadline before "
+        "the run stops",
     )
     size: int | None = Field(
         None, ge=1, description="training problems, at most; null: all, and 2000 of a task that generates them"
@@ -89,7 +106,17 @@ class TaskConfig(Block):
         "drop",
         description="problems that fill the model's context: left out with a warning that counts them, or refused",
     )
-    suffix: str = Field("", description="text that is added to every question, e.g. the wanted answer format")
+    suffix: str | None = Field(
+        None,
+        description="text that is added to every question, e.g. the wanted answer format; null: what the task asks for "
+        "(reasoning_gym: the answer after ####)",
+    )
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> TaskConfig:
+        if self.reward is not None and self.rewards:
+            raise ValueError("task.reward names one reward and task.rewards several: keep one of the two")
+        return self
 
 
 class ColdStartConfig(Block):

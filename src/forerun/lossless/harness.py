@@ -31,6 +31,7 @@ from forerun.lossless.verdict import Check, Claim, Kind, Verification
 from forerun.lossless.weights import weight_checks
 from forerun.models import Policy
 from forerun.tasks import Task
+from forerun.tasks.workers import RewardWorkers
 from forerun.tracking.environment import describe_environment, machine_line
 from forerun.training.data import prepare_data
 from forerun.training.drafter import prepare_drafter
@@ -69,6 +70,7 @@ class Subject:
     policy: Policy
     drafter: Drafter
     task: Task
+    rewards: RewardWorkers
     engine: RolloutEngine
     plain: LocalEngine  # the reference, whatever engine is verified: proven against the module's own forward
     inject: str | None
@@ -88,7 +90,7 @@ class Subject:
         problems = self.task.problems("eval")[: effort.prompts]
         prompts = [encode(p, self.recipe, self.policy) for p in problems]
         sampling = Sampling(self.recipe.rollout.max_new_tokens, self.temperature, seed, tuple(self.recipe.rollout.stop))
-        return finish(generate(engine, self.policy, self.task, Request(problems, prompts, sampling), samples))
+        return finish(generate(engine, self.policy, self.rewards, Request(problems, prompts, sampling), samples))
 
     def prompts(self, count: int) -> list[list[int]]:
         """Token ids of held-out prompts."""
@@ -121,6 +123,7 @@ def verify_recipe(
             claims = yield from _claims(subject, effort, against, Path(scratch))
             return Verification(_about(subject, effort), claims)
         finally:
+            subject.rewards.close()
             subject.engine.close()
 
 
@@ -132,7 +135,7 @@ def _subject(recipe: Recipe, inject: str | None, scratch: Path) -> EventStream[S
     plain = _reference(recipe, policy)
     engine = _speculative(recipe, policy, drafter, inject)
     break_engine(engine, inject)
-    return Subject(recipe, policy, drafter, task, engine, plain, inject)
+    return Subject(recipe, policy, drafter, task, RewardWorkers(recipe.task, recipe.seed), engine, plain, inject)
 
 
 def _reference(recipe: Recipe, policy: Policy) -> LocalEngine:

@@ -1,17 +1,16 @@
-"""What a task is.
+"""What a task is, and what its reward sees.
 
-Tokens and chat templates are in `models/`, advantages in `algorithms/`.
+Tokens and chat templates are in `models/`, advantages in `algorithms/`. Rewards are called in processes of their own
+(`workers.py`), where `scoring.py` turns what they return, or how they fail, into a `Score`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from forerun.chat import Messages, Prompt
-from forerun.errors import UserError
 
 if TYPE_CHECKING:
     from forerun.tasks.splits import Splits
@@ -47,35 +46,41 @@ class Problem:
         return replace(self, question=question, messages=[*self.messages[:-1], {"role": "user", "content": question}])
 
 
-Reward = Callable[[Problem, str], float]
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A rollout as a reward sees it."""
+
+    problem: Problem
+    text: str  # without special tokens: what a reward of (problem, completion) gets
+    text_with_special_tokens: str
+    finish_reason: str = "eos"  # see `types.Rollout`
+    tokens: Sequence[int] = ()  # ids; none where a text was given without them
+    token_count: int | None = None  # None where it is not known: `forerun score` on lines that do not say
+
+
+Reward = Callable[[Problem, Any], float | Mapping[str, float]]  # the second is the text, or a `Completion`
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedReward:
+    """One of the reward functions whose weighted sum is the reward."""
+
+    name: str
+    function: Reward
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """`problems("train")` and `problems("eval")` never share a question; `reward(problem, completion)` is finite.
+    """`problems("train")` and `problems("eval")` never share a question.
 
-    `splits` is set by `load_task`: both splits, and what is left out of them.
+    `splits` and `rewards` are set by `load_task`: both splits, and what is left out of them; the reward functions that
+    the recipe asks for, the task's own unless it names others.
     """
 
     name: str
     problems: Callable[[Split], list[Problem]]
     reward: Reward
     splits: Callable[[], Splits] | None = None
-
-
-def checked(reward: Reward) -> Reward:
-    """The same reward; its failures become errors that name the function and the problem."""
-    name = getattr(reward, "__name__", str(reward))
-
-    def call(problem: Problem, completion: str) -> float:
-        try:
-            value = float(reward(problem, completion))
-        except Exception as error:
-            raise UserError(
-                f"The reward function '{name}' raised {type(error).__name__} on problem '{problem.id}': {error}"
-            ) from error
-        if not math.isfinite(value):
-            raise UserError(f"The reward function '{name}' returned {value} on '{problem.id}'; it must be finite")
-        return value
-
-    return call
+    answer_format: str = ""  # added to every question unless the recipe says otherwise
+    rewards: Sequence[WeightedReward] = ()

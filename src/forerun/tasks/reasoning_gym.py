@@ -1,5 +1,6 @@
 """Any dataset of reasoning-gym by name, generated from a seed and scored by its own checker.
 
+The checker is asked about every reading of the completion (`candidates`), and one that it pays in full is enough.
 Partial credit is cut to 0: reasoning-gym pays a share for an answer that merely contains the right one.
 Worked solutions, for the cold start, exist for `chain_sum` (written here) and `gsm_symbolic` (its own).
 """
@@ -12,10 +13,16 @@ from typing import Any
 from forerun.config import TaskConfig
 from forerun.errors import UserError
 from forerun.tasks.base import Problem, Split, Task
-from forerun.tasks.reward import final_answer
+from forerun.tasks.extract import MARKER, boxed, final_answer, last_line, spoken, stated
+from forerun.tasks.numbers import tidy
+from forerun.tasks.reward import math_reward
 
+ANSWER_FORMAT = f"\n\nWrite the answer at the end, after {MARKER}"
 EVAL_SIZE = 512
 SEED_STRIDE = 1_000_000  # entry i of a dataset is drawn from seed + i: keep the ranges of two seeds apart
+
+_LAST_BOX = re.compile(r"\\boxed\{((?:(?!\\boxed\{).)*)\}", re.S)  # up to the last brace: answers may hold single ones
+_FENCED = re.compile(r"```\w*\n(.*?)\n?```", re.S)
 
 
 def build(config: TaskConfig, seed: int) -> Task:
@@ -41,9 +48,38 @@ def build(config: TaskConfig, seed: int) -> Task:
         return [_problem(entry, config.dataset, split) for entry in dataset(size, first_seed)]
 
     def reward(problem: Problem, completion: str) -> float:
-        return float(checker.score_answer(final_answer(completion), problem.meta) >= 1.0)
+        if "metadata" not in problem.meta:  # no problem of the dataset, which its checker could judge
+            return math_reward(problem.answer, completion)
+        return float(_paid(checker, candidates(completion), problem.meta))
 
-    return Task(config.dataset, problems, reward)
+    return Task(config.dataset, problems, reward, answer_format=ANSWER_FORMAT)
+
+
+def candidates(completion: str) -> list[str]:
+    """What may be the answer: the last box, the whole text after the marker or its first line, or all that was said."""
+    text = spoken(completion)
+    if text is None:
+        return []
+    tail = text.rsplit(MARKER, 1)[1] if MARKER in text else text
+    boxes = [*boxed(text)[0][-1:], *_LAST_BOX.findall(text)]
+    found = [*boxes, tail, tail.strip(), *(stated(completion) or []), final_answer(completion)]
+    found += _FENCED.findall(tail)[-1:] + ([] if MARKER in text or boxes else last_line(completion))
+    found += [tidy(answer) for answer in found if "\n" not in answer.strip()]
+    return [answer for answer in dict.fromkeys(found) if answer.strip()]
+
+
+def _paid(checker: Any, answers: list[str], entry: dict[str, Any]) -> bool:
+    """Whether the checker pays one of them in full. Raises what it raised of one, when it pays none."""
+    failure: Exception | None = None
+    for answer in answers:
+        try:
+            if checker.score_answer(answer, entry) >= 1.0:
+                return True
+        except Exception as error:  # checkers read answers as they should be, and fail at others
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return False
 
 
 def _problem(entry: dict[str, Any], dataset: str, split: str) -> Problem:

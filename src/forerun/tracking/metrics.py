@@ -19,7 +19,9 @@ DEFINITIONS: dict[str, str] = {
     "reward/mean": "Mean reward over this step's rollouts. Unit: reward.",
     "reward/std": "Standard deviation of the reward over this step's rollouts. Unit: reward.",
     "reward/zero_std_groups": "Share of groups with zero advantage (no gradient). Unit: share.",
-    "reward/{name}/mean": "Mean of one named reward before the rewards are summed. Unit: reward.",
+    "reward/{name}/mean": "Mean of one named reward or part of one, before its weight. Unit: reward.",
+    "reward/failed": "Rollouts whose reward raised, crashed or gave no finite number: it counts 0. Unit: count.",
+    "reward/timeout": "Rollouts whose reward missed its deadline, task.reward_timeout_s: it counts 0. Unit: count.",
     "length/mean": "Mean number of generated tokens per rollout. Unit: tokens.",
     "length/p95": "95th percentile of generated tokens per rollout. Unit: tokens.",
     "length/max": "Generated tokens of the longest rollout. Unit: tokens.",
@@ -56,7 +58,8 @@ DEFINITIONS: dict[str, str] = {
     "time/engine_idle": "Time of the five stages in which the engine neither generated nor loaded weights, mean over "
     "replicas. Unit: seconds.",
     "time/draft_train": "Drafter training, within stage train. Unit: seconds.",
-    "time/reward": "Reward functions, within stage generation. Unit: seconds.",
+    "time/reward": "Wait for rewards after the last rollout, within stage generation; the others are computed while "
+    "rollouts are generated. Unit: seconds.",
     "time/eval": "Held-out evaluation, not part of the step. Unit: seconds.",
     # throughput
     "perf/gen_tokens": "Tokens generated in this step. Unit: tokens.",
@@ -81,6 +84,7 @@ DEFINITIONS: dict[str, str] = {
     "eval/length": "Mean generated tokens on the held-out prompts. Unit: tokens.",
     "eval/truncated": "Share of held-out answers that ended at the length limit. Unit: share.",
     "eval/prompts": "Number of held-out prompts. Unit: prompts.",
+    "eval/unscored": "Held-out answers whose reward failed or missed its deadline: it counts 0. Unit: count.",
     # the same prompts generated twice
     "compare/plain_s": "Generation of the compared prompts without speculation. Unit: seconds.",
     "compare/spec_s": "Generation of the same prompts with speculation. Unit: seconds.",

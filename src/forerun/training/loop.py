@@ -135,7 +135,7 @@ def compare(run: Run, step: int, speculative: RolloutBatch) -> EventStream[None]
         return
     with run.timeline.learner_span("compare", step + 1):
         run.plain.load(pack_weights(step, run.policy, None, shared=run.engine.shares_weights))
-        work = generate(run.plain, run.policy, run.task, speculative.request, run.recipe.train.samples_per_prompt)
+        work = generate(run.plain, run.policy, run.rewards, speculative.request, run.recipe.train.samples_per_prompt)
         plain = yield from as_stage("plain generation, to compare", work)
     run.history.comparisons.append(comparison(step + 1, plain, speculative))
     run.history.timeline = {"speculative": thinned(speculative.timeline), "plain": thinned(plain.timeline)}
@@ -152,7 +152,7 @@ def evaluate(run: Run, step: int) -> EventStream[None]:
     with run.evaluator_in_use, run.timeline.learner_span("evaluation", step):
         run.evaluator.load(pack_weights(step, run.policy, drafter, shared=run.engine.shares_weights))
         run.engine_states.begin("evaluate", step)
-        work = generate(run.evaluator, run.policy, run.task, request, recipe.eval.samples, run.stop_requested)
+        work = generate(run.evaluator, run.policy, run.rewards, request, recipe.eval.samples, run.stop_requested)
         batch = yield from as_stage("evaluation", work)
         run.engine_states.end(batch.timeline)
     result = evaluation(batch)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from forerun.models import Policy
+from forerun.tasks.scoring import Score
 from forerun.training.rollout import RolloutBatch
 from forerun.types import Rollout
 
@@ -36,7 +37,18 @@ def rollout_metrics(batch: RolloutBatch) -> dict[str, float | None]:
         "perf/gen_tokens_per_s": batch.tokens / batch.engine_s,
         "time/reward": batch.reward_s,
     }
-    return metrics | acceptance_metrics(batch)
+    return metrics | reward_metrics(batch.scores) | acceptance_metrics(batch)
+
+
+def reward_metrics(scores: Sequence[Score]) -> dict[str, float | None]:
+    """What was not computed, and the means of the named parts; a completion without a part counts 0."""
+    names = dict.fromkeys(name for score in scores for name in score.parts)
+    means: dict[str, float | None]
+    means = {f"reward/{name}/mean": sum(s.parts.get(name, 0.0) for s in scores) / len(scores) for name in names}
+    return means | {
+        f"reward/{outcome}": float(sum(score.outcome == outcome for score in scores))
+        for outcome in ("failed", "timeout")
+    }
 
 
 def acceptance_metrics(batch: RolloutBatch) -> dict[str, float | None]:
@@ -63,6 +75,7 @@ def evaluation(batch: RolloutBatch) -> dict[str, float]:
         "eval/length": batch.tokens / len(batch.rollouts),
         "eval/truncated": truncated_share(batch.rollouts),
         "eval/prompts": float(len(per_prompt)),
+        "eval/unscored": float(sum(score.outcome != "scored" for score in batch.scores)),
         "time/eval": batch.engine_s + batch.reward_s,
     }
 
@@ -100,6 +113,8 @@ def rollout_samples(step: int, batch: RolloutBatch, advantages: Tensor, policy: 
             "advantage": float(advantages[i]) if bool(advantages[i].isfinite()) else None,
             "tokens": len(rollout.tokens),
             "finish_reason": rollout.finish_reason,
+            "reward_parts": dict(batch.scores[i].parts),
+            "reward_fault": batch.scores[i].fault,
             "rounds": rollout.rounds,
             "accepted_mask": rollout.drafted,
             "token_texts": [decode([t]) for t in rollout.tokens],

@@ -195,7 +195,7 @@ class AsynchronousSource:
         run.engine_states.begin("generate", step + 1)
         n = run.recipe.train.samples_per_prompt
         work = generate(
-            run.engine, run.policy, run.task, run.request(step), n, stop_requested, between, self._recent.append
+            run.engine, run.policy, run.rewards, run.request(step), n, stop_requested, between, self._recent.append
         )
         batch = finish(work)
         run.engine_states.end(batch.timeline)

@@ -6,7 +6,8 @@ The asynchronous source is in `prefetch.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,13 +18,18 @@ from forerun.engine.base import nothing
 from forerun.errors import Interrupted
 from forerun.events import EventStream, Progress
 from forerun.models import Policy
-from forerun.tasks import Task
+from forerun.tasks import Completion, Problem
+from forerun.tasks.scoring import Score
+from forerun.tasks.workers import RewardWorkers
 from forerun.training.prompts import Request
 from forerun.training.timing import StageClock
 from forerun.types import Rollout
 
 if TYPE_CHECKING:
     from forerun.training.state import Run
+
+
+POLL_S = 0.1  # between two looks at a requested stop, while rewards are awaited
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +39,9 @@ class RolloutBatch:
     rollouts: list[Rollout]
     texts: list[str]
     rewards: torch.Tensor  # [P, n]
+    scores: list[Score]  # what the rewards are made of, in the order of the rollouts
     engine_s: float  # the engine alone
-    reward_s: float
+    reward_s: float  # after it
     counters: Counters  # of this call
     timeline: list[tuple[float, int]]  # (seconds, live sequences) per round
     request: Request
@@ -48,47 +55,66 @@ class RolloutBatch:
 def generate(
     engine: RolloutEngine,
     policy: Policy,
-    task: Task,
+    workers: RewardWorkers,
     request: Request,
     n: int,
     stop_requested: Callable[[], bool] = lambda: False,
     between: Callable[[], None] = nothing,
     arrived: Callable[[Rollout], object] = lambda rollout: None,
 ) -> EventStream[RolloutBatch]:
-    """Sample every prompt n times and score the texts; yields progress.
+    """Sample every prompt n times; `workers` compute the rewards of what is finished meanwhile. Yields progress.
 
     Args:
         between: called between two rounds, see `RolloutEngine.stream`.
         arrived: called with every rollout.
 
     Raises:
-        Interrupted: `stop_requested` between two rollouts.
+        Interrupted: `stop_requested` between two rollouts. UserError: the recipe's own rewards fail too often.
     """
-    rollouts: list[Rollout] = []
+    finished: list[tuple[Rollout, Completion, Future[Score]]] = []
     before = engine.counters.copy()
     started = time.perf_counter()
     for rollout in engine.stream(request.prompts, request.sampling, n, between=between):
-        rollouts.append(rollout)
         arrived(rollout)
+        completion = as_completion(rollout, request.problems[rollout.prompt_index], policy)
+        finished.append((rollout, completion, workers.submit(completion)))
         if stop_requested():
             raise Interrupted
-        rate = len(rollouts) / (time.perf_counter() - started)
-        yield Progress(len(rollouts), len(request.prompts) * n, "rollouts", rate)
+        rate = len(finished) / (time.perf_counter() - started)
+        yield Progress(len(finished), len(request.prompts) * n, "rollouts", rate)
     generated = time.perf_counter()
-    rollouts.sort(key=lambda r: (r.prompt_index, r.sample_index))
-    texts = [policy.tokenizer.decode(r.tokens, skip_special_tokens=True) for r in rollouts]
-    answers = zip(rollouts, texts, strict=True)
-    rewards = torch.tensor([task.reward(request.problems[r.prompt_index], text) for r, text in answers])
+    finished.sort(key=lambda item: (item[0].prompt_index, item[0].sample_index))
+    rollouts, completions, futures = (list(column) for column in zip(*finished, strict=True))
+    scores = yield from awaited(futures, stop_requested)
+    workers.settle(completions, scores)
     return RolloutBatch(
         rollouts=rollouts,
-        texts=texts,
-        rewards=rewards.view(len(request.prompts), n),
+        texts=[completion.text for completion in completions],
+        rewards=torch.tensor([score.reward for score in scores]).view(len(request.prompts), n),
+        scores=scores,
         engine_s=generated - started,
         reward_s=time.perf_counter() - generated,
         counters=engine.counters.minus(before),
         timeline=list(engine.timeline),
         request=request,
     )
+
+
+def as_completion(rollout: Rollout, problem: Problem, policy: Policy) -> Completion:
+    """What the rewards see of a rollout."""
+    text, whole = (policy.tokenizer.decode(rollout.tokens, skip_special_tokens=skip) for skip in (True, False))
+    return Completion(problem, text, whole, rollout.finish_reason, rollout.tokens, len(rollout.tokens))
+
+
+def awaited(futures: Sequence[Future[Score]], stop_requested: Callable[[], bool]) -> EventStream[list[Score]]:
+    """The rewards that are still being computed. Raises Interrupted on `stop_requested`."""
+    while left := wait(futures, POLL_S).not_done:
+        if stop_requested():
+            for future in left:
+                future.cancel()
+            raise Interrupted
+        yield Progress(len(futures) - len(left), len(futures), "rewards")
+    return [future.result() for future in futures]
 
 
 class Source(Protocol):
@@ -129,7 +155,7 @@ class SynchronousSource:
         yield from clock.time_call("prepare", lambda: run.engine.load(run.weights(step)))
         run.engine_states.begin("generate", step + 1)
         n = run.recipe.train.samples_per_prompt
-        work = generate(run.engine, run.policy, run.task, request, n, run.stop_requested)
+        work = generate(run.engine, run.policy, run.rewards, request, n, run.stop_requested)
         batch = yield from clock.time_stage("generation", work)
         run.engine_states.end(batch.timeline)
         return batch

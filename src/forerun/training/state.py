@@ -20,6 +20,7 @@ from forerun.learner.distributed import make_learner
 from forerun.models import Policy
 from forerun.simulate.plan.predict import Prediction
 from forerun.tracking.metrics import without_non_finite
+from forerun.tasks.workers import RewardWorkers
 from forerun.tracking.run_folder import RunFolder
 from forerun.tracking.timeline import Timeline
 from forerun.tracking.trackers import load_trackers
@@ -52,6 +53,7 @@ class Run:
         self.alarms = Alarms(recipe)
         self.algorithm: Algorithm = ALGORITHMS.load(recipe.train.algorithm)
         self.task = data.task
+        self.rewards = RewardWorkers(recipe.task, recipe.seed)
         self.problems = self.task.problems("train")
         self.held_out = self.task.problems("eval")[: recipe.eval.prompts] if recipe.eval.prompts else []
         self.timeline = Timeline(folder.timeline, history.wall_s, history.step)
@@ -69,6 +71,7 @@ class Run:
         except BaseException:
             self.engine.close()
             raise
+        self.rewards.warm_up()
         self.env: dict[str, Any] = {}  # content of env.json
         self.prediction: Prediction | None = None
         self.updates_recorded = self.learner.updates  # optimizer steps of the finished steps
@@ -115,11 +118,11 @@ class Run:
             tracker.log(step, metrics)
 
     def take_warnings(self) -> list[str]:
-        """What engine, alarms and trackers have warned of since this was last asked; kept for the summary."""
-        found = [*self.engine.warnings, *self.alarms.warnings, *self._new_warnings]
-        self.engine.warnings.clear()
-        self.alarms.warnings.clear()
-        self._new_warnings.clear()
+        """What engine, rewards, alarms and trackers have warned of since this was last asked; kept for the summary."""
+        sources = (self.engine.warnings, self.rewards.warnings, self.alarms.warnings, self._new_warnings)
+        found = [text for source in sources for text in source]
+        for source in sources:
+            source.clear()
         self.warnings += [text for text in found if text not in self.warnings]
         return found
 
@@ -134,7 +137,8 @@ class Run:
         return build_engine(self.recipe.rollout, self.policy, None, self.recipe.speculation)
 
     def close(self) -> None:
-        """Give the engines and the learner back."""
+        """Give the engines, the learner and the reward workers back."""
+        self.rewards.close()
         self.engine.close()
         self.learner.close()
         if "plain" in vars(self):  # made when it was first asked for

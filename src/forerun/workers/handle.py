@@ -42,7 +42,7 @@ class Spec:
     factory: str
     arguments: tuple[Any, ...] = ()
     files: Mapping[str, Path] = field(default_factory=dict)  # files and folders it reads, see `Server.files`
-    threads: int = 1
+    threads: int = 1  # of torch; 0: torch is left to the factory, with one
     timeouts: Timeouts = Timeouts()
     environments: Sequence[Mapping[str, str]] = ()  # added for each worker, on this machine; (): nothing
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -32,14 +33,15 @@ class LocalLauncher:
     gpus = 0.0
     address = LOOPBACK
 
-    def __init__(self, shared_memory: bool = True, program: str = PROGRAM) -> None:
+    def __init__(self, shared_memory: bool = True, program: str = PROGRAM, show_output: bool = False) -> None:
         """See the module.
 
         Args:
             shared_memory: workers get weights through memory that all of them map; else each gets a copy of its own.
             program: Python that runs in each, with the arguments of `server.main`.
+            show_output: what they print goes to this process's stderr; else it is kept for the line they end with.
         """
-        self.shared_memory, self.program = shared_memory, program
+        self.shared_memory, self.program, self.show_output = shared_memory, program, show_output
         self._starter = ThreadPoolExecutor(1, "launcher")
 
     def start(self, count: int, spec: Spec) -> list[Worker]:
@@ -64,7 +66,7 @@ class LocalLauncher:
     def _start(self, spec: Spec, environment: Mapping[str, str]) -> Worker:
         mine, theirs = socket.socketpair()
         limit_blocking(mine, spec.timeouts)
-        output = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        output = os.fdopen(os.dup(2), "wb") if self.show_output else tempfile.TemporaryFile()  # noqa: SIM115
         with theirs:
             process = subprocess.Popen(
                 [sys.executable, "-c", self.program, str(theirs.fileno()), str(os.getpid())],
@@ -73,9 +75,10 @@ class LocalLauncher:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(spec.threads)} | dict(environment),
+                env=os.environ | {"OMP_NUM_THREADS": str(max(1, spec.threads))} | dict(environment),
             )
-        return Worker(LocalProcess(process, output), Connection(mine.detach()), spec.timeouts, self.shared_memory)
+        kept = not self.show_output
+        return Worker(LocalProcess(process, output, kept), Connection(mine.detach()), spec.timeouts, self.shared_memory)
 
 
 @dataclass(slots=True)
@@ -84,6 +87,7 @@ class LocalProcess:
 
     popen: subprocess.Popen[bytes]
     output: Any  # file of what it writes to stdout and stderr
+    kept: bool = True  # the file is this process's alone
     address: str = LOOPBACK
 
     @property
@@ -92,7 +96,10 @@ class LocalProcess:
         return self.popen.pid
 
     def kill(self) -> None:
-        """See `Process`."""
+        """See `Process`. What it has started itself ends with it."""
+        if self.popen.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.kill()
         self.popen.wait()
 
@@ -106,7 +113,7 @@ class LocalProcess:
 
     def last_line(self) -> str:
         """See `Process`. What a killed process wrote last is not why it ended."""
-        if self.output.closed or self.popen.returncode == -signal.SIGKILL:
+        if not self.kept or self.output.closed or self.popen.returncode == -signal.SIGKILL:
             return ""
         size = os.fstat(self.output.fileno()).st_size
         text = os.pread(self.output.fileno(), TAIL_BYTES, max(0, size - TAIL_BYTES)).decode(errors="replace")

@@ -16,22 +16,18 @@ import importlib
 import os
 import signal
 import sys
-import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NoReturn
 
-from forerun.errors import UserError
+from forerun.errors import UserError, place_of
 from forerun.workers.wire import Message, receive, send
 
 Requests = Mapping[str, Callable[..., None]]
 PROGRAM = "from forerun.workers.server import main; main()"  # not -m: pickled classes must be those of the module
 PR_SET_PDEATHSIG = 1
-PACKAGE = Path(__file__).parents[1]
-LIBRARIES = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
 
 
 def nothing() -> None:
@@ -75,9 +71,10 @@ class Server:
         return self.connection.poll()
 
     def _make(self, factory: str, arguments: tuple[Any, ...], files: Mapping[str, str], threads: int) -> None:
-        import torch
+        if threads:
+            import torch
 
-        torch.set_num_threads(threads)
+            torch.set_num_threads(threads)
         self.files = files
         module, _, name = factory.partition(":")
         self.requests = getattr(importlib.import_module(module), name)(self, *arguments)
@@ -102,15 +99,6 @@ def serve(connection: Connection, remove_files: Callable[[], None] = nothing) ->
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
-
-
-def place_of(error: BaseException) -> str:
-    """ " (file:line)" of an exception: the innermost line of the user's own code, or else of the package."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
-    own = [f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in LIBRARIES)]
-    theirs = [f for f in own if not Path(f.filename).is_relative_to(PACKAGE)]
-    found = (theirs or own or frames)[-1:]
-    return "".join(f" ({f.filename}:{f.lineno})" for f in found)
 
 
 def end_with(parent: int) -> None:
