@@ -171,6 +171,25 @@ def data(
 
 
 @app.command()
+def score(
+    recipe: RecipeName,
+    file: Annotated[Path, typer.Argument(help="JSONL of objects with answer and completion", metavar="FILE")],
+    overrides: Overrides = None,
+    json: Json = False,
+) -> None:
+    """Compute a recipe's rewards of the completions in a file, with the seconds of each; loads no model."""
+    settings = load_recipe(recipe, parse_overrides(overrides or []))
+    from forerun.report.console import Console
+    from forerun.tasks.score_file import as_json, as_table, score_file
+
+    scored = score_file(settings, str(file))
+    if json:
+        _print_json(as_json(scored))
+    else:
+        Console().print(as_table(scored))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="run folder", metavar="RUN")], json: Json = False) -> None:
     """Write the offline HTML page of a run folder."""
     from forerun.report.run_page import write_report

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from typing import Any
 
 from forerun.tasks import Completion, Problem
@@ -85,5 +86,24 @@ async def _later() -> float:
 
 def hangs(problem: Problem, completion: str) -> float:
     """Never returns."""
+    print("a reward hangs", file=sys.stderr, flush=True)
     while True:
         time.sleep(1.0)
+
+
+def last_does(problem: Problem, completion: str) -> Any:
+    """What the completion says twice."""
+    return does(problem, completion[len(completion) // 2 :])
+
+
+def prints(problem: Problem, completion: str) -> float:
+    """Writes to stdout."""
+    print("a line of the reward")
+    return 1.0
+
+
+def hangs_at_times(problem: Problem, completion: str) -> float:
+    """In about a quarter of all answers."""
+    if zlib.crc32(completion.encode()) % 4 == 0:
+        hangs(problem, completion)
+    return 1.0
