@@ -57,7 +57,7 @@ def test_it_uses_the_recipes_rewards_and_deadline(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("line", "words"),
-    [({"answer": "1"}, "has no completion"), ({"completion": "1"}, "no answer"), ({"answer": 1, "completion": 2}, "no text")],
+    [({"answer": "1"}, "no compl"), ({"completion": "1"}, "no answer"), ({"answer": 1, "completion": 2}, "no text")],
 )  # fmt: skip
 def test_a_line_that_lacks_something_is_one_sentence(tmp_path: Path, line: dict[str, Any], words: str) -> None:
     done = run_here("score", "gsm8k", written(tmp_path / "lines.jsonl", [LINES[0], line]))

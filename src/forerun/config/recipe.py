@@ -118,6 +118,11 @@ class TaskConfig(Block):
             raise ValueError("task.reward names one reward and task.rewards several: keep one of the two")
         return self
 
+    @property
+    def uses_task_reward(self) -> bool:
+        """Whether the task's own reward counts."""
+        return "task" in self.rewards or not (self.rewards or self.reward)
+
 
 class ColdStartConfig(Block):
     """Supervised training on worked solutions before the drafter and the reinforcement-learning stages."""

@@ -19,7 +19,7 @@ def build(config: TaskConfig, seed: int) -> Task:
         raise UserError("The jsonl task needs 'task.path': a data file, a folder, or a data set owner/name of the hub")
 
     def make(row: Row, where: str, name: str) -> Problem:
-        return problem_of(row, config.columns, where, name, needs_answer=config.reward is None)
+        return problem_of(row, config.columns, where, name, needs_answer=config.uses_task_reward)
 
     problems = partial(problems_of_split, config, make=make)
     return Task("jsonl", problems, lambda problem, completion: math_reward(problem.answer, completion))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from forerun.config import Recipe
 from forerun.errors import UserError
 from forerun.tasks.base import Completion, Problem
-from forerun.tasks.jsonl import read_jsonl
+from forerun.tasks.files import read_rows
 from forerun.tasks.scoring import Score
 from forerun.tasks.workers import RewardWorkers
 
@@ -28,7 +28,7 @@ def score_file(recipe: Recipe, path: str) -> list[tuple[Completion, Score]]:
     Raises:
         UserError: the file cannot be read, a line lacks one of the two, or no reward worker can start.
     """
-    completions = [_completion(row, path, number) for number, row in enumerate(read_jsonl(path), 1)]
+    completions = [_completion(row, path, number) for number, row in enumerate(read_rows(path), 1)]
     workers = RewardWorkers(recipe.task, recipe.seed)
     try:
         futures = [workers.submit(completion) for completion in completions]
