@@ -19,8 +19,8 @@ from forerun.learner.cotrain_distributed import build_cotrainer
 from forerun.learner.distributed import make_learner
 from forerun.models import Policy
 from forerun.simulate.plan.predict import Prediction
-from forerun.tracking.metrics import without_non_finite
 from forerun.tasks.workers import RewardWorkers
+from forerun.tracking.metrics import without_non_finite
 from forerun.tracking.run_folder import RunFolder
 from forerun.tracking.timeline import Timeline
 from forerun.tracking.trackers import load_trackers
