@@ -380,7 +380,7 @@ def test_a_run_with_ranks_publishes_what_they_trained_and_survives_the_loss_of_o
     """Killed in the second step's draft training, it ends with policy and drafter of an undisturbed run."""
     trained: list[str] = []
     published: dict[int, dict[str, str]] = {}
-    compare, pack_weights, study = LearnerGroup.check_drafters, state.publish, LearnerGroup.train_drafter
+    compare, pack_weights, study = LearnerGroup.check_drafters, state.pack_weights, LearnerGroup.train_drafter
 
     def compared(self: LearnerGroup, held: Sequence[str], received: str) -> None:
         compare(self, held, received)

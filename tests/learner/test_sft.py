@@ -69,23 +69,13 @@ def test_the_end_of_a_solution_without_an_end_token_of_the_tokenizer(tiny: Calla
     policy.tokenizer.eos_token = None
     policy.model.generation_config.eos_token_id = [7, 4]
     problems = [Problem("1", "1+1=", "2", "#### 2")]
-    assert solved_examples(policy, problems, True, None)[0][1][-1] == 4
+    assert solved_examples(policy, problems, lambda p: [1])[0][1][-1] == 4
     policy.model.generation_config.eos_token_id = None
     with pytest.raises(UserError, match=r"names an end token; add eos_token to tokenizer_config\.json, or leave out"):
-        solved_examples(policy, problems, True, None)
+        solved_examples(policy, problems, lambda p: [1])
 
 
 def test_learning_rate_rises_then_falls() -> None:
     factors = [learning_rate_factor(s, 100, 10) for s in range(100)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == pytest.approx(1.0)
     assert factors[-1] == pytest.approx(0.1, abs=0.01) and factors[10:] == sorted(factors[10:], reverse=True)
-
-
-def test_a_tokenizer_without_end_token_is_one_sentence(tiny: Callable[..., Path]) -> None:
-    policy = load_policy(str(tiny("llama")), "float32", "cpu")
-    policy.tokenizer.eos_token = None
-    problems = [Problem("1", "1+1=", "2", "#### 2")]
-    assert solved_examples(policy, problems, lambda p: [1])[0][1][-1] == 0  # the model's own settings have one
-    policy.model.generation_config.eos_token_id = None
-    with pytest.raises(UserError, match="has no end token"):
-        solved_examples(policy, problems, lambda p: [1])
