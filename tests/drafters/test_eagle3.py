@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from draft_training import watched
+from draft_training import distributions, watched
 from drafter_contract import Forced, check_the_same
 from forerun.config import DraftConfig
 from forerun.drafters.base import Rows
@@ -84,7 +84,7 @@ def test_training_and_serving_compute_the_same_draft_distribution(
     for rollout in plain:
         seed, length = request_seed(0, rollout.prompt_index, 0), len(rollout.prompt_ids)
         teacher = run_teacher(drafter.head, policy, [(rollout.prompt_ids, rollout.tokens)], 1.0)
-        passes = drafter.head.unroll(policy, teacher, 3, 1.0)
+        passes = distributions(drafter.head, policy, teacher, 3, 1.0)
         for (which, root, slot), log_q in forced.seen.items():
             place = root + slot - (length - 1)  # teacher row root+slot predicts token root+slot+1
             if which != seed or place >= len(rollout.tokens):
@@ -100,7 +100,7 @@ def test_unroll_scores_exactly_the_completion(policy: Policy) -> None:
     head = random_head(policy)
     pairs = [([5, 6, 7], [8, 9, 10, 11]), ([4, 5], [6, 7])]
     teacher = run_teacher(head, policy, pairs, 1.0)
-    passes = head.unroll(policy, teacher, 3, 1.0)
+    passes = distributions(head, policy, teacher, 3, 1.0)
     # a round starts at the last prompt token or later, and draft j of it needs j completion tokens before its own
     assert [len(log_p) for log_p, _ in passes] == [6, 4, 2]
     with torch.no_grad():

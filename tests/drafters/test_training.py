@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from draft_training import watched
+from draft_training import distributions, watched
 from forerun.config import DraftConfig
+from forerun.drafters import unroll
 from forerun.drafters.eagle3 import new_head
-from forerun.drafters.mtp import MtpHead, unroll_mtp
+from forerun.drafters.mtp import MtpHead
 from forerun.drafters.training.distill import chain_losses, distill, pruned_copy
 from forerun.drafters.training.heads import run_teacher, split_pairs, train_head, unrolled_losses, weighted_loss
 from forerun.drafters.training.losses import acceptance, cross_entropy, position_loss, total_variation
@@ -159,11 +160,7 @@ def head_of(method: str, policy: Policy) -> Any:
 
 def rows_of(head: Any, policy: Policy, pair: tuple[list[int], list[int]], depth: int) -> list[tuple[Tensor, Tensor]]:
     """log p, log q by draft position of one text alone; row b of each is base b."""
-    teacher = run_teacher(head, policy, [pair], 0.8)
-    if isinstance(head, MtpHead):
-        passes = unroll_mtp(head, teacher.tokens, teacher.features, teacher.scored, depth)
-        return [tuple(torch.log_softmax(head.shared.logits(x) / 0.8, -1) for x in rows) for rows in passes]  # type: ignore[misc]
-    return head.unroll(policy, teacher, depth, 0.8)
+    return distributions(head, policy, run_teacher(head, policy, [pair], 0.8), depth, 0.8)
 
 
 def slow_loss(name: str, head: Any, policy: Policy, depth: int) -> Tensor:
@@ -186,13 +183,37 @@ def slow_loss(name: str, head: Any, policy: Policy, depth: int) -> Tensor:
     return torch.stack([torch.stack(x).mean() for x in found]).mean()
 
 
+@pytest.mark.parametrize("method", ["eagle3", "mtp1"])
+def test_what_long_texts_compute_again_changes_nothing(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    head, config = head_of(method, policy), DraftConfig(depth=3)
+
+    def result() -> tuple[Tensor, list[Tensor]]:
+        head.zero_grad(set_to_none=True)
+        loss = weighted_loss(unrolled_losses(head, policy, run_teacher(head, policy, UNEVEN, 0.8), config, 0.8), 1.0)
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in head.parameters() if p.grad is not None]
+
+    loss, gradients = result()
+    monkeypatch.setattr("forerun.drafters.training.heads.ROWS", 3)
+    monkeypatch.setattr("forerun.drafters.training.heads.KEPT_BYTES", 0)
+    monkeypatch.setattr("forerun.drafters.unroll.LAYER_BYTES", 0)
+    monkeypatch.setitem(unroll.SCORE_BYTES, "cpu", 1)
+    again, gradients_again = result()
+    torch.testing.assert_close(again, loss, atol=1e-6, rtol=1e-5)
+    for ours, theirs in zip(gradients_again, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["eagle3", "mtp1", "mtp2"])
 @pytest.mark.parametrize("loss", ["ce", "e2e"])
 def test_a_heads_loss_is_that_of_base_after_base(
     policy: Policy, monkeypatch: pytest.MonkeyPatch, method: str, loss: str
 ) -> None:
-    """Texts of uneven length in one batch, an MTP head's rows three at a time; value and gradient."""
+    """Texts of uneven length in one batch, rows three at a time; value and gradient."""
     monkeypatch.setattr("forerun.drafters.training.heads.ROWS", 3)
+    monkeypatch.setattr("forerun.drafters.training.heads.KEPT_BYTES", 0)
     head, config = head_of(method, policy), DraftConfig(depth=3, loss=loss)
     slow = slow_loss(loss, head, policy, 3)
     slow.backward()

@@ -141,13 +141,25 @@ def test_no_forward_of_the_policy_is_added(tiny: Callable[..., Path], method: st
 def test_what_does_not_fit_is_counted(tiny: Callable[..., Path]) -> None:
     policy = fresh(tiny)
     rollouts, _ = fixed_batch(policy)
-    config = CONFIG.model_copy(update={"cache_gib": 0.0})
-    trainer = CoTrainer(drafter_for("eagle3", policy), policy, "every-1", config, 1.0, 0)
-    trainer.begin(0)
-    scored = finish(Learner(policy, TrainConfig(microbatch_tokens=60), 1.0).score(rollouts, forward=trainer.forward))
-    metrics = trainer.update(0, rollouts, scored.entropies)
-    assert metrics["draft/tokens_left_out"] > 0 < metrics["draft/tokens"]
-    assert metrics["draft/tokens"] + metrics["draft/tokens_left_out"] == sum(len(r.tokens) for r in rollouts)
+    total, learner = sum(len(r.tokens) for r in rollouts), Learner(policy, TrainConfig(microbatch_tokens=60), 1.0)
+    warnings: list[str] = []
+    found = {}
+    for gib in (1.0, 5e-5, 0.0):
+        config = CONFIG.model_copy(update={"cache_gib": gib})
+        drafter = drafter_for("eagle3", policy)
+        before = {name: tensor.clone() for name, tensor in drafter.state_dict().items()}
+        trainer = CoTrainer(drafter, policy, "every-1", config, 1.0, 0, warnings.append)
+        for step in range(2):
+            trainer.begin(step)
+            scored = finish(learner.score(rollouts, forward=trainer.forward))
+            assert sum(teacher.size_bytes for teacher in trainer._teacher_cache) <= gib * 2**30
+            found[gib] = trainer.update(step, rollouts, scored.entropies)
+        assert found[gib]["draft/tokens"] + found[gib]["draft/tokens_left_out"] == total
+        kept = all(torch.equal(tensor, before[name]) for name, tensor in drafter.state_dict().items())
+        assert kept == (gib == 0.0) == ("draft/loss" not in found[gib])
+        assert len(warnings) == int(gib == 0.0)
+    assert found[1.0]["draft/tokens_left_out"] == 0 < found[5e-5]["draft/tokens"] < total
+    assert "draft.cache_gib=0 is too small for any micro-batch of a step (the smallest needs" in warnings[0]
 
 
 def beside(policy: Policy, head: Eagle3Head, config: DraftConfig, rate: float) -> None:

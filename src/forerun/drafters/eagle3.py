@@ -10,6 +10,7 @@ Axes: R rows, B live rows, n tokens, T auxiliary layers, H hidden size, N sequen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,8 +24,8 @@ from forerun.drafters.eagle3_checkpoints import head_files, read_head
 from forerun.drafters.files import check_fit, write_drafter
 from forerun.drafters.sampled import HeadDrafter, SampledChain
 from forerun.drafters.temperature import tempered_head
-from forerun.drafters.trainable import TeacherBatch, TrainableHead
-from forerun.drafters.unroll import KeysAndValues, unrolled_attention
+from forerun.drafters.trainable import TeacherBatch, TrainableHead, scored_bases
+from forerun.drafters.unroll import KeysAndValues, causal_attention, compute, unrolled_attention
 from forerun.models import Policy
 from forerun.models.auxiliary import check_aux_layers, decoder_layers, default_aux_layers
 from forerun.models.cache import SlotPass
@@ -127,49 +128,31 @@ class Eagle3Head(TrainableHead):
         """Its own input embedding, or the policy's."""
         return self.embed_tokens if self.config.own_embedding else policy.model.get_input_embeddings()
 
-    def unroll(
-        self, policy: Policy, teacher: TeacherBatch, depth: int, temperature: float
-    ) -> list[tuple[Tensor, Tensor]]:
+    def unroll(self, policy: Policy, teacher: TeacherBatch, depth: int) -> list[Tensor]:
         length = teacher.tokens.shape[1]
         first = max(0, int(teacher.scored.any(0).float().argmax()) - 1)  # earliest base that any sequence scores
         embedded = self.embedding(policy)(teacher.tokens).detach()
         positions = torch.arange(length, device=teacher.tokens.device)[None]
         hidden = self.fuse(teacher.features[:, :-1])
-        query, key, value = self.query_key_value(embedded[:, 1:], hidden, positions[:, :-1])
+        run = partial(compute, teacher.tokens.numel() * self.config.kept_bytes)
+        query, key, value = run(self.query_key_value, embedded[:, 1:], hidden, positions[:, :-1])
         context = key, value  # pass 0's
         own: list[KeysAndValues] = []  # those of later passes, one key per base
-        attended = _attend(query[:, :, first:], context, own, first)
-        hidden = self.finish(hidden[:, first:], attended)
+        hidden = run(self.finish, hidden[:, first:], causal_attention(query, key, value)[:, first:])
         results = []
         for j in range(depth):
             last = length - 2 - j  # bases beyond it have no next token to compare with
-            started = teacher.scored[:, first + 1 : last + 2]  # rounds start at the last prompt token or later
-            rows = started & teacher.scored[:, first + 1 + j : last + 2 + j]
-            log_q = torch.log_softmax(
-                self.logits(hidden[:, : rows.shape[1]][rows]).float() / (temperature or 1.0), dim=-1
-            )
-            results.append((teacher.log_p[:, first + 1 + j : last + 2 + j][rows], log_q))
+            rows = scored_bases(teacher.scored, j)[:, first : last + 1]
+            results.append(hidden[:, : rows.shape[1]][rows])
             if j == depth - 1 or last - 1 < first:
                 break
             kept = last - first  # bases first .. last-1 can go one token further
             hidden = hidden[:, :kept]
-            query, key, value = self.query_key_value(
-                embedded[:, first + 2 + j : last + 2 + j], hidden, positions[:, first + 1 + j : last + 1 + j]
-            )
+            now = slice(first + 1 + j, last + 1 + j)
+            query, key, value = run(self.query_key_value, embedded[:, 1:][:, now], hidden, positions[:, now])
             own = [(k[:, :, :kept], v[:, :, :kept]) for k, v in own] + [(key, value)]
-            hidden = self.finish(hidden, _attend(query, context, own, first))
+            hidden = run(self.finish, hidden, unrolled_attention(query, context, own, first))
         return results
-
-
-def _attend(query: Tensor, context: KeysAndValues, own: list[KeysAndValues], first: int) -> Tensor:
-    """query [N, heads, T, d] at bases first .. first+T-1 -> [N, T, heads, d]; `own`: the same base's keys by pass."""
-    if own:
-        return unrolled_attention(query, context, own, first)
-    group = query.shape[1] // context[0].shape[1]
-    keys, values = (x.repeat_interleave(group, dim=1) for x in context)
-    at = torch.arange(keys.shape[2], device=query.device)
-    seen = at[None] <= at[first : first + query.shape[2], None]  # [T, L]
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen).transpose(1, 2)
 
 
 def _midlayer(config: Eagle3Config) -> nn.ModuleDict:

@@ -86,6 +86,12 @@ class Eagle3Config:
         """Width of one auxiliary hidden state: the policy's hidden size."""
         return self.target_hidden_size or self.hidden_size
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes per token that a pass of training keeps for its backward pass, in float32."""
+        heads = self.num_attention_heads + self.num_key_value_heads
+        return 4 * (11 * self.hidden_size + 4 * self.intermediate_size + 2 * heads * self.head_dim)
+
 
 @dataclass(frozen=True, slots=True)
 class HeadFile:

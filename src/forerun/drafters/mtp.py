@@ -31,7 +31,7 @@ from forerun.drafters.base import Drafter, Rows
 from forerun.drafters.files import check_fit, reading, write_drafter
 from forerun.drafters.mtp_checkpoints import IDS, published_name, read_heads
 from forerun.drafters.sampled import HeadDrafter, SampledChain
-from forerun.drafters.trainable import TeacherBatch, TrainableHead
+from forerun.drafters.trainable import TeacherBatch, TrainableHead, scored_bases
 from forerun.drafters.unroll import UnrollPass
 from forerun.errors import UserError
 from forerun.models import Policy
@@ -180,15 +180,8 @@ class MtpHead(TrainableHead):
         """hidden [..., H], normed -> [..., D]"""
         return self.shared.logits(hidden, self.draft_ids)
 
-    def unroll(
-        self, policy: Policy, teacher: TeacherBatch, depth: int, temperature: float
-    ) -> list[tuple[Tensor, Tensor]]:
-        targets = None if self.drafts_all_tokens else teacher.log_p
-        rows = unroll_mtp(self, teacher.tokens, teacher.features, teacher.scored, depth, targets)
-        if self.drafts_all_tokens:
-            return rows
-        scale = temperature or 1.0
-        return [(p, torch.log_softmax(self.logits(hidden).float() / scale, dim=-1)) for p, hidden in rows]
+    def unroll(self, policy: Policy, teacher: TeacherBatch, depth: int) -> list[Tensor]:
+        return unroll_mtp(self, teacher.tokens, teacher.features, teacher.scored, depth)
 
     def step(self, index: int, tokens: Tensor, hidden: Tensor, positions: Tensor, slots: Any) -> Tensor:
         """Layer `index`: next tokens [B, n] and the state before them [B, n, H] -> the state after it [B, n, H]."""
@@ -199,16 +192,12 @@ class MtpHead(TrainableHead):
         return layer(embedded, hidden, positions, self.shared.rotation(hidden, positions), slots)
 
 
-def unroll_mtp(
-    head: MtpHead, tokens: Tensor, features: Tensor, scored: Tensor, depth: int, targets: Tensor | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """Training-time test. Per draft position: the policy's last hidden states, and the head's, [M, H] each.
+def unroll_mtp(head: MtpHead, tokens: Tensor, features: Tensor, scored: Tensor, depth: int) -> list[Tensor]:
+    """Training-time test. Per draft position the head's last states [M, H].
 
     Args:
         tokens: [N, L]. features: [N, L, H]. scored: [N, L], entry r: token r + 1 belongs to the completion.
-        targets: [N, L, D], returned in the place of `features`.
     """
-    targets = features if targets is None else targets
     length, layers = tokens.shape[1], len(head.layers)
     positions = torch.arange(length, device=tokens.device)[None]
     hidden, slots, begin, results = features, UnrollPass(), 0, []
@@ -230,8 +219,7 @@ def unroll_mtp(
             positions[:, begin + shift : last + 1 + shift],
             slots,
         )
-        rows = scored[:, begin + 1 : last + 2] & scored[:, begin + 1 + j : last + 2 + j]
-        results.append((targets[:, begin + 1 + j : last + 2 + j][rows], hidden[rows]))
+        results.append(hidden[scored_bases(scored, j)[:, begin : last + 1]])
     return results
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from forerun.models import Policy
@@ -29,11 +30,16 @@ class TeacherBatch:
         return sum(t.numel() * t.element_size() for t in (self.tokens, self.features, self.log_p, self.scored))
 
 
+def scored_bases(scored: Tensor, j: int) -> Tensor:
+    """Where rounds can start whose draft j is compared: bases t with the scored entries t+1 and t+1+j. [N, L] bool"""
+    return F.pad(scored[:, 1:], (0, 1)) & F.pad(scored[:, 1 + j :], (0, 1 + j))
+
+
 class TrainableHead(nn.Module):
     """Base class of heads that training-time test trains. All parameters are trained."""
 
     config: Any  # `layers`: auxiliary layers that it reads, `aux_width`: hidden size of each
-    drafts_all_tokens: bool = False  # the whole vocabulary: rows too long to be kept, see `unroll`
+    drafts_all_tokens: bool = False  # the whole vocabulary: the policy's rows are too long to be kept
 
     @property
     def vocabulary(self) -> Tensor:
@@ -44,13 +50,10 @@ class TrainableHead(nn.Module):
         """Of the states that it feeds on: [..., H] -> [..., D]"""
         raise NotImplementedError
 
-    def unroll(
-        self, policy: Policy, teacher: TeacherBatch, depth: int, temperature: float
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Training-time test: per draft position j the pair (log p, log q), each [M_j, D], of all scored bases.
+    def unroll(self, policy: Policy, teacher: TeacherBatch, depth: int) -> list[Tensor]:
+        """Training-time test: per draft position j the states [M_j, H] of its `scored_bases`, which `logits` reads.
 
-        Base t pairs hidden state t with token t+1, so draft j is compared with the policy's row t+1+j. A head that
-        `drafts_all_tokens` gives the states [M_j, H] from which `logits` makes both.
+        Base t pairs hidden state t with token t+1, so draft j is compared with the policy's row t+1+j.
         """
         raise NotImplementedError
 

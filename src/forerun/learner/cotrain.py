@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,13 +116,41 @@ class Schedule:
         return {"spec/drift": self.meter.drift}
 
 
+def nothing(_: str) -> None:
+    """Warn nobody."""
+
+
+class CacheWarning:
+    """Given once: `draft.cache_gib` holds none of a step's micro-batches, so the drafter is not trained."""
+
+    def __init__(self, gib: float, warn: Callable[[str], None]) -> None:
+        self._gib, self._warn, self._given = gib, warn, False
+
+    def give(self, smallest_bytes: int) -> None:
+        """`smallest_bytes`: of a micro-batch of the step."""
+        if not self._given:
+            self._warn(
+                f"draft.cache_gib={self._gib:g} is too small for any micro-batch of a step (the smallest needs "
+                f"{smallest_bytes / 2**30:.2g} GiB): the drafter is not trained; raise it, or lower "
+                "train.microbatch_tokens"
+            )
+        self._given = True
+
+
 class CoTrainer:
     """Trains the drafter that the engine is using; the engine sees every update with the next weight version."""
 
     def __init__(
-        self, drafter: Drafter, policy: Policy, train: str, config: DraftConfig, temperature: float, seed: int
+        self,
+        drafter: Drafter,
+        policy: Policy,
+        train: str,
+        config: DraftConfig,
+        temperature: float,
+        seed: int,
+        warn: Callable[[str], None] = nothing,
     ) -> None:
-        """`train` is `speculation.train`: every-N or drift.
+        """`train` is `speculation.train`: every-N or drift. `warn`: see `CacheWarning`.
 
         Raises:
             UserError: drafters of its kind cannot be co-trained.
@@ -135,13 +163,14 @@ class CoTrainer:
         self.schedule = Schedule(train, config)
         self.optimizer = draft_optimizer(self.head, config)
         self._teacher_cache: list[TeacherBatch] = []
-        self._room_bytes = self._left_out = 0
+        self._warning = CacheWarning(config.cache_gib, warn)
+        self._room_bytes = self._left_out = self._smallest_bytes = 0
         self._due = False
 
     def begin(self, step: int) -> None:
         """A step (0-based) begins; this decides whether it ends with an update."""
         self._teacher_cache = []
-        self._left_out = 0
+        self._left_out = self._smallest_bytes = 0
         self._room_bytes = int(self.config.cache_gib * 2**30)
         self._due = self.schedule.due(step)
 
@@ -150,7 +179,8 @@ class CoTrainer:
         if not self._due:
             return completion_logits(model, batch)
         teacher, logits = teacher_batch(self.head, model, batch, self.temperature)
-        if teacher.size_bytes <= self._room_bytes or not self._teacher_cache:
+        self._smallest_bytes = min(self._smallest_bytes or teacher.size_bytes, teacher.size_bytes)
+        if teacher.size_bytes <= self._room_bytes:
             self._room_bytes -= teacher.size_bytes
             self._teacher_cache.append(teacher)
         else:
@@ -166,6 +196,8 @@ class CoTrainer:
     def _update(self, step: int) -> dict[str, float]:
         """One optimizer step per batch of the logprob stage."""
         started = time.perf_counter()
+        if self._left_out and not self._teacher_cache:
+            self._warning.give(self._smallest_bytes)
         losses, norms, batches = [], [], []
         for index in order_of_batches(self.seed, step, len(self._teacher_cache)):
             positions = unrolled_losses(
@@ -228,13 +260,15 @@ def draft_metrics(
     left_out: int,
     started: float,
 ) -> dict[str, float]:
-    """Of an update. `losses`, `norms`: of each optimizer step, see `draft_step`. `started`: by time.perf_counter."""
+    """Of an update; without a step it has no loss. `norms`: see `draft_step`. `started`: by time.perf_counter."""
     made = [norm for norm in norms if not math.isnan(norm)]
-    return {
+    learnt = {
         "draft/loss": sum(losses) / max(1, len(losses)),
         "draft/acceptance_simulated": mean_acceptance(batches).length,
         "draft/grad_norm": sum(made) / max(1, len(made)),
         "draft/skipped_updates": float(len(norms) - len(made)),
+    }
+    return (learnt if norms else {}) | {
         "draft/tokens": float(tokens),
         "draft/tokens_left_out": float(left_out),
         "time/draft_train": time.perf_counter() - started,

@@ -21,7 +21,15 @@ from forerun.drafters import Drafter
 from forerun.drafters.trainable import TrainableHead
 from forerun.drafters.training.heads import place_bytes
 from forerun.events import CountStream
-from forerun.learner.cotrain import CoTrainer, Schedule, draft_metrics, order_of_batches, trained_head
+from forerun.learner.cotrain import (
+    CacheWarning,
+    CoTrainer,
+    Schedule,
+    draft_metrics,
+    nothing,
+    order_of_batches,
+    trained_head,
+)
 from forerun.learner.distributed import LearnerGroup
 from forerun.learner.learner import Learner
 from forerun.learner.objective import Scored
@@ -41,6 +49,7 @@ class BatchPlan:
     batches: list[list[int]]  # rollouts of each optimizer step
     tokens: int = 0  # completion tokens in them
     left_out: int = 0  # completion tokens for which there is no memory
+    smallest_bytes: int = 0  # of a micro-batch
 
 
 def plan_batches(
@@ -59,22 +68,32 @@ def plan_batches(
     lengths = [len(r.prompt_ids) + len(r.tokens) for r in rollouts]
     kept: list[list[int]] = []
     room_bytes, tokens, left_out = int(gib * 2**30), 0, 0
+    sizes: list[int] = []
     for batch in microbatches(lengths, microbatch_tokens):
         size = len(batch) * max(lengths[i] for i in batch) * place_bytes(head, dtype)
         scored = sum(len(rollouts[i].tokens) for i in batch)
-        if size <= room_bytes or not kept:
+        sizes.append(size)
+        if size <= room_bytes:
             room_bytes, tokens = room_bytes - size, tokens + scored
             kept.append(batch)
         else:
             left_out += scored
-    return BatchPlan([kept[index] for index in order(len(kept))], tokens, left_out)
+    return BatchPlan([kept[index] for index in order(len(kept))], tokens, left_out, min(sizes, default=0))
 
 
 class GroupCoTrainer:
     """`CoTrainer`, over the ranks of a group."""
 
-    def __init__(self, group: LearnerGroup, drafter: Drafter, train: str, config: DraftConfig, seed: int) -> None:
-        """Give every rank the drafter. `train` is `speculation.train`: every-N or drift.
+    def __init__(
+        self,
+        group: LearnerGroup,
+        drafter: Drafter,
+        train: str,
+        config: DraftConfig,
+        seed: int,
+        warn: Callable[[str], None] = nothing,
+    ) -> None:
+        """Give every rank the drafter. `train` is `speculation.train`: every-N or drift. `warn`: see `CacheWarning`.
 
         Raises:
             UserError: drafters of its kind cannot be co-trained. RanksLost.
@@ -85,6 +104,7 @@ class GroupCoTrainer:
         self.seed = seed
         self.schedule = Schedule(train, config)
         self.plan = BatchPlan([])
+        self._warning = CacheWarning(config.cache_gib, warn)
         self._step: int | None = None  # that ends with an update
         group.add_drafter(self.head.detached(), config)
 
@@ -108,6 +128,10 @@ class GroupCoTrainer:
 
     def _update(self) -> dict[str, float]:
         started = time.perf_counter()
+        if not self.plan.batches:
+            if self.plan.left_out:
+                self._warning.give(self.plan.smallest_bytes)
+            return draft_metrics([], [], [], 0, self.plan.left_out, started)
         updates = self.group.train_drafter(self.head)
         self.group.check_drafters([update.checksum for update in updates], checksum(self.head.state_dict()))
         updates = updates[:: self.group.config.tensor_parallel]  # one of the ranks that ran the same rows
@@ -126,7 +150,11 @@ class GroupCoTrainer:
 
 
 def build_cotrainer(
-    learner: Learner | LearnerGroup, policy: Policy, drafter: Drafter | None, recipe: Recipe
+    learner: Learner | LearnerGroup,
+    policy: Policy,
+    drafter: Drafter | None,
+    recipe: Recipe,
+    warn: Callable[[str], None],
 ) -> tuple[CoTrainer | GroupCoTrainer | None, Score]:
     """What trains the drafter (None: nothing does), and what scores rollouts so that it sees their forward.
 
@@ -138,9 +166,9 @@ def build_cotrainer(
         return None, learner.score
     try:
         if isinstance(learner, LearnerGroup):
-            over_ranks = GroupCoTrainer(learner, drafter, train, config, seed)
+            over_ranks = GroupCoTrainer(learner, drafter, train, config, seed, warn)
             return over_ranks, over_ranks.score
-        trainer = CoTrainer(drafter, policy, train, config, recipe.rollout.temperature, seed)
+        trainer = CoTrainer(drafter, policy, train, config, recipe.rollout.temperature, seed, warn)
     except BaseException:
         learner.close()
         raise

@@ -67,7 +67,9 @@ class Run:
         try:
             launcher = ray_launcher(recipe.cluster, "rank", *workers)
             self.learner = make_learner(policy, recipe.train, recipe.rollout, launcher, folder.path)
-            self.cotrainer, self.score = build_cotrainer(self.learner, policy, drafter, recipe)
+            self.cotrainer, self.score = build_cotrainer(
+                self.learner, policy, drafter, recipe, self._new_warnings.append
+            )
         except BaseException:
             self.engine.close()
             raise

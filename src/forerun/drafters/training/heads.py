@@ -2,8 +2,8 @@
 
 In an engine the head's second draft reads its own first output, not the policy's hidden state. So pass j of J is fed
 with pass j-1's outputs and compared with the policy's distribution at position t+1+j; its query at t sees the true text
-up to t and its own guesses (keys of passes 1..j at t). Where a head drafts the whole vocabulary, the policy's last
-hidden states are kept in place of its distributions, which are computed a few rows at a time.
+up to t and its own guesses (keys of passes 1..j at t). Memory grows with the length of a batch (`drafters/unroll.py`);
+where a head drafts the whole vocabulary, the policy's last hidden states are kept in place of its distributions.
 Axes: N sequences, L padded length, T base positions, J depth, H hidden, D draft vocabulary, M rows of a position.
 """
 
@@ -17,19 +17,19 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from forerun.config import DraftConfig
-from forerun.drafters.trainable import TeacherBatch, TrainableHead
+from forerun.drafters.trainable import TeacherBatch, TrainableHead, scored_bases
 from forerun.drafters.training.losses import position_loss
 from forerun.drafters.training.trainer import Pair, Training, TrainingSetup, Validation, fit
 from forerun.models import Policy
 from forerun.models.auxiliary import AuxiliaryStates
 from forerun.models.logprobs import TokenBatch, completion_logits, microbatches, token_batch
 
-ROWS = 512  # full-vocabulary distributions that are held at once
+ROWS = 512  # distributions that are held at once
+KEPT_BYTES = 2**27  # of a draft position's distributions, up to which all are kept for the backward pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +108,10 @@ def teacher_batch(
     if head.drafts_all_tokens:
         log_p = features.new_zeros(*batch.input_ids.shape, 0)
         return TeacherBatch(batch.input_ids, features, log_p, scored), logits
-    scaled = logits.float() / (temperature or 1.0)
-    inside = scaled[:, head.vocabulary] - torch.logsumexp(scaled, dim=-1, keepdim=True)  # [M, D]
-    log_p = torch.zeros(*batch.input_ids.shape, inside.shape[1], device=logits.device)
-    log_p[batch.rows, batch.columns] = inside
+    log_p = torch.zeros(*batch.input_ids.shape, len(head.vocabulary), device=logits.device)
+    for part, rows, columns in zip(*(x.split(ROWS) for x in (logits, batch.rows, batch.columns)), strict=True):
+        scaled = part.float() / (temperature or 1.0)
+        log_p[rows, columns] = scaled[:, head.vocabulary] - torch.logsumexp(scaled, dim=-1, keepdim=True)
     return TeacherBatch(batch.input_ids, features, log_p, scored), logits
 
 
@@ -131,21 +131,15 @@ def unrolled_losses(
     positions: list[PositionLoss] = []
     alive, before = torch.empty(0), teacher.scored  # of the position before: survival of its rows [M], its bases
     with autocast_of(policy):
-        for j, (p, q) in enumerate(head.unroll(policy, teacher, config.depth, temperature)):
-            if not len(q):
+        for j, hidden in enumerate(head.unroll(policy, teacher, config.depth)):
+            if not len(hidden):
                 break
-            bases = _bases(teacher.scored, j)
-            tokens = _draft_ids(head, F.pad(teacher.tokens[:, j + 2 :], (0, j + 2))[bases])
-            reached = alive[bases[before]] if positions else torch.ones(len(q), device=q.device)
-            losses, overlap = _row_losses(head, p, q, tokens, reached, config.loss, temperature)
+            bases = scored_bases(teacher.scored, j)
+            reached = alive[bases[before]] if positions else torch.ones(len(hidden), device=hidden.device)
+            losses, overlap = _row_losses(head, teacher, j, hidden, reached, config.loss, temperature)
             alive, before = reached * overlap, bases
-            positions.append(PositionLoss(losses.mean(), float(overlap.detach().sum()), len(q)))
+            positions.append(PositionLoss(losses.mean(), float(overlap.detach().sum()), len(hidden)))
     return positions
-
-
-def _bases(scored: Tensor, j: int) -> Tensor:
-    """Where rounds can start whose draft j is compared: bases t with the scored entries t+1 and t+1+j. [N, L] bool"""
-    return F.pad(scored[:, 1:], (0, 1)) & F.pad(scored[:, 1 + j :], (0, 1 + j))
 
 
 def _draft_ids(head: TrainableHead, tokens: Tensor) -> Tensor:
@@ -157,25 +151,47 @@ def _draft_ids(head: TrainableHead, tokens: Tensor) -> Tensor:
 
 
 def _row_losses(
-    head: TrainableHead, p: Tensor, q: Tensor, tokens: Tensor, reached: Tensor, loss: str, temperature: float
+    head: TrainableHead,
+    teacher: TeacherBatch,
+    j: int,
+    hidden: Tensor,  # [M, H]
+    reached: Tensor,  # [M]
+    loss: str,
+    temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Loss and survival [M] of one position's rows. p, q: see `TrainableHead.unroll`.
+    """Loss and survival [M] of draft position j's rows.
 
-    Distributions over a whole vocabulary are computed `ROWS` at a time, and again in the backward pass.
+    Where the distributions of all rows are large they are computed `ROWS` at a time, and again in the backward pass.
     """
-    if not head.drafts_all_tokens:
-        return position_loss(loss, p, q, tokens, reached)
 
-    def log_softmax(hidden: Tensor) -> Tensor:
-        return torch.log_softmax(head.logits(hidden).float() / (temperature or 1.0), dim=-1)
+    def part(places: Tensor, hidden: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = policy_rows(head, teacher, places, temperature)
+        log_q = torch.log_softmax(head.logits(hidden).float() / (temperature or 1.0), dim=-1)
+        tokens = _draft_ids(head, teacher.tokens[places[:, 0], places[:, 1] + 1])
+        return position_loss(loss, log_p, log_q, tokens, reached)
 
-    def part(p: Tensor, q: Tensor, tokens: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
-        log_p, log_q = log_softmax(p), log_softmax(q)
-        return position_loss(loss, log_p.detach(), log_q, tokens, reached)
-
-    rows = zip(*(x.split(ROWS) for x in (p, q, tokens, reached)), strict=True)
+    places = rows_of_targets(teacher.scored, j)
+    if 4 * len(hidden) * len(head.vocabulary) <= KEPT_BYTES:
+        return part(places, hidden, reached)
+    rows = zip(*(x.split(ROWS) for x in (places, hidden, reached)), strict=True)
     parts = [checkpoint(part, *x, use_reentrant=False, preserve_rng_state=False) for x in rows]
     return torch.cat([x for x, _ in parts]), torch.cat([x for _, x in parts])
+
+
+def rows_of_targets(scored: Tensor, j: int) -> Tensor:
+    """Sequence and teacher row that draft j of every base is compared with. [M, 2] int64"""
+    places = scored_bases(scored, j).nonzero()
+    places[:, 1] += 1 + j
+    return places
+
+
+@torch.no_grad()
+def policy_rows(head: TrainableHead, teacher: TeacherBatch, places: Tensor, temperature: float) -> Tensor:
+    """The policy's log-probabilities of the tokens that the head drafts, at teacher rows. [M, 2] -> [M, D]"""
+    if not head.drafts_all_tokens:
+        return teacher.log_p[places[:, 0], places[:, 1]]
+    states = teacher.features[places[:, 0], places[:, 1]]
+    return torch.log_softmax(head.logits(states).float() / (temperature or 1.0), dim=-1)
 
 
 def weighted_loss(positions: list[PositionLoss], decay: float, rows: Sequence[int] | None = None) -> Tensor:
