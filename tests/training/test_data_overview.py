@@ -18,33 +18,21 @@ def test_counts_lengths_prompts_and_what_is_left_out(tiny: Callable[..., Path], 
     rows = [{"question": f"<b>{i}</b> &", "answer": i / 8} for i in range(20)]
     rows += [rows[0], {"question": "7" * 200, "answer": 1}]
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    words = [
-        f"policy.model={model}",
-        "policy.adapter=null",
-        "speculation.method=none",
-        "policy.system=be",
-        "task.name=jsonl",
-    ]
-    done = run_here(
-        "data", "quickstart", *words, f"task.path={path}", "rollout.max_new_tokens=100", "--out", str(page), "--json"
-    )
+    words = ["data", "quickstart", f"policy.model={model}", "policy.adapter=null", "speculation.method=none"]
+    words += ["policy.system=be", "task.name=jsonl", f"task.path={path}", "rollout.max_new_tokens=100", f"--out={page}"]
+    done = run_here(*words, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["train"], found["eval"], found["duplicates"], found["in_both"]) == (18, 2, 1, 0)
     assert found["dropped"] == {"duplicate": 1, "too_long": 1} and len(found["warnings"]) == 2
     assert found["prompts"] == [f"<s>be<u><b>{i}</b> &<a>" for i in range(3)]
-    assert found["answers"] == [
-        "0.0",
-        "0.125",
-        "0.25",
-    ]
+    assert found["answers"] == ["0.0", "0.125", "0.25"]
     lengths = found["lengths"]
     assert (lengths["min"], lengths["max"], lengths["context"], lengths["crowded"]) == (21, 22, 128, 0)
     assert sum(entry["count"] for entry in lengths["histogram"]) == 20
     text = Page(page).words
-    assert (
-        found["paths"]["page"] == str(page) and "<s>be<u><b>0</b> &<a>" in text and "fill the model's context" in text
-    )
+    assert found["paths"]["page"] == str(page)
+    assert "<s>be<u><b>0</b> &<a>" in text and "fill the model's context" in text
     shown = run_here(*words).stdout
     assert "<s>be<u><b>0</b> &<a>" in shown and f"page {page}" in shown and "repeat another question" in shown
 
