@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -57,4 +58,4 @@ def load_engine(
     """
     from forerun.engine import load
 
-    return load(engine, policy=policy, dtype=dtype, speculation=speculation, slots=slots)
+    return load(engine, policy=os.path.expanduser(policy), dtype=dtype, speculation=speculation, slots=slots)

@@ -110,7 +110,8 @@ def bench(
 
     names = methods.split(",") if methods else list(dict.fromkeys([settings.speculation.method, "ngram"]))
     drafters = [name for name in names if name != "none"]
-    grid = Grid(drafters, _numbers(ks), _numbers(batches), repeats, parse_overrides(draft or []))
+    folders = {name: os.path.expanduser(folder) for name, folder in parse_overrides(draft or []).items()}
+    grid = Grid(drafters, _numbers(ks), _numbers(batches), repeats, folders)
     console = Console(0, json=json)
     result = follow(bench_recipe(settings, grid), console)
     paths = write_bench(result, out)

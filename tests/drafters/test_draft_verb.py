@@ -151,6 +151,7 @@ def test_texts_become_pairs(recipe: Path, tmp_path: Path, policy: Policy) -> Non
         {"text": "hello world"},
         {"text": "x" * 300, "source": "web"},
         {"prompt": "p", "completion": "y" * 300},
+        {"prompt": "p" * 300, "completion": "left out"},
     ]
     path.write_text("\n\n".join(json.dumps(r) for r in rows))
     pairs, cut = text_pairs(str(path), settings, policy)
@@ -179,7 +180,7 @@ def test_faulty_texts_are_refused(recipe: Path, tmp_path: Path, policy: Policy) 
     with pytest.raises(UserError, match=r"Object 1 of .* has 2 tokens; a text needs at least 3"):
         text_pairs(str(path), settings, policy)
     path.write_text(json.dumps({"prompt": "a" * 200, "completion": "b"}))
-    with pytest.raises(UserError, match=r"prompt of problem 'texts\.jsonl/1' has \d+ tokens and the model's context"):
+    with pytest.raises(UserError, match=r"All prompts of .* fill the policy's context of 128 positions"):
         text_pairs(str(path), settings, policy)
     broken = load_recipe(str(recipe), {"draft.texts": str(path)})
     with pytest.raises(UserError, match="context"):

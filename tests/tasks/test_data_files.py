@@ -133,7 +133,6 @@ def test_columns_can_be_named_and_rows_bring_system_messages(tmp_path: Path) -> 
         ("é".encode("latin-1") * 9, "is not UTF-8 text: byte 0xe9 at offset 0; if it is Latin-1"),
         (gzip.compress(LINES.encode())[:-20], "cannot be unpacked"), (b"PAR1" + b"x" * 40, "Parquet file"),
         (b"PK\3\4...", "a ZIP archive"), (b"version https://git-lfs.github.com/spec/v1", "pointer of Git LFS"),
-        ([*ROWS[:9], *ROWS[:9]], "Too few different questions .*: 9; set"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_one_sentence(content: Any, words: str, tmp_path: Path) -> None:
@@ -164,6 +163,13 @@ def test_repeated_questions_are_counted_and_never_in_both_splits(tmp_path: Path)
     assert "5 training problems are held-out ones" in splits().warnings()[0]
     with pytest.raises(UserError, match="No training problem is left: 20 of training are held out too"):
         task_of(tmp_path / "data.jsonl", LINES, eval_path=str(tmp_path / "data.jsonl")).problems("train")
+
+
+def test_few_questions_train_and_hold_nothing_out(tmp_path: Path) -> None:
+    task = task_of(tmp_path / "data.jsonl", [*ROWS[:9], *ROWS[:9]])
+    assert len(task.problems("train")) == 9
+    with pytest.raises(UserError, match=r"No held-out problem is left: 9 repeat .*; 9 are for training; set"):
+        task.problems("eval")
 
 
 def test_all_rows_are_used_unless_a_size_is_set(tmp_path: Path) -> None:

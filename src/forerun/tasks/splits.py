@@ -30,11 +30,13 @@ class Splits:
         """The problems of a split. Raises UserError when there are none."""
         found = self.train if split == "train" else self.held_out
         if not found:
-            counts = [f"{count} {REASONS.get(reason, reason)}" for reason, count in self.dropped.items()]
-            raise UserError(
-                f"No {'training' if split == 'train' else 'held-out'} problem is left"
-                f"{': ' if counts else ''}{', '.join(counts)}; give more different questions, or others to hold out"
+            which, advice = (
+                ("training", "give more different questions, or others to hold out")
+                if split == "train"
+                else ("held-out", f"{len(self.train)} are for training; set task.eval_path, or eval.prompts=0")
             )
+            counts = [f"{count} {REASONS.get(reason, reason)}" for reason, count in self.dropped.items()]
+            raise UserError(f"No {which} problem is left{': ' if counts else ''}{', '.join(counts)}; {advice}")
         return found
 
     def warnings(self) -> list[str]:
@@ -83,17 +85,12 @@ def distinct(problems: Iterable[Problem]) -> tuple[list[Problem], int]:
 
 
 def hold_out(problems: list[Problem], split: Split) -> list[Problem]:
-    """Every tenth different question for evaluation, the others for training; repeated ones go with their first."""
+    """Every tenth different question for evaluation, none of fewer than ten; repeated ones go with their first."""
     number: dict[object, int] = {}
     for problem in problems:
         number.setdefault(key(problem), len(number))
     last = HELD_OUT_EVERY - 1
-    chosen = [p for p in problems if (number[key(p)] % HELD_OUT_EVERY == last) == (split == "eval")]
-    if not chosen:
-        raise UserError(
-            f"Too few different questions to hold one tenth out for evaluation: {len(number)}; set task.eval_path"
-        )
-    return chosen
+    return [p for p in problems if (number[key(p)] % HELD_OUT_EVERY == last) == (split == "eval")]
 
 
 def key(problem: Problem) -> object:

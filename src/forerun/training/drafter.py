@@ -29,7 +29,7 @@ from forerun.models.checksum import checksum
 from forerun.tasks import Problem, Task, load_task
 from forerun.tasks.files import read_rows
 from forerun.tracking.files import disk_errors, write_atomically
-from forerun.training.data import prepare_data
+from forerun.training.data import encode_problem, prepare_data, recipe_encoder
 from forerun.training.prompts import encode, prepare_policy
 from forerun.training.resume import flat
 from forerun.workers.ray import ray_launcher
@@ -243,6 +243,8 @@ def _training_pairs(
     if recipe.draft.texts is not None:
         pairs, cut = text_pairs(recipe.draft.texts, recipe, policy)
         yield Note(f"drafter: {len(pairs)} texts, {cut} of them cut at the policy's {policy.context} positions")
+        if long := len(read_texts(recipe.draft.texts)) - len(pairs):
+            yield Warned(f"{long} texts are left out: their prompts fill the policy's {policy.context} positions")
     if unfinished is not None:
         unfinished.begin(recipe, policy)
     if not pairs:
@@ -279,11 +281,12 @@ def text_pairs(path: str, recipe: Recipe, policy: Policy) -> tuple[Pairs, int]:
     """The texts of `draft.texts` as (prompt ids, completion ids), and how many were cut at the policy's context.
 
     A prompt goes through the chat template like a problem's, and its completion gets the end token. A text without one
-    is a completion after its own first token.
+    is a completion after its own first token. One whose prompt fills the context is left out.
 
     Raises:
-        UserError: see `read_texts` and `encode`; or a text has no token that could be drafted.
+        UserError: see `read_texts` and `encode_problem`; or a text has nothing to draft, or no prompt fits.
     """
+    encoder = recipe_encoder(recipe, policy.tokenizer, policy.name)
     pairs: Pairs = []
     cut = 0
     for number, (prompt, completion) in enumerate(read_texts(path), 1):
@@ -291,13 +294,17 @@ def text_pairs(path: str, recipe: Recipe, policy: Policy) -> tuple[Pairs, int]:
         if prompt is None:
             head, ids = ids[:1], ids[1:]
         else:
-            head = encode(Problem(f"{Path(path).name}/{number}", prompt, ""), recipe, policy)
+            head = encode_problem(Problem(f"{Path(path).name}/{number}", prompt, ""), encoder)
             ids = ids + _end(ids, policy)
+        if len(head) >= policy.context:
+            continue
         if len(head) + len(ids) < 3:
             raise UserError(f"Object {number} of {path} has {len(head) + len(ids)} tokens; a text needs at least 3")
         room = policy.context - len(head)
         cut += len(ids) > room
         pairs.append((head, ids[:room]))
+    if not pairs:
+        raise UserError(f"All prompts of {path} fill the policy's context of {policy.context} positions; shorten them")
     return pairs, cut
 
 

@@ -118,8 +118,10 @@ def run(recipe: Recipe, resume: Path | None = None) -> EventStream[dict[str, Any
 def new_run(recipe: Recipe, folder: RunFolder | None = None) -> EventStream[Run]:
     """A new run (in a folder of its own, unless one is given): policy after its cold start, drafter made."""
     torch.manual_seed(recipe.seed)
-    data = yield from prepare_data(recipe)
-    data.task.problems("train")  # bad data is found before the model is loaded
+    data = yield from prepare_data(recipe)  # bad data is found before the model is loaded
+    data.task.problems("train")
+    if recipe.eval.prompts:
+        data.task.problems("eval")
     policy = yield from open_policy(recipe)  # both before there is a folder
     folder = folder or RunFolder.create(recipe.runs, recipe.name)
     folder.write_config(recipe.to_yaml())
