@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from forerun.errors import UserError, WorkersLost
+from forerun.errors import UserError
 from forerun.events import EventStream, Warned
 from forerun.models.checks import require_finite
 from forerun.training.checkpoint import complete_checkpoints
@@ -36,9 +36,12 @@ def leave_checkpoint(current: Run) -> EventStream[None]:
             try:
                 require_finite("The policy", current.policy.model.named_parameters())
                 yield from current.checkpoint()
-            except (UserError, WorkersLost) as error:
+            except Exception as error:  # a device that failed fails again
                 yield Warned(f"no checkpoint of step {step} was written: {error}")
-    current.timeline.close()
+    try:
+        current.timeline.close()
+    except UserError as error:
+        yield Warned(str(error))
     held = _newest(path)
     if held is not None:
         yield Warned(f"stopped after step {step}; go on from {held} with: forerun train --resume {path}")
