@@ -38,8 +38,8 @@ def recipe(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Monkey
     return write_recipe(tmp_path, tiny("llama"), **blocks)
 
 
-def start(recipe: Path, *words: str, **streams: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "forerun.cli", "train", str(recipe), "train.steps=500", *words]
+def start(recipe: Path, *words: str, verb: str = "train", **streams: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "forerun.cli", verb, str(recipe), "train.steps=500", *words]
     path = os.pathsep.join([HELPERS, os.environ.get("PYTHONPATH", "")])
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, text=True, **streams)
@@ -116,13 +116,15 @@ def test_a_full_output_is_one_sentence_and_a_checkpoint(recipe: Path) -> None:
 @pytest.mark.slow
 def test_a_signal_before_the_first_step_ends_at_once(recipe: Path) -> None:
     """While the drafter is trained, by `train` and by `draft`, whose training is kept."""
+    out = recipe.parent / "head"
     slow = ["speculation.method=eagle3", "draft.epochs=1000", "draft.patience=1000", "draft.rollouts=64"]
-    process = start(recipe, *slow)
-    assert process.stdout is not None
-    wait_for(lambda: "drafter: epoch" in process.stdout.readline())
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 143 and err == "forerun: stopped by SIGTERM\n"
+    for process in (start(recipe, *slow), start(recipe, *slow, "--out", str(out), verb="draft")):
+        assert process.stdout is not None
+        wait_for(lambda process=process: "drafter: epoch" in process.stdout.readline())  # type: ignore[misc]
+        process.send_signal(signal.SIGTERM)
+        said, err = process.communicate(timeout=30)
+        assert process.returncode == 143 and err == "forerun: stopped by SIGTERM\n"
+    assert "go on with the same command and --resume" in said and (out / "training" / "state.pt").exists()
 
 
 def test_an_error_of_the_users_leaves_a_checkpoint_that_goes_on(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +224,21 @@ def test_a_policy_that_is_not_finite_is_not_kept(recipe: Path, monkeypatch: pyte
     with pytest.raises(UserError, match="the end"):
         forerun.train(str(recipe))
     assert not complete_checkpoints(latest(recipe) / "checkpoints")
+
+
+def test_a_policy_that_diverged_is_one_sentence(recipe: Path) -> None:
+    with pytest.raises(UserError, match=r"The policy has diverged.*lower train\.learning_rate"):
+        forerun.train(str(recipe), {"train.learning_rate": 1e20, "task.reward": "rewards_for_tests:variety"})
+
+
+def test_a_drafter_that_was_trained_before_the_first_step_is_kept(recipe: Path) -> None:
+    words = {"speculation.method": "eagle3", "draft.rollouts": 16, "train.steps": 1}
+    with pytest.raises(UserError, match="the trip is over"):
+        for event in (work := run(load_recipe(str(recipe), words))):
+            if "stage='generation'" in str(event):
+                work.throw(UserError("the trip is over"))
+    assert [p.name for p in complete_checkpoints(latest(recipe) / "checkpoints")] == ["step-000000"]
+    assert finish(run(resumed_recipe(latest(recipe), {}), latest(recipe)))["steps"] == 1
 
 
 def test_other_errors_stay_what_they_are() -> None:

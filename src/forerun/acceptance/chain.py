@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from forerun.acceptance.random import inverse_cdf
+from forerun.errors import UserError
 from forerun.types import Draft, VerifyInput, VerifyResult
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 21}  # float32 logits in flight: 8 MB is near the caches, and worth waking threads for
@@ -320,16 +321,21 @@ def check_probabilities(target: Target, log_q: Tensor, greedy: Tensor) -> None:
     impossible = (log_q.isnan() | log_q.isinf()).any(1) & ~greedy
     refuse(
         {
-            "its target logits hold NaN, +inf or a row of only -inf": ~target.lse.isfinite().all(1),
+            "its target logits hold NaN, +inf or a row of only -inf. The policy has diverged, or its file is damaged; "
+            "lower train.learning_rate and go on from an earlier checkpoint": ~target.lse.isfinite().all(1),
             "a draft token has probability zero under its own q, so q is not what it was sampled from": impossible,
         }
     )
 
 
+class NotVerifiable(UserError, ValueError):
+    """A round whose inputs no rule can verify, in one sentence."""
+
+
 def refuse(problems: dict[str, Tensor]) -> None:
-    """Raise ValueError for the first sequence flagged by any of the problems, each [B] bool; one transfer when fine."""
+    """Raise NotVerifiable for the first sequence flagged by any problem, each [B] bool; one transfer when fine."""
     if not bool(torch.stack(list(problems.values())).any()):
         return
     for problem, flags in problems.items():
         if bool(flags.any()):
-            raise ValueError(f"sequence {int(flags.nonzero()[0, 0])} cannot be verified: {problem}")
+            raise NotVerifiable(f"sequence {int(flags.nonzero()[0, 0])} cannot be verified: {problem}")

@@ -24,12 +24,14 @@ LESS_MEMORY = (
 def leave_checkpoint(current: Run) -> EventStream[None]:
     """Write a checkpoint of the last finished step, unless it has one, and say how to go on.
 
-    None is written before the first step is finished, nor when the policy is no longer that of the last finished step,
-    or is not finite. Raises nothing: the run ends for a reason of its own.
+    None is written before the first step is finished, unless a cold start or a drafter's training came before it; nor
+    when the policy is no longer that of the last finished step, or is not finite. Raises nothing: the run ends for a
+    reason of its own.
     """
     step, path = current.history.step, current.folder.path
     held = _newest(path)
-    if step > 0 and held != f"step-{step:06d}":
+    trained = step > 0 or (path / "drafter").is_dir() or (path / "cold_start").is_dir()
+    if trained and held != f"step-{step:06d}":
         if current.updates_recorded != current.learner.updates:
             yield Warned(f"the update of step {step + 1} was broken off in its midst: no checkpoint was written")
         else:
@@ -45,7 +47,7 @@ def leave_checkpoint(current: Run) -> EventStream[None]:
     held = _newest(path)
     if held is not None:
         yield Warned(f"stopped after step {step}; go on from {held} with: forerun train --resume {path}")
-    elif step > 0:
+    elif trained:
         yield Warned(f"stopped after step {step} without a checkpoint")
 
 
