@@ -6,7 +6,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import yaml
 
 import forerun
-from forerun import registry
 from forerun.config import load_recipe
 from forerun.drafters import Drafter
 from forerun.errors import UserError
@@ -81,17 +79,17 @@ def test_parts_by_path(recipe: str) -> None:
     check(forerun.train(recipe, PARTS))
 
 
-def test_parts_by_entry_point(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an installed package declares them."""
+def test_parts_by_entry_point(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an installed package declares them, for this process and its workers."""
     names = {"words": PARTS["task.name"], "repeat": PARTS["speculation.method"], "counting": PARTS["rollout.engine"]}
     names |= {"reinforce": PARTS["train.algorithm"], "lists": PARTS["trackers"][0]}
-    groups = dict(zip(("tasks", "drafters", "engines", "algorithms", "trackers"), names, strict=True))
-
-    def entry_points(group: str) -> list[EntryPoint]:
-        name = groups[group.removeprefix("forerun.")]
-        return [EntryPoint(name, str(names[name]), group)]
-
-    monkeypatch.setattr(registry, "entry_points", entry_points)
+    groups = zip(("tasks", "drafters", "engines", "algorithms", "trackers"), names, strict=True)
+    installed = tmp_path / "site" / "parts-1.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Name: parts\nVersion: 1.0\n")
+    lines = [f"[forerun.{group}]\n{name} = {names[name]}\n" for group, name in groups]
+    (installed / "entry_points.txt").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(installed.parent))
     words = dict(zip(PARTS, ["words", "repeat", {"times": 2}, "counting", "reinforce", ["lists"]], strict=True))
     check(finish(run(load_recipe(recipe, words))))
 

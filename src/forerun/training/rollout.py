@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -39,12 +39,12 @@ class RolloutBatch:
     rollouts: list[Rollout]
     texts: list[str]
     rewards: torch.Tensor  # [P, n]
-    scores: list[Score]  # what the rewards are made of, in the order of the rollouts
     engine_s: float  # the engine alone
     reward_s: float  # after it
     counters: Counters  # of this call
     timeline: list[tuple[float, int]]  # (seconds, live sequences) per round
     request: Request
+    scores: list[Score] = field(default_factory=list)  # what the rewards are made of, in the order of the rollouts
 
     @property
     def tokens(self) -> int:
