@@ -72,7 +72,7 @@ def test_the_commands_are_those_of_the_pages() -> None:
         ("NVIDIA H100", "12.8", True, True, "CUDA 12.8"),
         (None, None, False, True, "no GPU"),
         ("NVIDIA H100", None, False, False, "CPU build: pip install --force-reinstall torch"),
-        ("NVIDIA H100", "13.0", False, False, "does not run torch's CUDA 13.0: update it"),
+        ("NVIDIA H100", "13.0", False, False, "does not run torch's CUDA 13.0: update"),
     ],
 )
 def test_what_stands_between_a_gpu_and_torch_is_said(
