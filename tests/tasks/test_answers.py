@@ -132,6 +132,8 @@ RIGHT = [
     ("18", "The answer is **18**."),
     ("18", "The final answer is: 18.\n\nAsk me for 2 more."),
     ("18", "Answer: 18"),
+    ("18", "The answer is as follows:\n18"),
+    ("7", "The solution is to add 3 and 4, giving 7."),
     ("18", "so the total is 18%."),
     ("1234", "She works 1,234 hours."),
     ("72", "so 48 + 24 = 72"),

@@ -22,7 +22,7 @@ _HEADING = re.compile(
 )
 _STEP = re.compile(r"(?:step|part|case|stage) \w+\b", re.I)
 _PHRASE = re.compile(
-    r"\b(?:answer|result|solution|antwort|réponse|respuesta)\b(?: to [^.\n]{1,60}?)?"
+    r"\b(?:answer|final result|antwort|réponse|respuesta)\b(?: to [^.\n]{1,60}?)?"
     r"[*_\s]*(?:\b(?:is|are|equals)\b|[:=])[:*_\s]*"
     r"|答案(?:是|为|：|:)+\s*",
     re.I,
@@ -66,12 +66,14 @@ def stated(completion: str) -> list[str] | None:
 def unmarked(completion: str) -> list[str]:
     """Where an answer is when none is marked: after "the answer is", else the last number or formula."""
     text = normal(spoken(completion) or "")
-    if (phrase := after_phrase(text)) is not None:
+    phrase = after_phrase(text)
+    if phrase is not None and re.search(r"[\d\\]", phrase):
         return [phrase]
+    said = [] if phrase is None else [phrase]  # in words, or "as follows"
     formula, number = _last(_FORMULA, text), _last(_NUMBER, text)
     if formula is not None and (number is None or number.end() <= formula.end()):
-        return [next(group for group in formula.groups() if group is not None).strip()]
-    return [number.group()] if number is not None else []
+        return [*said, next(group for group in formula.groups() if group is not None).strip()]
+    return [*said, *([number.group()] if number is not None else [])]
 
 
 def last_line(completion: str) -> list[str]:

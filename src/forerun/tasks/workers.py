@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
+from queue import Empty, LifoQueue
 from typing import Any
 
 from forerun.config import TaskConfig
@@ -32,6 +33,7 @@ from forerun.workers.server import Requests, Server
 
 START_S = 120.0  # until a worker has imported the rewards
 MOST_WORKERS = 8  # unless the recipe says otherwise
+PATIENCE_S = 0.2  # that an answer waits for a worker before another one is started
 LEAST_ANSWERS = 8  # of which a share is taken before failures stop a run
 HEAD = 80  # characters of an answer that a warning shows
 
@@ -56,7 +58,7 @@ class RewardWorkers:
         )
         self._launcher = LocalLauncher(show_output=True)
         self._threads = ThreadPoolExecutor(self.count, "rewards")  # one per worker, for as long as it has an answer
-        self._idle: deque[Worker] = deque()
+        self._idle: LifoQueue[Worker] = LifoQueue()
         self._all: set[Worker] = set()
         self._lock = threading.Lock()
         self._closed = False
@@ -105,8 +107,9 @@ class RewardWorkers:
         for worker in workers:
             worker.process.kill()
         self._threads.shutdown(cancel_futures=True)
-        for worker in self._idle:
-            worker.kill()
+        with suppress(Empty):
+            while True:
+                self._idle.get_nowait().kill()
         self._launcher.close()
 
     def _score(self, completion: Completion) -> Score:
@@ -126,19 +129,19 @@ class RewardWorkers:
             seconds = self.config.reward_timeout_s
             fault = f"The reward was not there after task.reward_timeout_s={seconds:g} s"
             return Score(0.0, time.perf_counter() - started, outcome="timeout", fault=fault)
-        self._idle.append(worker)
+        self._idle.put(worker)
         result: Score = found[1]
         return result
 
     def _warm_up(self) -> None:
         with suppress(UserError, CancelledError):  # raised again by the first answer
-            self._idle.append(self._take())
+            self._idle.put(self._take())
 
     def _take(self) -> Worker:
-        """An idle worker, or a new one."""
-        with suppress(IndexError):
-            while (worker := self._idle.pop()).connection.poll():  # it has ended while it was idle
-                self._drop(worker)
+        """An idle worker, or a new one where none becomes idle soon."""
+        with suppress(Empty):
+            while (worker := self._idle.get(timeout=PATIENCE_S if self._all else 0.0)).connection.poll():
+                self._drop(worker)  # it has ended while it was idle
             return worker
         if self._closed:
             raise CancelledError
