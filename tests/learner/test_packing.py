@@ -143,13 +143,34 @@ def hybrid(name: str, **settings: Any) -> Policy:
 def test_models_that_carry_a_state_across_are_refused(name: str, settings: dict[str, Any]) -> None:
     policy = hybrid(name, **settings)
     with pytest.raises(UserError, match="packing=true"):
-        require_packing(policy)
+        require_packing(policy, 64)
+
+
+def test_rows_in_which_queries_would_be_scaled_by_their_place_are_refused() -> None:
+    """Llama 4 scales them from the start of a row, whatever the positions are. Its chunks follow the positions."""
+    experts = {"num_local_experts": 2, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1}
+    scaled = {"attn_temperature_tuning": True, "floor_scale": 41, "attention_chunk_size": 16}
+    policy = hybrid("Llama4TextConfig", **experts, **scaled, head_dim=8, pad_token_id=0)
+    with pytest.raises(UserError, match="microbatch_tokens to 40 or less"):
+        require_packing(policy, 41)
+    pairs = texts([(4, 9), (2, 25)])
+    alone = torch.cat([logprobs(policy.model, [[pair]], packed=False) for pair in pairs])
+    require_packing(policy, 40)
+    torch.testing.assert_close(logprobs(policy.model, [pairs]), alone, atol=1e-5, rtol=0)
+    wrong = (logprobs(policy.model, [[pairs[0], *pairs]])[-25:] - alone[-25:]).detach()
+    assert float(wrong.abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "settings"), [("FalconConfig", {"alibi": False}), ("DogeConfig", {})])
+def test_a_model_that_reads_the_mask_itself_is_refused(name: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"fails on packed rows \(.*\); set it to false"):
+        require_packing(hybrid(name, **settings), 64)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_that_keep_them_apart_are_accepted(tiny: Callable[..., Path], family: str, dtype: str) -> None:
-    require_packing(load_policy(str(tiny(family)), dtype, "cpu"))
+    require_packing(load_policy(str(tiny(family)), dtype, "cpu"), 64)
 
 
 def test_the_drafter_is_taught_from_one_sequence_per_row(tiny: Callable[..., Path]) -> None:

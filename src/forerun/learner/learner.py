@@ -73,7 +73,7 @@ class Learner:
             reference = copy.deepcopy(policy.model).requires_grad_(False)
         self.reference = reference
         if config.packing:
-            require_packing(policy)
+            require_packing(policy, config.microbatch_tokens)
             if self.reference is not None:
                 attend_by_sequence(self.reference)
         self._recomputed = _enable_checkpointing(policy.model) if config.gradient_checkpointing else []

@@ -50,23 +50,44 @@ def packed_microbatches(lengths: Sequence[int], tokens: int) -> list[list[list[i
     return [[row] for row in pack(lengths, tokens)]
 
 
-def require_packing(policy: Policy) -> None:
+def require_packing(policy: Policy, tokens: int) -> None:
     """Have the policy attend sequence by sequence, and try it on packed rows.
 
+    Args:
+        tokens: of the rows that will be packed, at most.
+
     Raises:
-        UserError: it takes no positions, or its sequences see their neighbours.
+        UserError: it takes no positions, its sequences see their neighbours, or its layers count from the row's start.
     """
     name = type(policy.model).__name__
+    if tokens > (longest := _longest_row(policy.model.config.get_text_config())):
+        raise UserError(
+            f"train.packing=true with train.microbatch_tokens={tokens}: {name} scales its queries by their place in a "
+            f"row, which has several sequences; set train.microbatch_tokens to {longest} or less, or packing to false"
+        )
     if "position_ids" not in inspect.signature(policy.model.forward).parameters:
         raise UserError(f"train.packing=true needs a model that takes positions, and {name} does not; set it to false")
     attend_by_sequence(policy.model)
-    seen = packing_leak(policy.model, policy.device)
+    try:
+        seen = packing_leak(policy.model, policy.device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of modelling code that reads the mask itself
+        raise UserError(
+            f"train.packing=true needs a model whose attention is that of Transformers' interface, and {name} fails on "
+            f"packed rows ({type(error).__name__}: {error}); set it to false"
+        ) from error
     if not seen < LEAK:
         raise UserError(
             f"train.packing=true needs a model whose packed sequences do not see each other; in {name} with the "
             f"attention implementation '{policy.model.config._attn_implementation}' a neighbour changes the logits by "
             f"{seen:.0%} of what a prefix does; set it to false"
         )
+
+
+def _longest_row(config: Any) -> float:
+    """Tokens of a row up to which Llama 4 does not scale its queries, by their place in the row."""
+    return config.floor_scale - 1 if getattr(config, "attn_temperature_tuning", False) else float("inf")
 
 
 @torch.no_grad()
