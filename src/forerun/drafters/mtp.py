@@ -189,7 +189,15 @@ class MtpHead(TrainableHead):
         dtype = layer.eh_proj.weight.dtype
         embedded = self.shared.embed(tokens).detach().to(dtype)
         hidden = hidden.to(dtype)
-        return layer(embedded, hidden, positions, self.shared.rotation(hidden, positions), slots)
+        try:
+            return layer(embedded, hidden, positions, self.shared.rotation(hidden, positions), slots)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of a layer that needs more than the layer before gives it
+            raise UserError(
+                f"{type(layer.block).__name__} cannot run in a drafter ({type(error).__name__}: {error}); use "
+                "speculation.method=eagle3, or one without a head"
+            ) from error
 
 
 def unroll_mtp(head: MtpHead, tokens: Tensor, features: Tensor, scored: Tensor, depth: int) -> list[Tensor]:

@@ -77,7 +77,13 @@ class AuxiliaryStates:
         return torch.cat([self._seen[index] for index in self._aux_layers], dim=-1) if self._aux_layers else None
 
     def _keep(self, index: int, _: Any, arguments: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
-        self._seen[index] = (arguments[0] if arguments else keywords["hidden_states"]).detach()
+        hidden = (arguments[0] if arguments else keywords["hidden_states"]).detach()
+        if hidden.dim() != 3:
+            raise UserError(
+                f"{type(self._model).__name__} has several hidden states per token, and a head reads one; use "
+                "speculation.method=ngram, trie or model"
+            )
+        self._seen[index] = hidden
 
     def _keep_last(self, index: int, _: Any, arguments: Any, out: Any) -> None:
         self._seen[index] = (out[0] if isinstance(out, tuple) else out.last_hidden_state).detach()
