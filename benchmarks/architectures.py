@@ -22,6 +22,7 @@ from forerun.drafters.ngram import NgramDrafter
 from forerun.engine.local.engine import LocalEngine
 from forerun.errors import UserError
 from forerun.models import Policy
+from forerun.types import Rollout
 
 WORDS, WINDOW, RIGHT = 64, 8, 2e-3
 BASE = {
@@ -44,6 +45,10 @@ DELTA = {
 }  # fmt: skip
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2}
 WINDOWED = {"sliding_window": WINDOW}
+SHARED = WINDOWED | {
+    "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "vocab_size_per_layer_input": WORDS, "hidden_size_per_layer_input": 8,
+}  # fmt: skip
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> configuration class, changes to BASE
     "AFMoE": ("AfmoeConfig", WINDOWED),
@@ -69,6 +74,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> configuration cla
     "Gemma": ("GemmaConfig", {}),
     "Gemma 2": ("Gemma2Config", WINDOWED),
     "Gemma 3": ("Gemma3TextConfig", WINDOWED),
+    "Gemma 3n": (
+        "Gemma3nTextConfig",
+        SHARED | {
+            "laurel_rank": 4, "altup_num_inputs": 2, "intermediate_size": [64] * 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+    ),
+    "Gemma 4": ("Gemma4TextConfig", SHARED),
     "GLM": ("GlmConfig", {}),
     "GLM-4": ("Glm4Config", {}),
     "GPT-2": ("GPT2Config", GPT),
@@ -208,18 +221,24 @@ def build(config_class: str, changes: dict[str, Any]) -> Policy:
     return Policy(model, None, config_class.removesuffix("Config"))
 
 
-@torch.no_grad()
 def largest_gap(policy: Policy, k: int) -> float:
-    """Largest difference in nats between the engine's log-probabilities and the module's own."""
+    """`gap_of` samples of the engine."""
     drafter = NgramDrafter(NgramConfig(prompt_lookup_min=1)) if k else None
     engine = LocalEngine(policy, drafter, k=k, slots=4)
+    gap = gap_of(policy, engine.generate(PROMPTS, max_new_tokens=24, n=2, seed=1))
+    assert not k or engine.counters.drafted
+    return gap
+
+
+@torch.no_grad()
+def gap_of(policy: Policy, rollouts: list[Rollout]) -> float:
+    """Largest difference in nats between the log-probabilities of samples and the module's own."""
     worst = 0.0
-    for rollout in engine.generate(PROMPTS, max_new_tokens=24, n=2, seed=1):
+    for rollout in rollouts:
         text = torch.tensor([rollout.prompt_ids + rollout.tokens])
         logits = policy.model(input_ids=text, use_cache=False).logits.float()[0, len(rollout.prompt_ids) - 1 : -1]
         exact = logits.log_softmax(-1).gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
         worst = max(worst, float((exact - torch.tensor(rollout.logprobs)).abs().max()))
-    assert not k or engine.counters.drafted
     return worst
 
 

@@ -91,25 +91,15 @@ def free_memory() -> dict[str, Any]:
     """GiB that are free: RAM (None where the system does not say), disk of the working directory, each GPU."""
     import torch
 
+    from forerun.models.memory import free_memory as free
+
     gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    ram = free(torch.device("cpu"))
     return {
-        "ram_gib": _free_ram_gib(),
+        "ram_gib": None if ram is None else ram / GIB,
         "disk_gib": shutil.disk_usage(Path.cwd()).free / GIB,
         "gpus_gib": [torch.cuda.mem_get_info(gpu)[0] / GIB for gpu in gpus],
     }
-
-
-def _free_ram_gib() -> float | None:
-    """What Linux says is available, or less where a container is limited."""
-    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if not meminfo.exists():
-        return None
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit = group / "memory.max"
-    if limit.exists() and (most := limit.read_text().strip()).isdigit():
-        free = min(free, int(most) - int((group / "memory.current").read_text()))
-    return free / GIB
 
 
 def found(module: str, extra: Extra) -> dict[str, Any]:

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.architectures import FAMILIES, PROMPTS, RIGHT, WORDS, build, largest_gap
+from benchmarks.architectures import FAMILIES, PROMPTS, RIGHT, WORDS, build, gap_of, largest_gap
 from forerun.config.drafters import NgramConfig
 from forerun.drafters import Drafter, Rows
 from forerun.drafters.base import deterministic_draft
 from forerun.drafters.draft_model import ModelDrafter
+from forerun.drafters.eagle3 import Eagle3Drafter
+from forerun.drafters.mtp import MtpDrafter, MtpHead
 from forerun.drafters.ngram import NgramDrafter
 from forerun.engine.local import self_check
 from forerun.engine.local.engine import LocalEngine
@@ -28,12 +30,14 @@ from forerun.models.forward import check_trees
 from forerun.models.interface import PassCache
 from forerun.models.recurrent import PassStates, RowStates
 from forerun.types import Draft, Rollout
+from tiny_models import random_head
 
 FUSED = {
     "LlamaForCausalLM": "Llama, SmolLM2", "MistralForCausalLM": "Mistral", "Qwen2ForCausalLM": "Qwen2",
     "Qwen3ForCausalLM": "Qwen3",
 }  # fmt: skip
 WINDOWS = ["Mistral", "Qwen2", "Qwen3", "Gemma 2", "Gemma 3", "Phi-3, Phi-4", "Phi-MoE", "OLMo 3", "Llama 4", "gpt-oss"]
+SHARED = ["Gemma 3n", "Gemma 4"]  # layers that read the keys of earlier ones
 WIDTHS = ["DeepSeek-V2", "DeepSeek-V3, Kimi-K2", "MiniCPM3", "LongCat"]  # of values and keys
 OWN_ATTENTION = ["GPT-J", "CodeGen", "BLOOM", "MPT", "XGLM", "Falcon", "DiffLlama", "Doge", "Nemotron", "AFMoE"]
 RECURRENT = [
@@ -52,7 +56,7 @@ def tiny(family: str, **changes: Any) -> Policy:
     return build(config_class, own | changes)
 
 
-@pytest.mark.parametrize("family", [*WINDOWS, *WIDTHS, *OWN_ATTENTION, *RECURRENT])
+@pytest.mark.parametrize("family", [*WINDOWS, *SHARED, *WIDTHS, *OWN_ATTENTION, *RECURRENT])
 def test_log_probabilities_are_those_of_the_models_own_forward(family: str) -> None:
     policy = tiny(family)
     for k in (0, 3):
@@ -155,6 +159,41 @@ def _causal(mask: torch.Tensor, group: int) -> torch.Tensor:
     return torch.where(at <= last, 0.0, torch.finfo(mask.dtype).min).repeat(1, 1, group, 1)
 
 
+SMALL_FAULTS = ["Falcon, ALiBi", "Nemotron-H", "Zamba2"]  # fewer nats a token than bfloat16 rounds
+
+
+def in_bfloat16(family: str) -> Policy:
+    policy = tiny(family)
+    policy.model.to(torch.bfloat16)
+    return policy
+
+
+@pytest.mark.parametrize("family", SMALL_FAULTS)
+def test_what_bfloat16_would_hide_is_found_in_float32(family: str) -> None:
+    with pytest.raises(UserError, match=r"nats a token .* in float32"):
+        LocalEngine(in_bfloat16(family))
+
+
+@pytest.mark.parametrize("family", ["Llama, SmolLM2", "LFM2", "Gemma 3"])
+def test_a_model_in_bfloat16_has_its_own_tensors_after_the_check(family: str) -> None:
+    policy = in_bfloat16(family)
+    before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
+    engine = LocalEngine(policy)
+    assert engine.warnings == []
+    after = policy.model.state_dict()
+    assert all(
+        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
+    )
+    fused_forward = engine._forward.fused
+    assert fused_forward is None or fused_forward.current()
+
+
+def test_a_check_in_bfloat16_alone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_check, "free_memory", lambda device: 0)
+    (warning,) = LocalEngine(in_bfloat16("Zamba2")).warnings
+    assert warning.startswith("The engine was checked for 'Zamba2' in bfloat16 alone, where faults below 0.25 nats")
+
+
 def test_a_layer_that_would_overwrite_its_own_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, update = tiny("Gemma"), PassCache.update
 
@@ -193,9 +232,44 @@ def test_texts_that_change_how_all_rows_are_computed_are_refused() -> None:
     rope = {"original_max_position_embeddings": 40, "rope_parameters": {"rope_type": "longrope", **factors}}
     for policy in (tiny("Llama 4", floor_scale=41), tiny("Phi-3, Phi-4", **rope)):
         engine = LocalEngine(policy, NgramDrafter(NgramConfig()), k=3)
-        engine.generate([[1, 2, 3]], max_new_tokens=34)
-        with pytest.raises(UserError, match=re.escape("41 tokens, drafts included, and the local engine computes")):
-            engine.generate([[1, 2, 3]], max_new_tokens=35)
+        engine.generate([[1, 2, 3]], max_new_tokens=37)
+        with pytest.raises(UserError, match=re.escape("41 tokens, and the local engine computes")):
+            engine.generate([[1, 2, 3]], max_new_tokens=38)
+
+
+class Repeats(Drafter):
+    """Drafts the newest token over and over."""
+
+    name = "repeats"
+
+    def propose(self, rows: Rows, budget: torch.Tensor) -> Draft:
+        pairs = zip(rows.last.tolist(), budget.tolist(), strict=True)
+        return deterministic_draft([[last] * room for last, room in pairs], budget.device)
+
+
+SHORT = dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 30)
+FACTORS = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        ("Llama, SmolLM2", {"rope_type": "dynamic", "factor": 2.0}),
+        ("GLM", {"rope_type": "dynamic", "factor": 2.0}),
+        ("Llama, SmolLM2", {"rope_type": "longrope", **FACTORS}),
+        ("GPT-2", None),
+        ("OPT", None),
+        ("MPT", None),
+    ],
+)
+def test_no_row_drafts_beyond_the_context_of_another(family: str, rope: dict[str, Any] | None) -> None:
+    """The padding of a draft at the end of the context changes no other row, and has a position that the model has."""
+    changes = {} if rope is None else {"rope_parameters": rope | {"rope_theta": 1e4}}
+    policy = tiny(family, **SHORT, **changes)
+    engine = LocalEngine(policy, Repeats(), k=7, slots=4)
+    rollouts = engine.generate([[5, 6, 7] * 8, [9, 3], [5, 6, 7] * 3], max_new_tokens=40, n=2)
+    assert {r.finish_reason for r in rollouts} == {"context"}
+    assert gap_of(policy, rollouts) < RIGHT
 
 
 def test_recurrent_models_run_no_trees_and_are_no_draft_models() -> None:
@@ -207,3 +281,12 @@ def test_recurrent_models_run_no_trees_and_are_no_draft_models() -> None:
     with pytest.raises(UserError, match="has no position_ids; use a drafter that proposes chains"):
         check_trees(tiny("BLOOM"))
     check_trees(tiny("Llama 4"))
+
+
+def test_heads_that_cannot_read_a_model_are_refused() -> None:
+    for family, why in (("Gemma 3n", "has several hidden states per token"), ("Gemma 4", "cannot run in a drafter")):
+        policy = tiny(family)
+        head: Any = random_head(policy) if family == "Gemma 3n" else MtpHead(policy)
+        drafter = Eagle3Drafter(head, policy) if family == "Gemma 3n" else MtpDrafter(head, policy)
+        with pytest.raises(UserError, match=why):
+            LocalEngine(policy, drafter, k=3).generate(PROMPTS, max_new_tokens=4)

@@ -110,7 +110,7 @@ class HeadDrafter(SampledDrafter):
     def open(self, rows: int, positions: int, k: int) -> None:
         weight, config = next(self.head.parameters()), self.head.config
         width, size = k + self._layers, config.aux_width * len(config.layers)
-        self.cache = SlotCache(rows, positions + self._layers - 1)
+        self.cache = SlotCache(rows, positions + self._layers - 1, positions - k - 1)
         self._tokens = torch.zeros(rows, width, dtype=torch.int64, device=weight.device)
         self._features = torch.zeros(rows, width, size, dtype=weight.dtype, device=weight.device)
         self.pending = torch.zeros(rows, dtype=torch.int64, device=weight.device)

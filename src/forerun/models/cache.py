@@ -12,7 +12,7 @@ value, E).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class SlotCache:
 
     rows: int
     positions: int
+    longest: int | None = None  # tokens of the longest text; None: as many as there are positions
     keys: dict[int, Tensor] = field(default_factory=dict)  # layer -> [R, P, K, D]
     values: dict[int, Tensor] = field(default_factory=dict)  # layer -> [R, P, K, E]
     states: RowStates = field(init=False)
@@ -90,8 +91,17 @@ class SlotPass:
 
     def __post_init__(self) -> None:
         self.places = self.starts[:, None] + torch.arange(self.tokens, device=self.starts.device)
-        self.positions = self.places if self.tree is None else self.tree.positions[:, -self.tokens :]
+        if self.tree is not None:
+            self.tree = replace(self.tree, positions=self._within(self.tree.positions))
+        self.positions = self._within(self.places) if self.tree is None else self.tree.positions[:, -self.tokens :]
         self.states = PassStates(self.cache.states, self.span, self.fresh)
+
+    def _within(self, positions: Tensor) -> Tensor:
+        """Those of drafts' padding, which nobody reads, stay below the end of the longest text.
+
+        A model may have no more, and some compute all rows with the largest position of a pass.
+        """
+        return positions if self.cache.longest is None else positions.clamp(max=self.cache.longest - 1)
 
     @property
     def span(self) -> slice:

@@ -36,7 +36,15 @@ from forerun.engine.base import (
     requested,
 )
 from forerun.engine.local.scheduler import LiveSequence, Scheduler
-from forerun.engine.local.self_check import DRAFTS, Script, check_engine, check_layers, proven, scripted
+from forerun.engine.local.self_check import (
+    DRAFTS,
+    Script,
+    check_engine,
+    check_in_float32,
+    check_layers,
+    proven,
+    scripted,
+)
 from forerun.engine.local.tree import along_path, depths, keep_path, tree_places
 from forerun.errors import UserError
 from forerun.models import Policy, load_policy
@@ -104,10 +112,17 @@ class LocalEngine(RolloutEngine):
             return []
         check_layers(self.policy)
         script = Script(self.policy.model.config.get_text_config().vocab_size)
-        engine = LocalEngine(
-            self.policy, script, k=DRAFTS, slots=DRAFTS + 1, fused=fused, verifier=scripted, checked=True
-        )
-        warnings = check_engine(engine)
+
+        def check() -> list[str]:
+            return check_engine(
+                LocalEngine(
+                    self.policy, script, k=DRAFTS, slots=DRAFTS + 1, fused=fused, verifier=scripted, checked=True
+                )
+            )
+
+        warnings = check()
+        if self.policy.dtype != torch.float32:
+            warnings += check_in_float32(self.policy, check)
         proven[self.policy.model].add(fused)
         return warnings
 
@@ -194,11 +209,11 @@ class LocalEngine(RolloutEngine):
     # ---- one stream ----
 
     def _open(self, scheduler: Scheduler, sampling: Sampling) -> None:
-        longest = max(len(p) for p in scheduler.prompts) + sampling.max_new_tokens
-        self._check_length(min(longest, self.policy.context) + self.k)
-        positions = min(longest, self.policy.context) + self.k + 1  # draft positions beyond a row's budget are padding
+        longest = min(max(len(p) for p in scheduler.prompts) + sampling.max_new_tokens, self.policy.context)
+        self._check_length(longest)
+        positions = longest + self.k + 1  # draft positions beyond a row's budget are padding
         rows = self.slots + scheduler.prompt_rows
-        self._cache = SlotCache(rows, positions)
+        self._cache = SlotCache(rows, positions, longest)
         if self.drafter is not None:
             self.drafter.open(rows, positions, self.k)
 
@@ -207,8 +222,8 @@ class LocalEngine(RolloutEngine):
         limit = longest_text(self.policy)
         if limit is not None and tokens > limit:
             raise UserError(
-                f"Texts of '{self.policy.name}' may have up to {tokens} tokens, drafts included, and the local engine "
-                f"computes this model up to {limit}; lower rollout.max_new_tokens, or use rollout.engine=vllm"
+                f"Texts of '{self.policy.name}' may have up to {tokens} tokens, and the local engine computes this "
+                f"model up to {limit}; lower rollout.max_new_tokens, or use rollout.engine=vllm"
             )
 
     def _refill(self, scheduler: Scheduler) -> None:
@@ -254,6 +269,8 @@ class LocalEngine(RolloutEngine):
         tokens = torch.cat([rows.last[:, None], draft.tokens], dim=1)
         end = max(s.length for s in live) + n
         tree = None if draft.parents is None else tree_places(draft, rows.lengths)
+        if tree is None and self._cache.longest is not None:
+            end = min(end, self._cache.longest)  # what is behind is padding
         slots = SlotPass(self._cache, 0, rows.lengths, n, end, tree=tree)
         logits, features = self._forward(tokens, slots)
         assert logits is not None

@@ -6,14 +6,15 @@ forward of the whole texts. Windows and chunks are shortened meanwhile, for both
 they are; one that cannot be shortened gets a text that is longer.
 
 How much may differ, on average over the tokens that end a round: in tiny models of 70 families a wrong cache, mask or
-state costs 0.03 to 10 nats a token, rounding up to 4e-6 in float32 and 0.03 in bfloat16 (0.06 in SmolLM2-135M), where
-faults below `REDUCED` pass. The largest differences are left out: rounding may flip the expert of a single token.
+state costs 3e-4 to 10 nats a token, rounding up to 1e-5 in float32 and 0.03 in bfloat16 (0.06 in SmolLM2-135M), where
+faults below `REDUCED` pass: a model in bfloat16 is checked in float32 too, where there is memory for it. The largest
+differences are left out: rounding may flip the expert of a single token.
 Not covered: what only happens in longer texts; `models/forward.py` knows some of it (`longest_text`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +26,7 @@ from forerun.drafters import Drafter, Rows
 from forerun.engine.base import RolloutEngine, Sampling
 from forerun.errors import UserError
 from forerun.models import Policy
+from forerun.models.memory import free_memory
 from forerun.types import Draft, Rollout, VerifyInput, VerifyResult
 
 EXACT, REDUCED = 1e-4, 0.25  # allowed nats a token in float32, and in shorter formats
@@ -82,6 +84,52 @@ def check_engine(engine: RolloutEngine) -> list[str]:
         )
     far = [size for size in fixed if size > LONGEST]
     return [f"The engine was checked on texts shorter than a window of '{policy.name}', {size} tokens" for size in far]
+
+
+def check_in_float32(policy: Policy, check: Callable[[], object]) -> list[str]:
+    """Run `check` once more with the weights in float32, where small faults are not lost in rounding.
+
+    Returns:
+        Warnings: that there was no memory for it, or that the model's code computes in bfloat16 alone.
+
+    Raises UserError as `check_engine` does.
+    """
+    needed = 4 * sum(t.numel() for t in _reduced(policy.model))
+    free = free_memory(policy.device) or 0
+    why = f"in float32 it would take {needed / 2**30:.1f} GiB more, and {free / 2**30:.1f} GiB are free"
+    if needed <= free / 2:
+        try:
+            with in_float32(policy.model):
+                check()
+            return []
+        except torch.OutOfMemoryError:
+            pass
+        except UserError as error:
+            if error.__cause__ is None:
+                raise
+            why = str(error)
+    return [
+        f"The engine was checked for '{policy.name}' in {str(policy.dtype)[6:]} alone, where faults below {REDUCED:g} "
+        f"nats a token pass ({why}); check a small model of the family with policy.dtype=float32"
+    ]
+
+
+@contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """Context in which the numbers of a model are float32; afterwards it has its own tensors back."""
+    tensors = _reduced(model)
+    before = [tensor.data for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+def _reduced(model: Any) -> list[Tensor]:
+    return [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
 
 
 def _refusal(policy: Policy, why: str) -> str:
