@@ -1,16 +1,12 @@
-"""Settings of drafters, and `Block`, the base class of every group of settings; `recipe.py` puts them together."""
+"""Settings of drafters; `recipe.py` puts them together."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Block(BaseModel):
-    """A group of settings. Unknown keys are an error, and a loaded recipe does not change any more."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from forerun.config.block import Block
 
 
 class DrafterConfig(Block):
