@@ -77,13 +77,13 @@ def test_engine_and_learner_are_compared_by_one_version() -> None:
 
 def test_a_run_with_an_engine_of_another_model_ends_with_a_checkpoint(recipe: Path) -> None:
     with pytest.raises(UserError, match=r"for 2 steps in a row .* the rollouts are another model's"):
-        forerun.train(str(recipe), {"rollout.engine": "outside_parts:WrongEngine", "rollout.mismatch_steps": 2})
+        forerun.train(str(recipe), {"rollout.engine": "broken_parts:WrongEngine", "rollout.mismatch_steps": 2})
     assert [row["step"] for row in steps_of(recipe)] == [1, 2] and steps_of(recipe)[0]["mismatch/kl"] > 1.5
     assert [p.name for p in complete_checkpoints(recipe.parent / "runs" / "latest" / "checkpoints")] == ["step-000002"]
 
 
 def test_updates_that_cannot_be_made_are_skipped_and_end_the_run_when_they_stay(recipe: Path) -> None:
-    words = {"train.algorithm": "outside_parts:BROKEN", "train.max_skipped_updates": 2}
+    words = {"train.algorithm": "broken_parts:BROKEN", "train.max_skipped_updates": 2}
     with pytest.raises(UserError, match=r"2 policy updates in a row .* the last in step 2 .*look into the algo"):
         forerun.train(str(recipe), words)
     rows = steps_of(recipe)
