@@ -26,6 +26,7 @@ from forerun.training.ending import as_sentence
 from forerun.training.interrupt import StopRequest
 from forerun.training.run import resumed_recipe, run
 from kill_runs import lines, write_recipe
+from signals import hear_signals
 
 HELPERS = str(Path(__file__).parents[1] / "helpers")
 
@@ -42,7 +43,9 @@ def start(recipe: Path, *words: str, verb: str = "train", **streams: Any) -> sub
     command = [sys.executable, "-m", "forerun.cli", verb, str(recipe), "train.steps=500", *words]
     path = os.pathsep.join([HELPERS, os.environ.get("PYTHONPATH", "")])
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, text=True, **streams)
+    return subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": path}, text=True, preexec_fn=hear_signals, **streams
+    )
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:

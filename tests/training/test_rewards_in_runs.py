@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import forerun
 from command_line import run_here
+from signals import hear_signals
 from tiny_models import ALPHABET, save_tiny, tiny_tokenizer
 
 TOWER = "#### 9^{9^{9}}"
@@ -129,6 +130,7 @@ def test_the_first_ctrl_c_is_heard_while_a_reward_hangs(recipe: Callable[..., Pa
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=hear_signals,
     )
     assert driver.stderr is not None
     assert driver.stderr.readline() == "a reward hangs\n"

@@ -19,6 +19,7 @@ import forerun
 from command_line import run_here
 from forerun.errors import UserError
 from forerun.events import finish
+from signals import hear_signals
 from tiny_models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
@@ -249,7 +250,7 @@ def test_kill_and_resume(recipe: Path) -> None:
 def test_ctrl_c_stops_cleanly_with_a_checkpoint(recipe: Path) -> None:
     process = subprocess.Popen(
         command("train", str(recipe), "train.steps=500", "checkpoint.every=0"), env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_signals,
     )  # fmt: skip
     runs = recipe.parent / "runs"
     wait_for(lambda: any(len(lines(p.parent)) >= 3 for p in runs.glob("*/metrics.jsonl")))
