@@ -33,7 +33,7 @@ from forerun.workers.server import Requests, Server
 
 START_S = 120.0  # until a worker has imported the rewards
 MOST_WORKERS = 8  # unless the recipe says otherwise
-PATIENCE_S = 0.2  # that an answer waits for a worker before another one is started
+SPARE_S = 0.2  # that an answer waits for a worker before another one is started
 LEAST_ANSWERS = 8  # of which a share is taken before failures stop a run
 HEAD = 80  # characters of an answer that a warning shows
 
@@ -89,7 +89,7 @@ class RewardWorkers:
             if found.outcome not in self._shown:
                 self._shown.add(found.outcome)
                 self.warnings.append(
-                    f"{_told(completion, found)}; it counts 0, and so do later ones without a word, see "
+                    f"{_told(completion, found)}; it counts 0; later ones are counted in "
                     f"reward/{found.outcome}"
                 )
         failed, most = sum(self._recent), self.config.reward_failures
@@ -140,7 +140,7 @@ class RewardWorkers:
     def _take(self) -> Worker:
         """An idle worker, or a new one where none becomes idle soon."""
         with suppress(Empty):
-            while (worker := self._idle.get(timeout=PATIENCE_S if self._all else 0.0)).connection.poll():
+            while (worker := self._idle.get(timeout=SPARE_S if self._all else 0.0)).connection.poll():
                 self._drop(worker)  # it has ended while it was idle
             return worker
         if self._closed:

@@ -37,7 +37,7 @@ def train_steps(run: Run, source: Source) -> EventStream[None]:
 
     Raises:
         Interrupted: a stop was requested; the policy is that of the last finished step.
-        PartLost: a worker is gone. UserError: something of the user's is wrong.
+        WorkersLost: a worker is gone. UserError: something of the user's is wrong.
     """
     recipe, history = run.recipe, run.history
     if history.step == 0 and not history.evaluations:
