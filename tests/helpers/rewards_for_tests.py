@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -68,6 +69,19 @@ def does(problem: Problem, completion: str) -> Any:
             print("a line of the reward")
         case "child":
             subprocess.run(["sleep", "1000"])
+        case "session":
+            subprocess.run(["sleep", f"1000.{os.getppid()}"], start_new_session=True)
+        case "terminate":
+            child = subprocess.Popen(["sleep", "1000"])
+            child.terminate()
+            return -float(child.wait())
+        case "pool":
+            with multiprocessing.get_context("fork").Pool(2) as pool:
+                return float(sum(pool.map(abs, [1, -1])))
+        case "fork":
+            if os.fork() == 0:
+                sys.exit(1)
+            time.sleep(0.1)
     odd = {
         "none": None,
         "list": [1.0],

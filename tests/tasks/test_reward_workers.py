@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from forerun.errors import UserError
 from forerun.tasks import Completion, Problem, load_task
 from forerun.tasks.scoring import Score
 from forerun.tasks.workers import RewardWorkers
+from forerun.tracking.metrics import definition_of
 
 DEADLINE_S = 1.0
 PROBLEM = Problem("p/1", "2 + 3", "5")
@@ -81,6 +83,22 @@ def test_a_computation_that_holds_the_interpreter_ends_at_its_deadline(workers: 
     assert (first.outcome, second.outcome) == ("timeout", "scored") and time.perf_counter() - started < 4.0
 
 
+def test_processes_of_a_reward_can_be_ended_and_answer_nothing(workers: Make) -> None:
+    pool = workers(reward="rewards_for_tests:does", reward_workers=1, reward_timeout_s=10)
+    found = scored(pool, "terminate", "pool", "fork", "fine", "terminate")
+    assert [(one.reward, one.outcome) for one in found] == [
+        (15.0, "scored"), (2.0, "scored"), (0.5, "scored"), (0.5, "scored"), (15.0, "scored"),
+    ]  # fmt: skip
+
+
+def test_what_a_reward_has_started_in_a_session_of_its_own_ends_with_it(workers: Make) -> None:
+    assert scored(workers(reward="rewards_for_tests:does"), "session")[0].outcome == "timeout"
+    until, child = time.monotonic() + 5.0, ["sleep", f"1000.{os.getpid()}"]
+    while any(p.info["cmdline"] == child for p in psutil.process_iter(["cmdline"])):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
 def test_the_default_reward_pays_beside_what_sympy_never_finishes(workers: Make) -> None:
     texts = ["#### 5", "#### 9^{9^{9}}", "\\boxed{5}", "#### 9999999!", "#### " + "(" * 3000, "it is 5."]
     assert [score.reward for score in scored(workers(), *texts)] == [1.0, 0.0, 1.0, 0.0, 0.0, 1.0]
@@ -118,6 +136,19 @@ def test_a_reward_sees_the_rollout_or_its_text_and_several_are_weighted(workers:
     found = workers(rewards=several).submit(whole).result()
     assert found.reward == pytest.approx(2.0 + 0.3 - 1.0)
     assert dict(found.parts) == {"task": 1.0, "length": 3.0, "length.tokens": 2.0, "length.cut": 1.0, "has_digit": 1.0}
+
+
+def test_no_part_is_lost_to_another_of_like_name(workers: Make, tmp_path: Path) -> None:
+    file = tmp_path / "parts_of_any_name.py"
+    file.write_text(
+        "def chinese(problem, completion):\n    return {'正确': 1.0, '格式': 0.5}\n\n"
+        "def alike(problem, completion):\n    return {'a b': 1.0, 'a_b': 0.5}\n"
+    )
+    found = scored(workers(reward=f"{file}:chinese"), "5")[0]
+    assert (found.reward, dict(found.parts)) == (1.5, {"正确": 1.0, "格式": 0.5})
+    assert definition_of("reward/正确/mean") is not None
+    found = scored(workers(reward=f"{file}:alike"), "5")[0]
+    assert found.outcome == "failed" and "two parts that metrics would both call 'a_b'; rename 'a_b'" in found.fault
 
 
 def test_a_reward_is_a_file_of_the_working_directory(
@@ -202,6 +233,29 @@ def test_workers_end_with_a_driver_that_is_killed(tmp_path: Path) -> None:
     driver.wait()
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_replaced(workers: Make, tmp_path: Path) -> None:
+    file = tmp_path / "dies_twice.py"
+    file.write_text(
+        "import os, pathlib, signal, sys\n"
+        f"tries = pathlib.Path({str(tmp_path / 'tries')!r})\n"
+        "if tries.exists():\n"
+        "    tries.write_text(tries.read_text() + '.')\n"
+        "    if len(tries.read_text()) <= int(os.environ['DEATHS']):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n\n"
+        "def score(problem, completion):\n    return 1.0\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for deaths in ("2", "3"):
+            (tmp_path / "tries").write_text("")
+            patch.setenv("DEATHS", deaths)
+            future = workers(reward=f"{file}:score").submit(completion("5"))
+            if deaths == "2":
+                assert future.result().reward == 1.0
+            else:
+                with pytest.raises(UserError, match="killed by signal 9, 3 times before it was ready"):
+                    future.result()
 
 
 def test_closing_does_not_wait_for_answers_under_way(workers: Make) -> None:

@@ -36,7 +36,7 @@ def test_every_line_is_scored_in_order_without_a_model_or_torch(tmp_path: Path) 
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout)
         assert list(found) == ["rows"] and all(
-            set(r) == {"reward", "parts", "seconds", "failed"} for r in found["rows"]
+            set(r) == {"reward", "parts", "seconds", "failed", "fault"} for r in found["rows"]
         )
         assert [row["reward"] for row in found["rows"]] == [1.0, 0.0, 0.0, 0.0]
         assert not any(row["failed"] for row in found["rows"]) and max(row["seconds"] for row in found["rows"]) < 5.0
@@ -50,6 +50,7 @@ def test_it_uses_the_recipes_rewards_and_deadline(tmp_path: Path, monkeypatch: p
     done = run_here("score", "gsm8k", file, several, "task.reward_timeout_s=1", "--json")
     rows = json.loads(done.stdout)["rows"]
     assert [(row["reward"], row["failed"]) for row in rows] == [(4.0, False), (3.0, True), (0.0, True), (4.0, False)]
+    assert rows[0]["fault"] == "" and "KeyError" in rows[1]["fault"] and "reward_timeout_s" in rows[2]["fault"]
     assert rows[0]["parts"] == {"does": 0.5, "length": 3.0, "length.tokens": 3.0, "length.cut": 0.0}
     shown = run_here("score", "gsm8k", file, several, "task.reward_timeout_s=1").stdout
     assert "4 answers, mean reward 2.75" in shown and "KeyError" in shown

@@ -39,11 +39,12 @@ def score_file(recipe: Recipe, path: str) -> list[tuple[Completion, Score]]:
 
 def as_json(scored: list[tuple[Completion, Score]]) -> dict[str, Any]:
     """What `--json` prints."""
-    rows = [
-        {"reward": s.reward, "parts": dict(s.parts), "seconds": s.seconds, "failed": s.outcome != "scored"}
-        for _, s in scored
-    ]
-    return {"rows": rows}
+    return {"rows": [_as_json(score) for _, score in scored]}
+
+
+def _as_json(score: Score) -> dict[str, Any]:
+    row = {"reward": score.reward, "parts": dict(score.parts), "seconds": score.seconds}
+    return row | {"failed": score.outcome != "scored", "fault": score.fault}
 
 
 def as_table(scored: list[tuple[Completion, Score]]) -> Table:

@@ -97,7 +97,12 @@ def _values(reward: WeightedReward, completion: Completion) -> dict[str, float]:
     returned = reward.function(completion.problem, given)
     if not isinstance(returned, Mapping):
         return {"": _number(returned, "returned")}
-    return {_metric_name(part): _number(value, f"returned, as '{part}',") for part, value in returned.items()}
+    parts: dict[str, float] = {}
+    for part, value in returned.items():
+        if (name := _metric_name(part)) in parts:
+            raise NoNumber(f"returned two parts that metrics would both call '{name}'; rename '{part}'")
+        parts[name] = _number(value, f"returned, as '{part}',")
+    return parts
 
 
 def _number(value: Any, returned: str) -> float:
@@ -115,4 +120,4 @@ def _number(value: Any, returned: str) -> float:
 
 def _metric_name(part: object) -> str:
     """A part's name as metrics write it."""
-    return re.sub(r"[^A-Za-z0-9_.:-]", "_", str(part)) or "_"
+    return re.sub(r"[^\w.:-]", "_", str(part)) or "_"

@@ -11,6 +11,7 @@ is ready.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from queue import Empty, LifoQueue
 from typing import Any
 
@@ -32,6 +34,7 @@ from forerun.workers.local import LocalLauncher
 from forerun.workers.server import Requests, Server
 
 START_S = 120.0  # until a worker has imported the rewards
+STARTS = 3  # of a worker that is killed before it is ready
 MOST_WORKERS = 8  # unless the recipe says otherwise
 SPARE_S = 0.2  # that an answer waits for a worker before another one is started
 LEAST_ANSWERS = 8  # of which a share is taken before failures stop a run
@@ -138,11 +141,21 @@ class RewardWorkers:
             self._idle.put(self._take())
 
     def _take(self) -> Worker:
-        """An idle worker, or a new one where none becomes idle soon."""
+        """An idle worker, or a new one where none becomes idle soon; one killed before it is ready is replaced."""
         with suppress(Empty):
             while (worker := self._idle.get(timeout=SPARE_S if self._all else 0.0)).connection.poll():
                 self._drop(worker)  # it has ended while it was idle
             return worker
+        for _ in range(STARTS - 1):
+            with suppress(WorkerLost):
+                return self._start()
+        try:
+            return self._start()
+        except WorkerLost as error:
+            raise UserError(f"A reward worker {error}, {STARTS} times before it was ready") from None
+
+    def _start(self) -> Worker:
+        """A new worker. Raises WorkerLost when it was killed before it was ready."""
         if self._closed:
             raise CancelledError
         try:
@@ -157,7 +170,9 @@ class RewardWorkers:
             self._drop(worker)
             if self._closed:
                 raise CancelledError from None
-            raise error if isinstance(error, UserError) else UserError(f"A reward worker {error}") from None
+            if isinstance(error, UserError) or (not error.failure and "killed by signal" in str(error)):
+                raise
+            raise UserError(f"A reward worker {error}") from None
         return worker
 
     def _drop(self, worker: Worker) -> None:
@@ -173,6 +188,7 @@ def serve(
     sys.path[:] = path
     os.chdir(folder)
     _be_first_to_go()
+    _let_signals_end_children()
     rewards: Sequence[WeightedReward]
     if by_value is None:
         rewards = load_task(config, seed).rewards
@@ -184,7 +200,15 @@ def serve(
         from forerun.tasks.reward import math_reward
 
         math_reward("x+1", "#### 1+x")
-    return {"score": lambda completion: server.send("scored", score(rewards, completion))}
+    process = os.getpid()
+
+    def answer(completion: Completion) -> None:
+        found = score(rewards, completion)
+        if os.getpid() != process:  # a child that a reward has forked, and that came back from it, has no say
+            os._exit(0)
+        server.send("scored", found)
+
+    return {"score": answer}
 
 
 def _by_value(config: TaskConfig, seed: int) -> bytes | None:
@@ -206,6 +230,13 @@ def _be_first_to_go() -> None:
     """When memory runs out, the kernel ends a reward worker and not the run."""
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
+
+
+def _let_signals_end_children() -> None:
+    """What a reward starts can be ended by SIGTERM: it would inherit that a worker ignores signals."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+        os.register_at_fork(after_in_child=partial(signal.signal, number, signal.SIG_DFL))
 
 
 def _told(completion: Completion, found: Score) -> str:

@@ -117,7 +117,7 @@ TERMS: dict[str, str] = {
     "lag": "Weight versions between the policy that sampled a token and the one that trains on it.",
 }
 
-_FAMILIES = {"{i}": r"(?P<value>[1-9]\d*)", "{n}": r"(?P<value>0|[1-9]\d*)", "{name}": r"(?P<value>[A-Za-z0-9_.:-]+)"}
+_FAMILIES = {"{i}": r"(?P<value>[1-9]\d*)", "{n}": r"(?P<value>0|[1-9]\d*)", "{name}": r"(?P<value>[\w.:-]+)"}
 
 
 def define(definitions: Mapping[str, str]) -> None:

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from forerun.workers.handle import LOOPBACK, Spec, Worker, WorkerLost, kill_all, limit_blocking
@@ -96,10 +97,14 @@ class LocalProcess:
         return self.popen.pid
 
     def kill(self) -> None:
-        """See `Process`. What it has started itself ends with it."""
+        """See `Process`. What it has started itself ends with it, also in sessions of their own."""
         if self.popen.returncode is None:
+            started = _descendants(self.popen.pid)
             with suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, signal.SIGKILL)
+            for pid in started:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.popen.kill()
         self.popen.wait()
 
@@ -122,3 +127,13 @@ class LocalProcess:
     def close(self) -> None:
         """See `Process`."""
         self.output.close()
+
+
+def _descendants(pid: int) -> list[int]:
+    """All processes that one has started, and those that these have; none where there is no /proc."""
+    found = []
+    with suppress(OSError):  # it has just ended
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (thread / "children").read_text().split()):
+                found += [child, *_descendants(child)]
+    return found
