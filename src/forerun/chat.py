@@ -20,7 +20,7 @@ def as_messages(value: Any, where: str) -> Messages:
 
     Raises UserError when it is not a list of messages, or a content is not text (an image, say).
     """
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
         raise UserError(f"{where} has {type(value).__name__} where a non-empty list of messages is expected")
     return [_message(message, where) for message in value]
 

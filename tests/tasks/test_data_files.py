@@ -30,12 +30,13 @@ def task_of(path: Path, content: Any, **settings: Any) -> Task:
     return load_task(TaskConfig(name="jsonl", path=str(path), **settings))
 
 
-def parquet() -> bytes:
+def parquet(columns: Any = None) -> bytes:
     import pyarrow
     from pyarrow import parquet
 
     sink = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.Table.from_pylist(ROWS), sink)
+    table = pyarrow.Table.from_pylist(ROWS) if columns is None else pyarrow.table(columns)
+    parquet.write_table(table, sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -113,6 +114,29 @@ def test_columns_can_be_named_and_rows_bring_system_messages(tmp_path: Path) -> 
     assert problem.prompt == [{"role": "system", "content": "brief"}, {"role": "user", "content": "q3 Go."}]
 
 
+def test_numbers_of_single_precision_are_those_that_were_written(tmp_path: Path) -> None:
+    import pyarrow
+
+    columns = {"question": ["a", "b"], "answer": pyarrow.array([0.1, -1234.5], pyarrow.float32())}
+    task = task_of(tmp_path / "data.parquet", parquet(columns))
+    assert [problem.answer for problem in task.problems("train")] == ["0.1", "-1234.5"]
+
+
+def test_two_csv_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="two columns called 'answer'"):
+        task_of(tmp_path / "data.csv", "question,answer,answer,,\nq,1,2,,\n").problems("train")
+    assert len(task_of(tmp_path / "more.csv", "question,answer,,\nq,1,,\n").problems("train")) == 1
+
+
+def test_bytes_are_no_text(tmp_path: Path) -> None:
+    for columns, words in (
+        ({"question": ["a"], "answer": [b"18"]}, "column 'answer', has bytes of 2 as its answer"),
+        ({"question": [b"a"], "answer": ["18"]}, "has bytes where"),
+    ):
+        with pytest.raises(UserError, match=words):
+            task_of(tmp_path / "data.parquet", parquet(columns)).problems("train")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -123,6 +147,9 @@ def test_columns_can_be_named_and_rows_bring_system_messages(tmp_path: Path) -> 
         ([{"answer": "1"}], "no text under 'question' or 'problem'"), ([{"question": "", "answer": "1"}], "no text"),
         ([{"prompt": [{"role": "system", "content": "x"}], "answer": "1"}], "messages without a question"),
         ([{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}], "content is not text"),
+        ([{"prompt": json.dumps([USER]), "answer": "1"}], "messages that are written as one text"),
+        ([{"prompt": str([USER]), "answer": "1"}], "messages that are written as one text"),
+        ([{"prompt": "<image>q?", "images": ["x.png"], "answer": "1"}], "asks about an image"),
         ([{"prompt": ["x"], "answer": "1"}], "a message without a 'role'"),
         ([{"prompt": 5, "answer": "1"}], "has int where"),
         ([{"question": "\ud83d", "answer": "1"}], r"half of a surrogate pair"),

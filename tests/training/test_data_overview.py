@@ -37,6 +37,14 @@ def test_counts_lengths_prompts_and_what_is_left_out(tiny: Callable[..., Path], 
     assert "<s>be<u><b>0</b> &<a>" in shown and f"page {page}" in shown and "repeat another question" in shown
 
 
+def test_prompts_that_are_all_too_long_are_one_sentence(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"{i}" * 500, "answer": 1}) for i in range(1, 4)))
+    words = ["data", "quickstart", f"policy.model={tiny('llama')}", "policy.adapter=null", "speculation.method=none"]
+    done = run_here(*words, "task.name=jsonl", f"task.path={path}")
+    assert done.returncode == 2 and "No training problem is left: 3 fill the model's context" in done.stderr
+
+
 def test_a_mistake_in_the_data_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"question": "q", "target": "1"}))

@@ -7,6 +7,7 @@ an object (reward_model.ground_truth).
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from forerun.chat import Messages, as_messages, check_text
@@ -19,6 +20,7 @@ from forerun.tasks.reward import check_gold
 QUESTION = ("question", "problem", "prompt", "messages")
 ANSWER = ("answer", "ground_truth", "reward_model.ground_truth", "solution")
 SYSTEM = ("system", "system_prompt")
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](?:role|content)["']\s*:""")  # a column of CSV, say
 
 
 def problem_of(row: Row, columns: ColumnsConfig, where: str, name: str, needs_answer: bool = True) -> Problem:
@@ -74,9 +76,13 @@ def _question(row: Row, columns: ColumnsConfig, where: str) -> tuple[str, Messag
     if isinstance(value, str) or value is None:
         if value is None or not value.strip():
             raise UserError(_missing(row, where, "question", columns.question, QUESTION))
+        if _MESSAGES_AS_TEXT.match(value):
+            raise UserError(f"{where} has messages that are written as one text; give a list, in JSON lines or Parquet")
         messages = [{"role": "user", "content": value}]
     else:
         messages = _asked(as_messages(value, where), where)
+    if "<image>" in messages[-1]["content"] and (row.get("images") or row.get("image")):
+        raise UserError(f"{where} asks about an image, which this version does not support")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     return messages[-1]["content"], messages if len(messages) > 1 else None
@@ -94,7 +100,7 @@ def _answer(value: Any, where: str) -> str | None:
     """The answer as text; None for one that is missing."""
     if isinstance(value, list) and len(value) == 1:
         return _answer(value[0], where)
-    if isinstance(value, list | dict):
+    if isinstance(value, list | dict | bytes):
         raise UserError(f"{where} has {type(value).__name__} of {len(value)} as its answer; give one text or number")
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return None

@@ -103,17 +103,27 @@ def _parquet(data: bytes, path: str) -> list[Any]:
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+        table = parquet.read_table(pyarrow.BufferReader(data))
     except pyarrow.ArrowException as error:
         raise UserError(f"The Parquet file {path} cannot be read: {str(error).splitlines()[0]}") from None
+    for index, column in enumerate(table.schema):
+        if pyarrow.types.is_float32(column.type):  # 0.1 would become 0.10000000149011612
+            text = table[index].cast(pyarrow.string())
+            table = table.set_column(index, column.name, text.cast(pyarrow.float64()))
+    return table.to_pylist()
 
 
 def _csv(text: str, path: str) -> list[Any]:
     delimiter = "\t" if ".tsv" in path.lower() else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+        rows: list[Any] = list(reader)
     except csv.Error as error:
         raise UserError(f"The CSV file {path} cannot be read: {error}") from None
+    names = [name for name in reader.fieldnames or () if name]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(f"The CSV file {path} has two columns called '{twice[0]}'; rename one")
+    return rows
 
 
 def _json(text: str, path: str) -> list[Any]:

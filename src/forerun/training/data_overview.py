@@ -20,11 +20,11 @@ QUANTILES = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
 def describe_data(recipe: Recipe) -> EventStream[dict[str, Any]]:
     """Counts, what is left out and why, lengths in tokens, and the first prompts as the model reads them.
 
-    Raises UserError, see `load_data`.
+    Raises UserError when no problem to train on is left; see also `load_data`.
     """
     data = yield from prepare_data(recipe)
     splits = data.splits
-    problems = [*splits.train, *splits.held_out]
+    problems = [*splits.problems("train"), *splits.held_out]
     lengths = yield from as_stage("counting tokens", with_progress(_lengths(problems, data), len(problems), "prompts"))
     first = problems[:SHOWN]
     return {
