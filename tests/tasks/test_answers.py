@@ -9,6 +9,12 @@ import pytest
 from forerun.tasks.reward import check_gold, gold, math_reward
 
 RIGHT = [
+    # functions in plain text
+    ("\\ln 2", "#### ln(2)"),
+    ("\\sqrt{2}", "#### sqrt(2)"),
+    ("2\\sqrt{3}", "#### 2*sqrt(3)"),
+    ("2\\sin x", "#### 2 sin(x)"),
+    ("\\frac{\\sqrt{2}}{2}", "#### sqrt(2)/2"),
     # the marker, with units, Markdown, currency, words
     ("18", "#### 18."),
     ("18", "#### **18**"),
@@ -153,6 +159,8 @@ RIGHT = [
     ("B", "\\boxed{\\textbf{(B)}\\ 12}"),
     ("(B)", "#### b"),
     ("B", "#### Option B"),
+    ("B", "Therefore, the correct option is B."),
+    ("B", "The best choice is (B), because the others are even."),
     ("B", "B"),
     ("B) 12", "#### B"),
     ("B", "#### B because it is even"),
@@ -228,6 +236,7 @@ WRONG = [
     ("A", "#### A dog"),
     ("B", "#### (A) or (B)"),
     ("cat", "#### cat, dog"),
+    ("cat", "#### cat (or dog)"),
     ("cat", "#### cats"),
     ("cat", "I like my cat"),
     ("10am", "#### 10pm"),

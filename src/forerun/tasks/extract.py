@@ -22,7 +22,8 @@ _HEADING = re.compile(
 )
 _STEP = re.compile(r"(?:step|part|case|stage) \w+\b", re.I)
 _PHRASE = re.compile(
-    r"\b(?:answer|final result|antwort|réponse|respuesta)\b(?: to [^.\n]{1,60}?)?"
+    r"\b(?:answer|final result|(?:correct|right|best) (?:option|choice)|antwort|réponse|respuesta)\b"
+    r"(?: to [^.\n]{1,60}?)?"
     r"[*_\s]*(?:\b(?:is|are|equals)\b|[:=])[:*_\s]*"
     r"|答案(?:是|为|：|:)+\s*",
     re.I,

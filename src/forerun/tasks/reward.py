@@ -31,7 +31,7 @@ _CHOICE = re.compile(
     r"(?:option |choice |answer )?(?:\( ?([a-j]) ?\)|([a-j])(?:[).:]|$|(?= (?:is|because|since)\b)))(.*)", re.S
 )
 _SECOND_CHOICE = re.compile(r"\( ?[a-j] ?\)|\b[b-j][).:]|(?:\b(?:or|and)|,) ?\(?[a-j]\b(?! \w)")
-_EXPLAINED = re.compile(r"[.;!?]\s|\s?\(|\s?—|,? ?(?:because|since)\b|\s-\s")
+_EXPLAINED = re.compile(r"[.;!?]\s|\s?\((?!or\b)|\s?—|,? ?(?:because|since)\b|\s-\s")
 _ANSWERED = re.compile(r"(?:[,.:;!]| -) ?\w+(?: \w+){2}")  # "yes, the train arrives": a sentence, not a second answer
 _OPPOSITE = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 

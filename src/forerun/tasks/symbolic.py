@@ -55,6 +55,8 @@ def formula(text: str) -> str:
     text = tidy(text).translate(_SIGNS)
     text = re.sub(r"√\s*(?:\(([^()]*)\)|(\w+))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
     text = re.sub(r"(?<![\\A-Za-z])(pi|infinity|theta)(?![A-Za-z])", lambda m: _GREEK[m[1].lower()], text, flags=re.I)
+    text = re.sub(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = re.sub(r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|ln|log|exp)(?=\s*\()", r"\\\1", text)
     return re.sub(r"^(?:(?!sqrt|frac|sin|cos|tan|log|exp|ln\b)[A-Za-z]{2,}[ :,]+)+(?=\S)", "", text)
 
 
