@@ -15,8 +15,11 @@ class UserError(Exception):
     """A mistake in a recipe, a file or a model, in one sentence: what, where, and what to do."""
 
 
-class Interrupted(Exception):
-    """A stop was asked for. Raised at a safe point: the policy is that of the last finished step."""
+class Interrupted(BaseException):
+    """A stop was asked for. Raised at a safe point: the policy is that of the last finished step.
+
+    No Exception, like KeyboardInterrupt: libraries that go on after any of those would go on after a signal, too.
+    """
 
     def __init__(self, number: int = signal.SIGINT) -> None:
         """`number`: of the signal."""

@@ -20,10 +20,12 @@ from forerun.errors import Interrupted, UserError
 from forerun.events import StepDone, finish, to_its_end
 from forerun.learner.learner import Learner
 from forerun.learner.optimizer import MasterOptimizer
+from forerun.models.checks import loading
+from forerun.registry import load_path
 from forerun.training import run as runs
 from forerun.training.checkpoint import complete_checkpoints, read_history
 from forerun.training.ending import as_sentence
-from forerun.training.interrupt import StopRequest
+from forerun.training.interrupt import StopRequest, stop_request
 from forerun.training.run import resumed_recipe, run
 from kill_runs import lines, write_recipe
 from signals import hear_signals
@@ -211,6 +213,13 @@ def test_a_second_signal_ends_at_once_and_one_before_the_loop_too() -> None:
     assert request() and request.number == 1
     with pytest.raises(KeyboardInterrupt):
         request.ask(signal.SIGINT)
+
+
+def test_no_library_takes_a_signal_for_an_error_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "signalled.py"
+    file.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    with stop_request(), pytest.raises(Interrupted, match="SIGTERM"), loading("The model", tmp_path):
+        load_path(f"{file}:reward")
 
 
 def test_a_policy_that_is_not_finite_is_not_kept(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

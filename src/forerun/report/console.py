@@ -95,7 +95,7 @@ class Console:
             with suppress(OSError):  # the terminal is gone
                 self._bars.live.stop()
 
-    def lost(self, error: OSError) -> Exception:
+    def lost(self, error: OSError) -> BaseException:
         """The stream cannot be written: only warnings are shown from now on, on stderr. What the work should raise."""
         self._bars = None
         self._rich = _Rich(file=sys.stderr, width=WIDTH, highlight=False)

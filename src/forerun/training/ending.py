@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from forerun.errors import UserError
+from forerun.errors import Interrupted, UserError
 from forerun.events import EventStream, Warned
 from forerun.models.checks import require_finite
 from forerun.training.checkpoint import complete_checkpoints
@@ -38,7 +38,7 @@ def leave_checkpoint(current: Run) -> EventStream[None]:
             try:
                 require_finite("The policy", current.policy.model.named_parameters())
                 yield from current.checkpoint()
-            except Exception as error:  # a device that failed fails again
+            except (Exception, Interrupted) as error:  # a device that failed fails again
                 yield Warned(f"no checkpoint of step {step} was written: {error}")
     try:
         current.timeline.close()
