@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
+from pathlib import Path
 
 import pytest
 
 from forerun.errors import UserError
-from forerun.registry import Registry
+from forerun.registry import Registry, load_path
 
 SHAPES = Registry("shape", {"circle": "math:tau", "square": "math:sqrt"})
 
@@ -18,6 +21,13 @@ def test_a_name_stands_for_what_its_entry_says() -> None:
 
 def test_a_path_needs_no_entry() -> None:
     assert SHAPES.load("math:floor") is math.floor
+
+
+def test_a_file_that_is_called_like_a_library_does_not_replace_it(tmp_path: Path) -> None:
+    sys.modules.pop("colorsys", None)
+    (tmp_path / "colorsys.py").write_text("def reward(problem, text):\n    return 1.0\n")
+    assert load_path(f"{tmp_path}/colorsys.py:reward")(None, "") == 1.0
+    assert importlib.import_module("colorsys").rgb_to_hsv(1, 0, 0) == (0, 1, 1)
 
 
 def test_what_is_no_such_part_is_refused() -> None:

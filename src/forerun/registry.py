@@ -49,12 +49,12 @@ def _from_path(module: str) -> ModuleType:
 
 
 def _from_file(path: Path) -> ModuleType:
-    """The module of a file, under the file's name; files beside it can be imported from it."""
+    """The module of a file, under the file's name unless a library has it; files beside it can be imported from it."""
     file = path.resolve()
     loaded = sys.modules.get(file.stem)
     if loaded is not None and getattr(loaded, "__file__", None) == str(file):
         return loaded
-    name = file.stem if loaded is None else f"{file.stem}_{abs(hash(file))}"
+    name = f"{file.stem}_{abs(hash(file))}" if loaded is not None or _names_another(file) else file.stem
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -67,6 +67,12 @@ def _from_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _names_another(file: Path) -> bool:
+    """Whether a library would be imported under this file's name (datasets.py, say)."""
+    found = importlib.util.find_spec(file.stem) if file.stem.isidentifier() else None
+    return found is not None and found.origin is not None and Path(found.origin).resolve() != file
 
 
 class Registry:
