@@ -92,8 +92,7 @@ class RewardWorkers:
             if found.outcome not in self._shown:
                 self._shown.add(found.outcome)
                 self.warnings.append(
-                    f"{_told(completion, found)}; it counts 0; later ones are counted in "
-                    f"reward/{found.outcome}"
+                    f"{_told(completion, found)}; it counts 0; later ones are counted in reward/{found.outcome}"
                 )
         failed, most = sum(self._recent), self.config.reward_failures
         if has_own_reward(self.config) and len(self._recent) >= LEAST_ANSWERS and failed > most * len(self._recent):
