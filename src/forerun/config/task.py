@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from forerun.config.block import Block, DType, PathText
 
@@ -52,7 +52,7 @@ class TaskConfig(Block):
         description="package.module:function or file.py:function, of (problem, completion) or (problem, rollout), "
         "that returns a number, or a dict of named parts whose sum is the reward; null: the task's own",
     )
-    rewards: dict[str, float] = Field(
+    rewards: dict[str, FiniteFloat] = Field(
         default_factory=dict,
         description="several in place of one: paths as in `reward`, or task (the task's own), and the weight of each",
     )
