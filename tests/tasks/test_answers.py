@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from forerun.tasks.reward import check_gold, gold, math_reward
+from forerun.tasks.base import NotScored
+from forerun.tasks.reward import check_gold, gold, judged, math_reward
 
 RIGHT = [
     # functions in plain text
@@ -316,3 +317,10 @@ def test_what_cannot_be_an_answer_is_refused_at_once(given: str, form: str) -> N
 def test_a_right_answer_that_cannot_be_paid_is_told() -> None:
     assert check_gold("") == check_gold(" ** ") == "is empty" and check_gold(None) == "is null"
     assert check_gold(["1"]) == "is a list, not text or a number" and check_gold(1e-5) is check_gold("cat") is None
+
+
+def test_an_answer_that_is_not_computed_is_told_apart_from_a_wrong_one() -> None:
+    assert judged("7", "#### 8") == 0.0 and judged("7", "\\boxed{9^{9^{9}}} and \\boxed{7}") == 1.0
+    for completion in ("#### 9^{9^{9}}", "so \\boxed{5000000!}"):
+        with pytest.raises(NotScored, match="does not compute the answer"):
+            judged("7", completion)

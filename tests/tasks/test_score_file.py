@@ -39,7 +39,8 @@ def test_every_line_is_scored_in_order_without_a_model_or_torch(tmp_path: Path) 
             set(r) == {"reward", "parts", "seconds", "failed", "fault"} for r in found["rows"]
         )
         assert [row["reward"] for row in found["rows"]] == [1.0, 0.0, 0.0, 0.0]
-        assert not any(row["failed"] for row in found["rows"]) and max(row["seconds"] for row in found["rows"]) < 5.0
+        assert [row["failed"] for row in found["rows"]] == [False, True, False, False]
+        assert max(row["seconds"] for row in found["rows"]) < 5.0
 
 
 def test_it_uses_the_recipes_rewards_and_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

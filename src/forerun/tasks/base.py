@@ -61,6 +61,10 @@ class Completion:
 Reward = Callable[[Problem, Any], float | Mapping[str, float]]  # the second is the text, or a `Completion`
 
 
+class NotScored(Exception):
+    """Raised by a reward function that gives no number: the end of a sentence that says why. It counts 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightedReward:
     """One of the reward functions whose weighted sum is the reward."""

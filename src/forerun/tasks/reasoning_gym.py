@@ -15,7 +15,7 @@ from forerun.errors import UserError
 from forerun.tasks.base import Problem, Split, Task
 from forerun.tasks.extract import MARKER, boxed, final_answer, last_line, spoken, stated
 from forerun.tasks.numbers import tidy
-from forerun.tasks.reward import math_reward
+from forerun.tasks.reward import judged
 
 ANSWER_FORMAT = f"\n\nWrite the answer at the end, after {MARKER}"
 EVAL_SIZE = 512
@@ -49,7 +49,7 @@ def build(config: TaskConfig, seed: int) -> Task:
 
     def reward(problem: Problem, completion: str) -> float:
         if "metadata" not in problem.meta:  # no problem of the dataset, which its checker could judge
-            return math_reward(problem.answer, completion)
+            return judged(problem.answer, completion)
         return float(_paid(checker, candidates(completion), problem.meta))
 
     return Task(config.dataset, problems, reward, answer_format=ANSWER_FORMAT)

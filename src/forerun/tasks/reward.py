@@ -14,10 +14,11 @@ from functools import lru_cache
 from typing import Literal
 
 from forerun.tasks import symbolic
+from forerun.tasks.base import NotScored
 from forerun.tasks.extract import MARKER, boxed, final_answer, last_line, stated, unmarked
 from forerun.tasks.numbers import FUNCTIONS, REFUSED, readings, tidy, words
 
-__all__ = ["check_gold", "final_answer", "gold", "math_reward"]
+__all__ = ["check_gold", "final_answer", "gold", "judged", "math_reward"]
 
 ROUNDED_PLACES = 6  # a decimal with so many places equals the fraction that rounds to it
 _WORDS_ALONE = re.compile(  # dates, times, ranges, versions, codes, lists in an order
@@ -74,13 +75,23 @@ class Gold:
 
 def math_reward(answer: str, completion: str) -> float:
     """1.0 where the completion's final answer is the right one, else 0.0."""
+    try:
+        return judged(answer, completion)
+    except NotScored:
+        return 0.0
+
+
+def judged(answer: str, completion: str) -> float:
+    """As `math_reward`. Raises NotScored for a marked answer that it does not compute, such as 9^{9^{9}}."""
     if check_gold(answer) is not None:
         return 0.0
     right = gold(answer)
-    given = stated(completion)
-    if given is None:
-        given = _unmarked(right, completion)
-    return float(any(right.pays(text) for text in given))
+    marked = stated(completion)
+    if any(right.pays(text) for text in (_unmarked(right, completion) if marked is None else marked)):
+        return 1.0
+    if right.kind in ("number", "formula") and any(symbolic.too_heavy(text) for text in marked or ()):
+        raise NotScored("does not compute the answer: its value would take too long")
+    return 0.0
 
 
 def check_gold(answer: object) -> str | None:

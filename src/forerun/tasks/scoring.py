@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from forerun.errors import UserError, place_of
-from forerun.tasks.base import Completion, Reward, WeightedReward
+from forerun.tasks.base import Completion, NotScored, Reward, WeightedReward
 
 LARGEST = 3.4028234663852886e38  # float32
 
@@ -32,10 +32,6 @@ class Score:
     fault: str = ""
 
 
-class NoNumber(Exception):
-    """What a reward function returned is no reward."""
-
-
 def score(rewards: Sequence[WeightedReward], completion: Completion) -> Score:
     """Call all functions; their weighted sum."""
     started = time.perf_counter()
@@ -43,7 +39,7 @@ def score(rewards: Sequence[WeightedReward], completion: Completion) -> Score:
     for reward in rewards:
         try:
             found = _values(reward, completion)
-        except NoNumber as error:
+        except NotScored as error:
             found = {"": 0.0}
             faults.append(f"The reward function '{reward.name}' {error}")
         except BaseException as error:  # SystemExit, too: a reward ends no worker
@@ -100,7 +96,7 @@ def _values(reward: WeightedReward, completion: Completion) -> dict[str, float]:
     parts: dict[str, float] = {}
     for part, value in returned.items():
         if (name := _metric_name(part)) in parts:
-            raise NoNumber(f"returned two parts that metrics would both call '{name}'; rename '{part}'")
+            raise NotScored(f"returned two parts that metrics would both call '{name}'; rename '{part}'")
         parts[name] = _number(value, f"returned, as '{part}',")
     return parts
 
@@ -112,9 +108,9 @@ def _number(value: Any, returned: str) -> float:
         number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
         shown = " ".join(repr(value).split())[:60]
-        raise NoNumber(f"{returned} {shown} ({type(value).__name__}), which is no number") from error
+        raise NotScored(f"{returned} {shown} ({type(value).__name__}), which is no number") from error
     if not math.isfinite(number) or abs(number) > LARGEST:
-        raise NoNumber(f"{returned} {number}, which is no finite float32")
+        raise NotScored(f"{returned} {number}, which is no finite float32")
     return number
 
 

@@ -20,7 +20,8 @@ DEFINITIONS: dict[str, str] = {
     "reward/std": "Standard deviation of the reward over this step's rollouts. Unit: reward.",
     "reward/zero_std_groups": "Share of groups with zero advantage (no gradient). Unit: share.",
     "reward/{name}/mean": "Mean of one named reward or part of one, before its weight. Unit: reward.",
-    "reward/failed": "Rollouts whose reward raised, crashed or gave no finite number: it counts 0. Unit: count.",
+    "reward/failed": "Rollouts whose reward raised, crashed or gave no finite number, and answers like 9^{9^{9}} that "
+    "the default reward does not compute: they count 0. Unit: count.",
     "reward/timeout": "Rollouts whose reward missed its deadline, task.reward_timeout_s: it counts 0. Unit: count.",
     "length/mean": "Mean number of generated tokens per rollout. Unit: tokens.",
     "length/p95": "95th percentile of generated tokens per rollout. Unit: tokens.",
