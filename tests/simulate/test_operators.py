@@ -170,5 +170,5 @@ def test_fewer_drafts_are_best_at_larger_batches() -> None:
     assert ks[0] >= ks[-1]
     assert all(before != after for before, after in pairwise(ks))  # equal neighbours are one
     assert best_k_by_batch(engine, constant_acceptance(0.0), 2000.0, [1, 8], 8) == [(np.inf, 0)]
-    with pytest.raises(UserError, match="no drafter called 'medusa'"):
+    with pytest.raises(UserError, match="no cost model for the drafter 'medusa'"):
         make_drafter("medusa", load_model("Qwen3-8B"))
