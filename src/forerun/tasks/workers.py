@@ -205,6 +205,7 @@ def serve(
         found = score(rewards, completion)
         if os.getpid() != process:  # a child that a reward has forked, and that came back from it, has no say
             os._exit(0)
+        sys.stdout.flush()  # what it printed: the worker may be killed as soon as it has answered
         server.send("scored", found)
 
     return {"score": answer}
