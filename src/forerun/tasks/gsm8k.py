@@ -8,7 +8,7 @@ from forerun.config import TaskConfig
 from forerun.errors import UserError
 from forerun.tasks.base import Problem, Split, Task
 from forerun.tasks.files import Row
-from forerun.tasks.reward import judged
+from forerun.tasks.reward import final_answer_reward
 from forerun.tasks.sources import problems_of_split, read_source
 
 HUB_NAME = "openai/gsm8k"
@@ -28,7 +28,7 @@ def build(config: TaskConfig, seed: int) -> Task:
             ) from None
         return [_problem(row, f"Row {i}", f"gsm8k/{split}/{i}") for i, row in enumerate(rows)]
 
-    return Task("gsm8k", problems, lambda problem, completion: judged(problem.answer, completion))
+    return Task("gsm8k", problems, final_answer_reward)
 
 
 def _problem(row: Row, where: str, name: str) -> Problem:

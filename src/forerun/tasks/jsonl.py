@@ -9,7 +9,7 @@ from forerun.errors import UserError
 from forerun.tasks.base import Problem, Task
 from forerun.tasks.columns import problem_of
 from forerun.tasks.files import Row
-from forerun.tasks.reward import judged
+from forerun.tasks.reward import final_answer_reward
 from forerun.tasks.sources import problems_of_split
 
 
@@ -22,4 +22,4 @@ def build(config: TaskConfig, seed: int) -> Task:
         return problem_of(row, config.columns, where, name, needs_answer=config.uses_task_reward)
 
     problems = partial(problems_of_split, config, make=make)
-    return Task("jsonl", problems, lambda problem, completion: judged(problem.answer, completion))
+    return Task("jsonl", problems, final_answer_reward)

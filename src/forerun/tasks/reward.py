@@ -14,11 +14,11 @@ from functools import lru_cache
 from typing import Literal
 
 from forerun.tasks import symbolic
-from forerun.tasks.base import NotScored
+from forerun.tasks.base import NotScored, Problem
 from forerun.tasks.extract import MARKER, boxed, final_answer, last_line, stated, unmarked
 from forerun.tasks.numbers import FUNCTIONS, REFUSED, readings, tidy, words
 
-__all__ = ["check_gold", "final_answer", "gold", "judged", "math_reward"]
+__all__ = ["check_gold", "final_answer", "final_answer_reward", "gold", "judged", "math_reward"]
 
 ROUNDED_PLACES = 6  # a decimal with so many places equals the fraction that rounds to it
 _WORDS_ALONE = re.compile(  # dates, times, ranges, versions, codes, lists in an order
@@ -92,6 +92,11 @@ def judged(answer: str, completion: str) -> float:
     if right.kind in ("number", "formula") and any(symbolic.too_heavy(text) for text in marked or ()):
         raise NotScored("does not compute the answer: its value would take too long")
     return 0.0
+
+
+def final_answer_reward(problem: Problem, completion: str) -> float:
+    """The reward of tasks whose problems have an answer, see `judged`."""
+    return judged(problem.answer, completion)
 
 
 def check_gold(answer: object) -> str | None:
