@@ -103,7 +103,7 @@ def check_in_float32(policy: Policy, check: Callable[[], object]) -> list[str]:
                 check()
             return []
         except torch.OutOfMemoryError:
-            pass
+            why = f"in float32 {needed / 2**30:.1f} GiB more were not enough"
         except UserError as error:
             if error.__cause__ is None:
                 raise
